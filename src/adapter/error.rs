@@ -1,0 +1,49 @@
+//! Why an adapter is refused.
+
+use thiserror::Error;
+
+/// Why an adapter is refused. Every message names the file, tensor, module or field.
+#[derive(Debug, Error)]
+pub enum AdapterError {
+    /// A file is not what its name says.
+    #[error("{file}: {reason}")]
+    Malformed {
+        /// File name.
+        file: &'static str,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// A config field is missing, wrong, or asks for something this server does not implement.
+    #[error("adapter_config.json: field `{field}`: {reason}")]
+    Field {
+        /// Field name.
+        field: String,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// A tensor has no place, or the wrong shape, type or values.
+    #[error("tensor `{tensor}`: {reason}")]
+    Tensor {
+        /// Key in the safetensors file.
+        tensor: String,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// The adapter changes nothing.
+    #[error("the adapter applies to no module of the base model: {reason}")]
+    Empty {
+        /// Why.
+        reason: String,
+    },
+    /// Dense weight copies would not fit.
+    #[error("dense weights of {needed} bytes exceed the {limit} bytes left (adapters.merged_bytes_max)")]
+    OverBudget {
+        /// Bytes the copies need.
+        needed: usize,
+        /// Bytes allowed.
+        limit: usize,
+    },
+    /// A tensor operation failed; not the user's mistake.
+    #[error("computing the lowered form failed")]
+    Compute(#[from] candle_core::Error),
+}

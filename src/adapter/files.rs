@@ -1,0 +1,43 @@
+//! What goes into lowering and what comes out beside the normal form.
+
+use candle_core::DType;
+use serde::Serialize;
+
+/// An adapter's files as bytes; nothing is checked yet.
+#[derive(Clone, Debug, Default)]
+pub struct AdapterFiles {
+    /// `adapter_config.json`.
+    pub config: Vec<u8>,
+    /// `adapter_model.safetensors`.
+    pub weights: Vec<u8>,
+}
+
+/// How to lower.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LowerOptions {
+    /// Merge into dense weights instead of keeping low-rank and diagonal terms apart.
+    pub merge: bool,
+    /// Format the lowered tensors are stored in. Lowering itself computes in f32.
+    pub dtype: DType,
+    /// Dense weight copies may take this many bytes; more is refused before they are made.
+    pub own_bytes_max: usize,
+}
+
+/// What was found and done; shown to whoever loads the adapter.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct LowerReport {
+    /// `peft_type` of the config.
+    pub kind: String,
+    /// Whether it was merged into dense weights.
+    pub merged: bool,
+    /// Modules of the base model that it changes.
+    pub modules: usize,
+    /// Distinct ranks, ascending; empty for kinds without one.
+    pub ranks: Vec<usize>,
+    /// Bytes of all lowered tensors.
+    pub bytes: usize,
+    /// Bytes of dense weight copies among them.
+    pub own_weight_bytes: usize,
+    /// What is odd but not wrong, for example an adapter without effect.
+    pub warnings: Vec<String>,
+}

@@ -1,0 +1,18 @@
+//! What an adapter is: the normal form, and the kinds that lower to it.
+//!
+//! A kind (LoRA, SSF, MiSS, ...) is a small compiler: [`lower`] reads the bytes of its files and produces a
+//! [`LoweredAdapter`], the closed normal form that the model's layers apply. No kind's name is known outside
+//! `kinds/`. This module does no IO, knows no path, no model family and nothing of the engine: files arrive as bytes
+//! ([`AdapterFiles`]) and the base model as a table of sites with readable weights ([`BaseWeights`]).
+
+mod error;
+mod files;
+mod lower;
+mod normal_form;
+mod site;
+
+pub use error::AdapterError;
+pub use files::{AdapterFiles, LowerOptions, LowerReport};
+pub use lower::{digest, lower};
+pub use normal_form::{Delta, EmbeddingPatch, LinearSlots, LoadedAdapter, LoweredAdapter, NormOverride, Scale, Weight};
+pub use site::{BaseWeights, Site, SiteId, SiteKind, SiteTable};

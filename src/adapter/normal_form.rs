@@ -1,0 +1,154 @@
+//! The closed normal form that every adapter kind is lowered to.
+//!
+//! For one linear with frozen weight `W` (out, in), a token that uses adapter `t` computes
+//!
+//! ```text
+//! y = scale_t * ( W_t x + sum_j delta_{t,j}(x) ) + c_t
+//! ```
+//!
+//! The product with the shared `W` is bias-free and runs once for all tokens of a step. `c` is the bias when an
+//! adapter says nothing about it. All slots default to neutral.
+
+use std::collections::BTreeMap;
+
+use candle_core::Tensor;
+
+use super::SiteId;
+
+/// An adapter in normal form. Sites that do not occur are untouched.
+#[derive(Clone, Debug, Default)]
+pub struct LoweredAdapter {
+    /// Slots per linear.
+    pub linears: BTreeMap<SiteId, LinearSlots>,
+    /// Replacements per norm.
+    pub norms: BTreeMap<SiteId, NormOverride>,
+    /// Patches per embedding.
+    pub embeddings: BTreeMap<SiteId, EmbeddingPatch>,
+}
+
+/// What an adapter does to one linear.
+#[derive(Clone, Debug, Default)]
+pub struct LinearSlots {
+    /// The weight to multiply with.
+    pub weight: Weight,
+    /// Additive terms.
+    pub deltas: Vec<Delta>,
+    /// Output scale; applies to the product and the deltas, not to `c`.
+    pub scale: Scale,
+    /// The vector added last, (out). `None` means the base bias, or nothing where the base has none.
+    pub c: Option<Tensor>,
+}
+
+/// The weight a linear multiplies with.
+#[derive(Clone, Debug, Default)]
+pub enum Weight {
+    /// The shared base weight.
+    #[default]
+    Base,
+    /// A dense copy of the adapter's own, (out, in).
+    Own(Tensor),
+}
+
+/// One additive term of a linear.
+#[derive(Clone, Debug)]
+pub enum Delta {
+    /// `b (a x)`, a: (r, in), b: (out, r). Any scale factor is folded into `b`.
+    LowRank {
+        /// Down projection (r, in).
+        a: Tensor,
+        /// Up projection (out, r).
+        b: Tensor,
+    },
+    /// `y[k*q + j] += sum_i m[i, j] * s[i]`, where `s` (r) is the sum of the width-r shards of `x`, zero-padded on the
+    /// right, m: (r, q) and q divides out.
+    ShardSum {
+        /// Block matrix (r, q).
+        m: Tensor,
+    },
+}
+
+/// Output scale of a linear.
+#[derive(Clone, Debug, Default)]
+pub enum Scale {
+    /// No scale.
+    #[default]
+    One,
+    /// Elementwise, (out).
+    Diag(Tensor),
+}
+
+/// Replacement of a norm's parameters: `y = weight * normalised(x) + shift`.
+#[derive(Clone, Debug, Default)]
+pub struct NormOverride {
+    /// Complete weight (dim); `None` means the base weight.
+    pub weight: Option<Tensor>,
+    /// Complete shift (dim); `None` means the base shift, or nothing where the base has none.
+    pub shift: Option<Tensor>,
+}
+
+/// What an adapter does to an embedding:
+/// `e = scale * ( row(token) + b a[:, token] ) + shift`, where `row` reads `table`, then `rows`, then the base.
+#[derive(Clone, Debug, Default)]
+pub struct EmbeddingPatch {
+    /// Complete table (vocab, dim) instead of the base's.
+    pub table: Option<Tensor>,
+    /// Replaced rows: token ids in ascending order, and their rows (n, dim).
+    pub rows: Option<(Vec<u32>, Tensor)>,
+    /// Low-rank addition a: (r, vocab), b: (dim, r); any scale factor is folded into `b`.
+    pub low_rank: Option<(Tensor, Tensor)>,
+    /// Elementwise scale (dim).
+    pub scale: Option<Tensor>,
+    /// Shift (dim).
+    pub shift: Option<Tensor>,
+}
+
+/// One generation of a named adapter, ready to run. Requests hold it by `Arc`: that is the lease.
+#[derive(Debug)]
+pub struct LoadedAdapter {
+    /// Name it is served under.
+    pub name: String,
+    /// Generation of the name, counted from 1.
+    pub generation: u64,
+    /// SHA-256 over the adapter's content and over the options that change its effect; keys every cache.
+    pub digest: [u8; 32],
+    /// The normal form in host memory.
+    pub lowered: LoweredAdapter,
+    /// Bytes of all tensors in `lowered`.
+    pub bytes: usize,
+}
+
+impl LoweredAdapter {
+    /// Every tensor of the adapter.
+    pub fn tensors(&self) -> Vec<&Tensor> {
+        let mut tensors = Vec::new();
+        for slots in self.linears.values() {
+            if let Weight::Own(w) = &slots.weight {
+                tensors.push(w);
+            }
+            for delta in &slots.deltas {
+                match delta {
+                    Delta::LowRank { a, b } => tensors.extend([a, b]),
+                    Delta::ShardSum { m } => tensors.push(m),
+                }
+            }
+            if let Scale::Diag(g) = &slots.scale {
+                tensors.push(g);
+            }
+            tensors.extend(&slots.c);
+        }
+        for norm in self.norms.values() {
+            tensors.extend(norm.weight.iter().chain(&norm.shift));
+        }
+        for patch in self.embeddings.values() {
+            tensors.extend(patch.table.iter().chain(&patch.scale).chain(&patch.shift));
+            tensors.extend(patch.rows.iter().map(|(_, rows)| rows));
+            tensors.extend(patch.low_rank.iter().flat_map(|(a, b)| [a, b]));
+        }
+        tensors
+    }
+
+    /// Bytes of all tensors.
+    pub fn bytes(&self) -> usize {
+        self.tensors().iter().map(|t| t.elem_count() * t.dtype().size_in_bytes()).sum()
+    }
+}

@@ -1,0 +1,1 @@
+//! Building the parts in order; start, drain, shutdown.

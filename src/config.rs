@@ -1,0 +1,1 @@
+//! Typed settings: file, then environment, then flags; unknown keys are errors.

@@ -1,0 +1,1 @@
+//! The arithmetic that candle does not have, each function with its plain reference.

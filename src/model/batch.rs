@@ -1,0 +1,49 @@
+//! The flat input of one step.
+
+use std::sync::Arc;
+
+use crate::adapter::LoweredAdapter;
+
+/// One step's tokens, flat: all spans laid end to end. A prefill is a span of n tokens, a decode a span of one.
+#[derive(Clone, Debug, Default)]
+pub struct Batch {
+    /// Token ids, [tokens].
+    pub token_ids: Vec<u32>,
+    /// Position of each token in its context, counted from 0, [tokens].
+    pub positions: Vec<u32>,
+    /// Context length that a length-dependent RoPE scaling sees for each token, [tokens]:
+    /// `max(prompt length, position + 1)`. Other scalings ignore it.
+    pub rope_lens: Vec<u32>,
+    /// KV slot each token's key and value are written to, [tokens]: `block * block_size + offset`.
+    pub slot_mapping: Vec<u32>,
+    /// Runs of tokens that belong to one context; they tile the tokens in order.
+    pub spans: Vec<AttentionSpan>,
+    /// Runs of tokens that use one adapter; they tile the tokens in order.
+    pub segments: Vec<AdapterSegment>,
+    /// Rows (token indexes, ascending) whose logits are wanted.
+    pub logit_rows: Vec<u32>,
+}
+
+/// Consecutive tokens of one context.
+#[derive(Clone, Debug)]
+pub struct AttentionSpan {
+    /// First token.
+    pub start: usize,
+    /// Number of tokens, at least 1.
+    pub len: usize,
+    /// Tokens of the context after this step, these included; the span's last token is at `context_len - 1`.
+    pub context_len: usize,
+    /// KV blocks of the context in order; covers at least `context_len` slots.
+    pub block_table: Vec<u32>,
+}
+
+/// Consecutive tokens that use one adapter.
+#[derive(Clone, Debug)]
+pub struct AdapterSegment {
+    /// First token.
+    pub start: usize,
+    /// Number of tokens, at least 1.
+    pub len: usize,
+    /// The adapter on the model's device; `None` is the bare base.
+    pub adapter: Option<Arc<LoweredAdapter>>,
+}
