@@ -5,6 +5,7 @@ use tracing_subscriber::filter::LevelFilter;
 
 use super::layers::Entries;
 use super::{Config, ConfigError, Origin};
+use crate::engine::EngineConfigError;
 
 /// Checks every bound; the first broken one is the error.
 pub(super) fn validate(config: &Config, entries: &Entries) -> Result<(), ConfigError> {
@@ -43,24 +44,18 @@ fn model(config: &Config) -> Broken {
 
 fn engine(config: &Config) -> Broken {
     let e = &config.engine;
-    at_least("engine", "sequences_max", e.sequences_max, 1)
+    let broken = e.check().err().map(|error| match error {
+        EngineConfigError::Zero { field } => ("engine", field, "expected at least 1, found 0".to_owned()),
+        EngineConfigError::StepTooSmall { step_tokens_max, sequences_max } => (
+            "engine",
+            "step_tokens_max",
+            format!("expected at least engine.sequences_max ({sequences_max}), found {step_tokens_max}"),
+        ),
+    });
+    broken
         .or_else(|| at_most("engine", "sequences_max", e.sequences_max, 65_536))
-        .or_else(|| {
-            // A running sequence must get its one token in every step.
-            (e.step_tokens_max < e.sequences_max).then(|| {
-                let reason = format!(
-                    "expected at least engine.sequences_max ({}), found {}",
-                    e.sequences_max, e.step_tokens_max
-                );
-                ("engine", "step_tokens_max", reason)
-            })
-        })
         .or_else(|| at_most("engine", "step_tokens_max", e.step_tokens_max, 1 << 20))
-        .or_else(|| at_least("engine", "block_tokens", e.block_tokens, 1))
         .or_else(|| at_most("engine", "block_tokens", e.block_tokens, 1024))
-        .or_else(|| at_least("engine", "kv_cache_bytes", e.kv_cache_bytes, 1))
-        .or_else(|| at_least("engine", "queue_max", e.queue_max, 1))
-        .or_else(|| at_least("engine", "adapter_slots", e.adapter_slots, 1))
 }
 
 fn rest(config: &Config) -> Broken {
