@@ -1,4 +1,5 @@
 //! All integration tests, in one binary.
 
 mod engine_sim;
+mod metrics;
 mod tidy;
