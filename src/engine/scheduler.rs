@@ -32,9 +32,9 @@ pub(super) struct Scheduler {
     block_tokens: usize,
     prefix_cache: bool,
     /// In order of arrival.
-    pub(super) running: Vec<Box<Sequence>>,
+    pub(super) running: Vec<Sequence>,
     /// In order of arrival.
-    pub(super) waiting: VecDeque<Box<Sequence>>,
+    pub(super) waiting: VecDeque<Sequence>,
 }
 
 /// What a schedule asks the engine to do beside computing the chunks.
@@ -86,7 +86,7 @@ impl Scheduler {
     }
 
     /// Adds a sequence to those that wait.
-    pub(super) fn push_waiting(&mut self, sequence: Box<Sequence>) {
+    pub(super) fn push_waiting(&mut self, sequence: Sequence) {
         let position = self.waiting.partition_point(|other| other.id < sequence.id);
         self.waiting.insert(position, sequence);
     }
@@ -117,8 +117,8 @@ impl Scheduler {
     }
 
     /// Takes out the sequences that ended, with their blocks and slots given back.
-    pub(super) fn take_ended(&mut self, blocks: &mut BlockManager, slots: &mut SlotManager) -> Vec<Box<Sequence>> {
-        let mut ended: Vec<Box<Sequence>> = self.running.extract_if(.., |sequence| sequence.end.is_some()).collect();
+    pub(super) fn take_ended(&mut self, blocks: &mut BlockManager, slots: &mut SlotManager) -> Vec<Sequence> {
+        let mut ended: Vec<Sequence> = self.running.extract_if(.., |sequence| sequence.end.is_some()).collect();
         for sequence in &mut ended {
             leave(sequence, blocks, slots);
         }

@@ -248,3 +248,95 @@ impl Sequence {
         }
     }
 }
+
+#[cfg(test)]
+pub(super) mod tests {
+    use tokio::sync::mpsc::Receiver;
+
+    use super::super::SamplingParams;
+    use super::super::status::Status;
+    use super::*;
+
+    /// A request with neutral settings.
+    pub(in super::super) fn request(prompt: &[u32], max_tokens: usize) -> GenerationRequest {
+        GenerationRequest {
+            prompt: prompt.to_vec(),
+            adapter: None,
+            sampling: SamplingParams { temperature: 0.0, ..SamplingParams::default() },
+            max_tokens,
+            stop_token_ids: Vec::new(),
+            ignore_eos: false,
+            logprobs: None,
+            prompt_logprobs: None,
+            cache_salt: None,
+        }
+    }
+
+    /// The sequence of a request, and what it sends.
+    pub(in super::super) fn sequence(request: GenerationRequest) -> (Sequence, Receiver<GenerationEvent>) {
+        let (events, receiver) = mpsc::channel(request.max_tokens + EVENTS_BESIDE_TOKENS);
+        let setup = SequenceSetup {
+            max_tokens: request.max_tokens,
+            rope_length_rule: RopeLengthRule::Fixed,
+            fresh_seed: 0,
+            events,
+            in_flight: InFlight::new(&Arc::new(Status::default())),
+        };
+        (Sequence::new(request, setup), receiver)
+    }
+
+    fn score(rank: usize) -> TokenLogprob {
+        TokenLogprob { logprob: 0.0, rank, top: Vec::new() }
+    }
+
+    #[test]
+    fn stop_token_ends_unless_ignored_and_length_always_does() {
+        let check = |ignore_eos, tokens: &[u32], expected| {
+            let settings = GenerationRequest { stop_token_ids: vec![9], ignore_eos, ..request(&[1], 3) };
+            let (mut sequence, _receiver) = sequence(settings);
+            let mut ends = tokens.iter().map(|token| sequence.push_token(*token));
+            let end = ends.next_back().unwrap();
+            assert!(ends.all(|end| end.is_none()));
+            assert_eq!(end, expected, "{tokens:?}");
+        };
+        check(false, &[4, 9], Some(FinishReason::Stop));
+        check(true, &[4, 9], None);
+        check(true, &[4, 9, 4], Some(FinishReason::Length));
+        check(false, &[4, 4, 9], Some(FinishReason::Stop));
+    }
+
+    #[test]
+    fn prompt_scores_are_asked_for_once_and_in_order() {
+        let settings = GenerationRequest { prompt_logprobs: Some(0), ..request(&[1, 2, 3], 1) };
+        let (mut sequence, mut receiver) = sequence(settings);
+        assert_eq!(sequence.next_prompt_score(), Some(0));
+        sequence.push_prompt_score(score(1));
+        assert_eq!(sequence.next_prompt_score(), Some(1));
+        sequence.take_blocks();
+        assert_eq!(sequence.next_prompt_score(), Some(1), "scores outlive a preemption");
+        sequence.push_prompt_score(score(2));
+        assert_eq!(sequence.next_prompt_score(), None);
+        sequence.report_prompt();
+        sequence.report_prompt();
+        assert_eq!(sequence.next_prompt_score(), None);
+        let Ok(GenerationEvent::Prompt(scores)) = receiver.try_recv() else { panic!("no prompt event") };
+        assert_eq!(scores, [None, Some(score(1)), Some(score(2))]);
+        assert!(receiver.try_recv().is_err());
+    }
+
+    #[test]
+    fn the_last_tokens_block_is_never_reused() {
+        let reusable = |len: u32| {
+            let (mut sequence, _receiver) = sequence(request(&(0..len).collect::<Vec<_>>(), 1));
+            sequence.reusable_hashes(4).len()
+        };
+        assert_eq!([reusable(3), reusable(4), reusable(5), reusable(8), reusable(9)], [0, 0, 1, 1, 2]);
+    }
+
+    #[test]
+    fn scoring_the_prompt_reads_nothing_from_the_cache() {
+        let settings = GenerationRequest { prompt_logprobs: Some(1), ..request(&[1, 2, 3, 4, 5], 1) };
+        let (mut sequence, _receiver) = sequence(settings);
+        assert!(sequence.reusable_hashes(2).is_empty());
+    }
+}
