@@ -208,7 +208,11 @@ impl Scheduler {
             };
             if let Some(slot) = sequence.slot {
                 slots.pin(slot);
-                self.waiting.range_mut(..idx).for_each(|passed| passed.overtaken += 1);
+                // Whoever stands before it is deferred, or it would not have been reached.
+                for passed in self.waiting.range_mut(..idx) {
+                    passed.overtaken += 1;
+                    adapters_barred |= passed.overtaken >= self.sequences_max;
+                }
             }
             sequence.chunk_len = sequence.left_to_compute().min(budget);
             budget -= sequence.chunk_len;
@@ -250,6 +254,7 @@ impl Scheduler {
         }
         for sequence in &self.waiting {
             assert!(sequence.block_table.is_empty() && sequence.slot.is_none() && sequence.computed == 0);
+            assert!(sequence.overtaken <= self.sequences_max, "a deferred sequence is overtaken without end");
         }
     }
 }

@@ -86,6 +86,8 @@ pub(super) enum End {
     Failed(&'static str),
     /// The receiver was dropped.
     Cancelled,
+    /// The server stops; the text is safe to show.
+    ShutDown(&'static str),
 }
 
 /// What a new sequence needs beside its request.
@@ -188,7 +190,6 @@ impl Sequence {
     pub(super) fn take_blocks(&mut self) -> Vec<u32> {
         self.computed = 0;
         self.chunk_len = 0;
-        self.num_published = 0;
         std::mem::take(&mut self.block_table)
     }
 
@@ -243,7 +244,7 @@ impl Sequence {
                 cached_tokens: self.cached_tokens.unwrap_or(0),
                 generated_tokens: self.generated(),
             })),
-            End::Failed(message) => self.send(GenerationEvent::Failed(message.to_owned())),
+            End::Failed(message) | End::ShutDown(message) => self.send(GenerationEvent::Failed(message.to_owned())),
             End::Cancelled => {}
         }
     }

@@ -134,10 +134,10 @@ impl Engine {
         }
     }
 
-    /// Ends every sequence with a message to its client.
-    pub fn fail_all(&mut self, message: &'static str) {
+    /// Ends every sequence with a message to its client, which must be safe to show.
+    pub fn shut_down(&mut self, message: &'static str) {
         for sequence in self.scheduler.running.iter_mut().chain(&mut self.scheduler.waiting) {
-            sequence.end = Some(End::Failed(message));
+            sequence.end = Some(End::ShutDown(message));
         }
         self.sweep();
         self.publish();
