@@ -67,13 +67,14 @@ pub fn inspect(files: &AdapterFiles) -> Result<Inspection, AdapterError> {
             problems.push(AdapterError::Tensor { tensor: path.clone(), reason });
         }
         ranks.extend(found);
-        let stray = keys.iter().find(|(suffix, _)| {
-            COMMON_SUFFIXES.contains(&suffix.as_str())
-                && !is_saved(&saved, path)
-                && !may_follow
-                && !suffix.starts_with("base_layer")
-                && !(suffix.ends_with("bias") && replaces_biases)
-        });
+        let is_covered = |suffix: &str| {
+            !COMMON_SUFFIXES.contains(&suffix)
+                || suffix.starts_with("base_layer")
+                || is_saved(&saved, path)
+                || may_follow
+                || (replaces_biases && suffix.ends_with("bias"))
+        };
+        let stray = keys.iter().find(|(suffix, _)| !is_covered(suffix));
         if let Some((_, key)) = stray {
             let reason = "nothing in the config accounts for it".to_owned();
             problems.push(AdapterError::Tensor { tensor: key.clone(), reason });

@@ -1,5 +1,7 @@
 //! Every adapter fixture against PEFT in float32: unmerged, merged, and mixed in one batch.
 
+#![expect(clippy::unwrap_used, reason = "helpers of tests")]
+
 use std::collections::BTreeMap;
 
 use candle_core::{DType, Tensor};

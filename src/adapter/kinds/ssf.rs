@@ -79,15 +79,21 @@ fn lower(lowering: &mut Lowering<'_>) -> Result<(), AdapterError> {
     Ok(())
 }
 
+/// Whether a list may name what stands at a site.
+type Fits = fn(&SiteKind) -> bool;
+
 /// The config's three lists of modules, and what each may name.
-const LISTS: [(&str, fn(&SiteKind) -> bool); 3] = [
+const LISTS: [(&str, Fits); 3] = [
     ("target_modules", |kind| matches!(kind, SiteKind::Linear { .. })),
     ("norm_modules", |kind| matches!(kind, SiteKind::Norm { .. })),
     ("embedding_modules", |kind| matches!(kind, SiteKind::Embedding { .. })),
 ];
 
+/// Scale and shift of a module; what the config leaves out is absent.
+type ScaleShift = (Option<Tensor>, Option<Tensor>);
+
 /// Reads scale and shift; `use_scale` and `use_shift` say which of them there must be.
-fn take(lowering: &mut Lowering<'_>, id: SiteId) -> Result<(Option<Tensor>, Option<Tensor>), AdapterError> {
+fn take(lowering: &mut Lowering<'_>, id: SiteId) -> Result<ScaleShift, AdapterError> {
     let features = match lowering.site(id).kind {
         SiteKind::Linear { out_features, .. } => out_features,
         SiteKind::Norm { dim, .. } | SiteKind::Embedding { dim, .. } => dim,
