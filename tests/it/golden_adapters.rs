@@ -6,6 +6,7 @@ use std::collections::BTreeMap;
 
 use candle_core::{DType, Tensor};
 use patchbay::adapter::{AdapterFiles, LowerOptions, LowerReport, LoweredAdapter, lower};
+use patchbay::model::{DtypeChoice, ModelConfig, QuantChoice};
 
 use crate::fixtures::{self, AdapterCase};
 use crate::runner::{Runner, relative_difference};
@@ -32,7 +33,11 @@ fn read(case: &AdapterCase) -> AdapterFiles {
 }
 
 fn lower_case(runner: &Runner, case: &AdapterCase, merge: bool) -> Lowered {
-    let options = LowerOptions { merge, dtype: DType::F32, own_bytes_max: 1 << 30 };
+    lower_case_to(runner, case, merge, DType::F32)
+}
+
+fn lower_case_to(runner: &Runner, case: &AdapterCase, merge: bool, dtype: DType) -> Lowered {
+    let options = LowerOptions { merge, dtype, own_bytes_max: 1 << 30 };
     let (adapter, report) = lower(&read(case), &runner.model, &options)
         .unwrap_or_else(|error| panic!("{} (merge: {merge}): {error}", case.dir));
     let expected = fixtures::expected(&case.dir);
@@ -49,12 +54,19 @@ fn lower_case(runner: &Runner, case: &AdapterCase, merge: bool) -> Lowered {
 
 /// Calls `claim` for each model with its cases.
 fn for_each_model(claim: impl Fn(&mut Runner, &[AdapterCase])) {
+    for_each_model_with(|_| (), claim);
+}
+
+/// The same with another model config.
+fn for_each_model_with(change: impl Fn(&mut ModelConfig), claim: impl Fn(&mut Runner, &[AdapterCase])) {
     let mut by_model: BTreeMap<String, Vec<AdapterCase>> = BTreeMap::new();
     for case in fixtures::manifest().cases {
         by_model.entry(case.model.clone()).or_default().push(case);
     }
     for (model, cases) in by_model {
-        claim(&mut Runner::new(fixtures::load_model(&model)), &cases);
+        let mut config = fixtures::model_config(&model);
+        change(&mut config);
+        claim(&mut Runner::new(fixtures::load_model_with(&config)), &cases);
     }
 }
 
@@ -97,6 +109,56 @@ fn logits_equal_peft() {
 #[test]
 fn merged_logits_equal_peft() {
     check_logits(true);
+}
+
+/// Half precision rounds weights and activations to 8 bits, and some fixtures scale their deltas up; 0.055 is the worst
+/// that was measured. A wrong formula is off by a multiple of this.
+const BF16_TOLERANCE: f32 = 0.08;
+
+#[test]
+fn bf16_logits_are_close_to_peft() {
+    let failures = std::cell::RefCell::new(Vec::new());
+    for_each_model_with(
+        |config| config.dtype = DtypeChoice::Bf16,
+        |runner, cases| {
+            for case in cases {
+                for merge in [false, true] {
+                    let lowered = lower_case_to(runner, case, merge, DType::BF16);
+                    let difference = difference(runner, &lowered, Some(&lowered.adapter));
+                    if difference >= BF16_TOLERANCE {
+                        failures.borrow_mut().push(format!("{} (merge: {merge}): differs by {difference:e}", case.dir));
+                    }
+                }
+            }
+        },
+    );
+    assert_none(&failures.into_inner());
+}
+
+/// The quantised product rounds the activations too, to 8 bits per block; 0.056 is the worst that was measured.
+const Q8_TOLERANCE: f32 = 0.08;
+
+/// DoRA and bat read the base weight: it must be the one that the quantised product multiplies with.
+#[test]
+fn merged_equals_unmerged_on_a_quantised_base() {
+    let failures = std::cell::RefCell::new(Vec::new());
+    for_each_model_with(
+        |config| config.quant = Some(QuantChoice::Q8_0),
+        |runner, cases| {
+            let prompt = &fixtures::prompts()[1];
+            for case in cases {
+                let [apart, merged] = [false, true].map(|merge| {
+                    let lowered = lower_case(runner, case, merge);
+                    runner.prompt_logits(prompt, Some(&lowered.adapter), prompt.len())
+                });
+                let difference = relative_difference(&merged, &apart);
+                if difference >= Q8_TOLERANCE {
+                    failures.borrow_mut().push(format!("{}: differs by {difference:e}", case.dir));
+                }
+            }
+        },
+    );
+    assert_none(&failures.into_inner());
 }
 
 /// All adapters of a model and the bare base, in one batch, from the first token to the last.
