@@ -125,14 +125,16 @@ fn run(mut engine: Engine, events: &Receiver<Event>) {
         } else {
             None
         };
+        let mut is_shutting_down = false;
         for event in first.into_iter().chain(events.try_iter()) {
             match event {
                 Event::Submit(submission) => engine.accept(submission),
-                Event::ShutDown => {
-                    engine.fail_all(SHUTTING_DOWN);
-                    return;
-                }
+                Event::ShutDown => is_shutting_down = true,
             }
+        }
+        if is_shutting_down {
+            engine.shut_down(SHUTTING_DOWN);
+            return;
         }
         engine.step();
     }

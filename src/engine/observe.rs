@@ -68,7 +68,7 @@ impl Observer {
             End::Finished(FinishReason::Stop) => "stop",
             End::Finished(FinishReason::Length) => "length",
             End::Failed(_) => "error",
-            End::Cancelled => "abort",
+            End::Cancelled | End::ShutDown(_) => "abort",
         };
         self.metrics.request_success.with_label_values(&[reason]).inc();
         match end {
@@ -77,7 +77,7 @@ impl Observer {
                 let label = self.metrics.adapter_label(sequence.adapter_name());
                 self.metrics.adapter_errors.with_label_values(&[label]).inc();
             }
-            End::Cancelled => {}
+            End::Cancelled | End::ShutDown(_) => {}
         }
     }
 

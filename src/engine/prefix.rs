@@ -89,6 +89,8 @@ fn hash_optional(hasher: &mut Sha256, bytes: Option<&[u8]>) {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
     const TOKENS: [u32; 12] = [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12];
@@ -164,5 +166,28 @@ mod tests {
         };
         assert_ne!(hashes(key(8), &TOKENS)[0], hashes(key(9), &TOKENS)[0]);
         assert_eq!(hashes(key(7), &TOKENS)[0], hashes(key(8), &TOKENS)[0]);
+    }
+
+    /// A key and tokens from small ranges, so that equal ones occur.
+    fn content() -> impl Strategy<Value = (Option<[u8; 32]>, Option<String>, Vec<u32>)> {
+        let adapter = prop::option::of((0_u8..2).prop_map(|byte| [byte; 32]));
+        let salt = prop::option::of("[ab]{0,2}");
+        (adapter, salt, prop::collection::vec(0_u32..2, 0..24))
+    }
+
+    proptest! {
+        /// Two sequences share exactly the full blocks of their common prefix, and none unless their keys are equal.
+        #[test]
+        fn sharing_is_exactly_the_common_prefix_of_equal_keys(one in content(), two in content()) {
+            let of = |(adapter, salt, tokens): &(Option<[u8; 32]>, Option<String>, Vec<u32>)| {
+                hashes(key(adapter.as_ref(), salt.as_deref()), tokens)
+            };
+            let (hashes_one, hashes_two) = (of(&one), of(&two));
+            let common_tokens = one.2.iter().zip(&two.2).take_while(|(a, b)| a == b).count();
+            let expected = if (&one.0, &one.1) == (&two.0, &two.1) { common_tokens / 4 } else { 0 };
+            let shared = hashes_one.iter().zip(&hashes_two).take_while(|(a, b)| a == b).count();
+            prop_assert_eq!(shared, expected);
+            prop_assert!(hashes_one[shared..].iter().all(|hash| !hashes_two.contains(hash)));
+        }
     }
 }

@@ -32,9 +32,9 @@ pub(super) struct Scheduler {
     block_tokens: usize,
     prefix_cache: bool,
     /// In order of arrival.
-    pub(super) running: Vec<Box<Sequence>>,
+    pub(super) running: Vec<Sequence>,
     /// In order of arrival.
-    pub(super) waiting: VecDeque<Box<Sequence>>,
+    pub(super) waiting: VecDeque<Sequence>,
 }
 
 /// What a schedule asks the engine to do beside computing the chunks.
@@ -86,7 +86,7 @@ impl Scheduler {
     }
 
     /// Adds a sequence to those that wait.
-    pub(super) fn push_waiting(&mut self, sequence: Box<Sequence>) {
+    pub(super) fn push_waiting(&mut self, sequence: Sequence) {
         let position = self.waiting.partition_point(|other| other.id < sequence.id);
         self.waiting.insert(position, sequence);
     }
@@ -94,6 +94,7 @@ impl Scheduler {
     /// Sets every sequence's `chunk_len`, with blocks and slots in place for it.
     pub(super) fn schedule(&mut self, blocks: &mut BlockManager, slots: &mut SlotManager) -> Schedule {
         let mut schedule = Schedule::default();
+        self.restart_switched(blocks, slots);
         let budget = self.divide_budget();
         schedule.num_preempted = self.grow_tables(blocks, slots);
         for sequence in &mut self.waiting {
@@ -117,8 +118,8 @@ impl Scheduler {
     }
 
     /// Takes out the sequences that ended, with their blocks and slots given back.
-    pub(super) fn take_ended(&mut self, blocks: &mut BlockManager, slots: &mut SlotManager) -> Vec<Box<Sequence>> {
-        let mut ended: Vec<Box<Sequence>> = self.running.extract_if(.., |sequence| sequence.end.is_some()).collect();
+    pub(super) fn take_ended(&mut self, blocks: &mut BlockManager, slots: &mut SlotManager) -> Vec<Sequence> {
+        let mut ended: Vec<Sequence> = self.running.extract_if(.., |sequence| sequence.end.is_some()).collect();
         for sequence in &mut ended {
             leave(sequence, blocks, slots);
         }
@@ -128,6 +129,15 @@ impl Scheduler {
             ended.extend(gone);
         }
         ended
+    }
+
+    /// Sends the sequences that must be recomputed back to those that wait, in their old order.
+    fn restart_switched(&mut self, blocks: &mut BlockManager, slots: &mut SlotManager) {
+        let restarted: Vec<Sequence> = self.running.extract_if(.., |sequence| sequence.must_restart).collect();
+        for mut sequence in restarted {
+            leave(&mut sequence, blocks, slots);
+            self.push_waiting(sequence);
+        }
     }
 
     /// Sets the running sequences' chunks, decodes before prefills; returns what is left of the budget.
@@ -208,7 +218,11 @@ impl Scheduler {
             };
             if let Some(slot) = sequence.slot {
                 slots.pin(slot);
-                self.waiting.range_mut(..idx).for_each(|passed| passed.overtaken += 1);
+                // Whoever stands before it is deferred, or it would not have been reached.
+                for passed in self.waiting.range_mut(..idx) {
+                    passed.overtaken += 1;
+                    adapters_barred |= passed.overtaken >= self.sequences_max;
+                }
             }
             sequence.chunk_len = sequence.left_to_compute().min(budget);
             budget -= sequence.chunk_len;
@@ -250,6 +264,7 @@ impl Scheduler {
         }
         for sequence in &self.waiting {
             assert!(sequence.block_table.is_empty() && sequence.slot.is_none() && sequence.computed == 0);
+            assert!(sequence.overtaken <= self.sequences_max, "a deferred sequence is overtaken without end");
         }
     }
 }

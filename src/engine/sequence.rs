@@ -26,6 +26,10 @@ pub(super) struct Sequence {
     pub(super) tokens: Vec<u32>,
     /// Tokens of the prompt.
     pub(super) prompt_len: usize,
+    /// Tokens that count as the prompt for RoPE; more than `prompt_len` after a switch of frequencies.
+    pub(super) rope_prompt_len: usize,
+    /// What is cached was rotated with other frequencies than the context now has: all of it must be recomputed.
+    pub(super) must_restart: bool,
     /// Leading tokens whose keys and values are in the cache.
     pub(super) computed: usize,
     /// Tokens to compute in the current step; 0 when not scheduled.
@@ -59,6 +63,8 @@ pub(super) struct Sequence {
     /// Set once, when nothing more will be computed for it.
     pub(super) end: Option<End>,
     stop_token_ids: Vec<u32>,
+    cache_salt: Option<String>,
+    rope_length_rule: RopeLengthRule,
     prompt_reported: bool,
     events: mpsc::Sender<GenerationEvent>,
     _in_flight: InFlight,
@@ -86,6 +92,8 @@ pub(super) enum End {
     Failed(&'static str),
     /// The receiver was dropped.
     Cancelled,
+    /// The server stops; the text is safe to show.
+    ShutDown(&'static str),
 }
 
 /// What a new sequence needs beside its request.
@@ -115,6 +123,8 @@ impl Sequence {
             id: 0,
             adapter: request.adapter,
             prompt_len: request.prompt.len(),
+            rope_prompt_len: request.prompt.len(),
+            must_restart: false,
             computed: 0,
             chunk_len: 0,
             block_table: Vec::new(),
@@ -132,6 +142,8 @@ impl Sequence {
             times: Times { arrived: Instant::now(), scheduled: None, first_token: None, last_token: None },
             end: None,
             stop_token_ids: if request.ignore_eos { Vec::new() } else { request.stop_token_ids },
+            cache_salt: request.cache_salt,
+            rope_length_rule: setup.rope_length_rule,
             prompt_reported: false,
             events: setup.events,
             _in_flight: setup.in_flight,
@@ -188,7 +200,7 @@ impl Sequence {
     pub(super) fn take_blocks(&mut self) -> Vec<u32> {
         self.computed = 0;
         self.chunk_len = 0;
-        self.num_published = 0;
+        self.must_restart = false;
         std::mem::take(&mut self.block_table)
     }
 
@@ -218,12 +230,31 @@ impl Sequence {
     pub(super) fn push_token(&mut self, token: u32) -> Option<FinishReason> {
         self.tokens.push(token);
         self.sampler.record(token);
+        self.follow_rope_switch();
         if self.stop_token_ids.contains(&token) {
             Some(FinishReason::Stop)
         } else if self.generated() >= self.max_tokens {
             Some(FinishReason::Length)
         } else {
             None
+        }
+    }
+
+    /// Where the model has two sets of frequencies, a whole context uses one of them: when it grows past the threshold,
+    /// transformers forgets the cache and computes everything with the other set, and so do we. (Where frequencies
+    /// change with every token, transformers leaves the cached keys as they are.)
+    fn follow_rope_switch(&mut self) {
+        let rule = self.rope_length_rule;
+        let is_switch = matches!(rule, RopeLengthRule::Switch { .. });
+        if is_switch && rule.regime(self.rope_prompt_len) != rule.regime(self.tokens.len()) {
+            self.rope_prompt_len = self.tokens.len();
+            self.prefix = PrefixChain::new(PrefixKey {
+                adapter: self.digest(),
+                salt: self.cache_salt.as_deref(),
+                rope_length_rule: rule,
+                prompt_len: self.rope_prompt_len,
+            });
+            self.must_restart = true;
         }
     }
 
@@ -243,8 +274,100 @@ impl Sequence {
                 cached_tokens: self.cached_tokens.unwrap_or(0),
                 generated_tokens: self.generated(),
             })),
-            End::Failed(message) => self.send(GenerationEvent::Failed(message.to_owned())),
+            End::Failed(message) | End::ShutDown(message) => self.send(GenerationEvent::Failed(message.to_owned())),
             End::Cancelled => {}
         }
+    }
+}
+
+#[cfg(test)]
+pub(super) mod tests {
+    use tokio::sync::mpsc::Receiver;
+
+    use super::super::SamplingParams;
+    use super::super::status::Status;
+    use super::*;
+
+    /// A request with neutral settings.
+    pub(in super::super) fn request(prompt: &[u32], max_tokens: usize) -> GenerationRequest {
+        GenerationRequest {
+            prompt: prompt.to_vec(),
+            adapter: None,
+            sampling: SamplingParams { temperature: 0.0, ..SamplingParams::default() },
+            max_tokens,
+            stop_token_ids: Vec::new(),
+            ignore_eos: false,
+            logprobs: None,
+            prompt_logprobs: None,
+            cache_salt: None,
+        }
+    }
+
+    /// The sequence of a request, and what it sends.
+    pub(in super::super) fn sequence(request: GenerationRequest) -> (Sequence, Receiver<GenerationEvent>) {
+        let (events, receiver) = mpsc::channel(request.max_tokens + EVENTS_BESIDE_TOKENS);
+        let setup = SequenceSetup {
+            max_tokens: request.max_tokens,
+            rope_length_rule: RopeLengthRule::Fixed,
+            fresh_seed: 0,
+            events,
+            in_flight: InFlight::new(&Arc::new(Status::default())),
+        };
+        (Sequence::new(request, setup), receiver)
+    }
+
+    fn score(rank: usize) -> TokenLogprob {
+        TokenLogprob { logprob: 0.0, rank, top: Vec::new() }
+    }
+
+    #[test]
+    fn stop_token_ends_unless_ignored_and_length_always_does() {
+        let check = |ignore_eos, tokens: &[u32], expected| {
+            let settings = GenerationRequest { stop_token_ids: vec![9], ignore_eos, ..request(&[1], 3) };
+            let (mut sequence, _receiver) = sequence(settings);
+            let mut ends: Vec<_> = tokens.iter().map(|token| sequence.push_token(*token)).collect();
+            let end = ends.pop().unwrap();
+            assert!(ends.iter().all(Option::is_none), "{tokens:?}");
+            assert_eq!(end, expected, "{tokens:?}");
+        };
+        check(false, &[4, 9], Some(FinishReason::Stop));
+        check(true, &[4, 9], None);
+        check(true, &[4, 9, 4], Some(FinishReason::Length));
+        check(false, &[4, 4, 9], Some(FinishReason::Stop));
+    }
+
+    #[test]
+    fn prompt_scores_are_asked_for_once_and_in_order() {
+        let settings = GenerationRequest { prompt_logprobs: Some(0), ..request(&[1, 2, 3], 1) };
+        let (mut sequence, mut receiver) = sequence(settings);
+        assert_eq!(sequence.next_prompt_score(), Some(0));
+        sequence.push_prompt_score(score(1));
+        assert_eq!(sequence.next_prompt_score(), Some(1));
+        sequence.take_blocks();
+        assert_eq!(sequence.next_prompt_score(), Some(1), "scores outlive a preemption");
+        sequence.push_prompt_score(score(2));
+        assert_eq!(sequence.next_prompt_score(), None);
+        sequence.report_prompt();
+        sequence.report_prompt();
+        assert_eq!(sequence.next_prompt_score(), None);
+        let Ok(GenerationEvent::Prompt(scores)) = receiver.try_recv() else { panic!("no prompt event") };
+        assert_eq!(scores, [None, Some(score(1)), Some(score(2))]);
+        assert!(receiver.try_recv().is_err());
+    }
+
+    #[test]
+    fn the_last_tokens_block_is_never_reused() {
+        let reusable = |len: u32| {
+            let (mut sequence, _receiver) = sequence(request(&(0..len).collect::<Vec<_>>(), 1));
+            sequence.reusable_hashes(4).len()
+        };
+        assert_eq!([reusable(3), reusable(4), reusable(5), reusable(8), reusable(9)], [0, 0, 1, 1, 2]);
+    }
+
+    #[test]
+    fn scoring_the_prompt_reads_nothing_from_the_cache() {
+        let settings = GenerationRequest { prompt_logprobs: Some(1), ..request(&[1, 2, 3, 4, 5], 1) };
+        let (mut sequence, _receiver) = sequence(settings);
+        assert!(sequence.reusable_hashes(2).is_empty());
     }
 }

@@ -100,7 +100,7 @@ impl Engine {
 
     /// Takes in an admitted request; it waits until a step schedules it.
     pub fn accept(&mut self, submission: Submission) {
-        let mut sequence = submission.0;
+        let mut sequence = *submission.0;
         sequence.id = self.next_id;
         self.next_id += 1;
         self.scheduler.push_waiting(sequence);
@@ -119,6 +119,7 @@ impl Engine {
         let scheduled = self.schedule();
         let some_ended = self.scheduler.len() < num_sequences;
         assert!(some_ended || !scheduled.is_empty(), "a step brings some sequence further");
+        self.publish();
         if !scheduled.is_empty() {
             let layout =
                 Layout { block_tokens: self.config.block_tokens, residents: &self.residents, blocks: &self.blocks };
@@ -129,14 +130,14 @@ impl Engine {
             }
             self.sweep();
             self.observer.stepped(batch.token_ids.len(), started.elapsed());
+            self.publish();
         }
-        self.publish();
     }
 
-    /// Ends every sequence with a message to its client.
-    pub fn fail_all(&mut self, message: &'static str) {
+    /// Ends every sequence with a message to its client, which must be safe to show.
+    pub fn shut_down(&mut self, message: &'static str) {
         for sequence in self.scheduler.running.iter_mut().chain(&mut self.scheduler.waiting) {
-            sequence.end = Some(End::Failed(message));
+            sequence.end = Some(End::ShutDown(message));
         }
         self.sweep();
         self.publish();
@@ -312,14 +313,14 @@ fn publish_blocks(sequence: &mut Sequence, blocks: &mut BlockManager, block_toke
     }
     sequence.prefix.extend(&sequence.tokens[..sequence.computed], block_tokens);
     let hashes = sequence.prefix.hashes();
-    for idx in sequence.num_published..num_full.min(hashes.len()) {
-        blocks.publish(sequence.block_table[idx], hashes[idx]);
+    for (block, hash) in sequence.block_table[..num_full].iter().zip(hashes).skip(sequence.num_published) {
+        blocks.publish(*block, *hash);
     }
     sequence.num_published = num_full;
 }
 
 /// Reads every row of `logits`; in parallel when there is enough to do.
-fn read_rows(running: &[Box<Sequence>], rows: &[Row], logits: &mut [f32], vocab_size: usize) -> Vec<RowResult> {
+fn read_rows(running: &[Sequence], rows: &[Row], logits: &mut [f32], vocab_size: usize) -> Vec<RowResult> {
     let read = |(row, logits): (&Row, &mut [f32])| read_row(&running[row.running_idx], row.purpose, logits);
     if logits.len() < PARALLEL_LOGITS_MIN {
         rows.iter().zip(logits.chunks_exact_mut(vocab_size)).map(read).collect()

@@ -4,8 +4,11 @@
 //! regime as they were written to the KV slots. Whoever reads a slot of another context, adapter or regime, or one
 //! overwritten too early, gets other tokens than alone. Engines are stepped directly: no threads, no time.
 
+#![allow(clippy::unwrap_used, reason = "a test stops at any surprise")]
+
 use std::collections::HashSet;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::mpsc::{SyncSender, sync_channel};
 use std::sync::{Arc, Mutex};
 
 use candle_core::{Device, Result, Tensor};
@@ -41,7 +44,7 @@ enum Fault {
 struct Probe {
     fault: Mutex<Fault>,
     copies: AtomicUsize,
-    steps: AtomicUsize,
+    tokens: AtomicUsize,
 }
 
 impl Probe {
@@ -108,13 +111,17 @@ impl FakeModel {
     /// Hash of the context up to `position`, read back through the block table.
     fn read(&self, block_table: &[u32], position: usize, adapter: Option<usize>) -> u64 {
         let mut hash = mix(adapter.map_or(0, |adapter| adapter as u64 + 1));
+        let mut regimes = HashSet::new();
         for idx in 0..=position {
             let slot = block_table[idx / self.block_tokens] as usize * self.block_tokens + idx % self.block_tokens;
             let written = self.slots[slot].expect("a slot is read before it is written");
             assert_eq!(written.position as usize, idx, "a slot of another position is read");
             assert_eq!(written.adapter, adapter, "a slot of another adapter is read");
             hash = mix(hash ^ u64::from(written.token) ^ (written.regime << 32));
+            regimes.insert(written.regime);
         }
+        let is_switch = matches!(self.limits.rope_length_rule, RopeLengthRule::Switch { .. });
+        assert!(!is_switch || regimes.len() == 1, "a context mixes two sets of frequencies");
         hash
     }
 }
@@ -125,7 +132,7 @@ impl Forward for FakeModel {
     }
 
     fn forward(&mut self, batch: &Batch) -> Result<Tensor> {
-        self.probe.steps.fetch_add(1, Ordering::SeqCst);
+        self.probe.tokens.fetch_add(batch.token_ids.len(), Ordering::SeqCst);
         let adapters = Self::adapters(batch);
         self.write(batch, &adapters);
         let fault = self.probe.take_fault(&[Fault::Error, Fault::Panic, Fault::Nan]);
@@ -519,4 +526,451 @@ fn faults_end_only_the_requests_they_hit() {
         simulate(seed, &faults, &mut met);
     }
     assert!(met.finished > 500 && met.failed > 50, "{met:?}");
+}
+
+/// Runs one request in a roomy world.
+fn run_alone(request: &GenerationRequest) -> Outcome {
+    alone(&ROOMY, request)
+}
+
+fn prompt(len: u32) -> Vec<u32> {
+    (0..len).map(|idx| (idx * 5 + 1) % VOCAB as u32).collect()
+}
+
+fn finish(outcome: &Outcome) -> (FinishReason, usize) {
+    let finish = outcome.finish.unwrap_or_else(|| panic!("not finished: {outcome:?}"));
+    (finish.reason, finish.generated_tokens)
+}
+
+#[test]
+fn prompt_logprobs_are_equal_however_the_prompt_is_cut() {
+    let request = GenerationRequest { prompt_logprobs: Some(2), ..request(prompt(23), 2) };
+    let whole = run_alone(&request);
+    let scores = whole.prompt.clone().unwrap();
+    assert_eq!(scores.len(), 23);
+    assert!(scores[0].is_none() && scores[1..].iter().all(|score| score.as_ref().unwrap().top.len() == 2));
+    for step_tokens_max in [1, 2, 5, 22] {
+        let world = World { sequences_max: 1, step_tokens_max, ..ROOMY };
+        let mut sim = Sim::new(&world);
+        sim.submit(request.clone()).unwrap();
+        sim.run();
+        assert_eq!(sim.outcomes[0], whole, "{step_tokens_max} tokens per step");
+    }
+}
+
+#[test]
+fn zero_max_tokens_only_scores_the_prompt() {
+    let silent = run_alone(&request(prompt(9), 0));
+    assert_eq!(finish(&silent), (FinishReason::Length, 0));
+    assert!(silent.prompt.is_none());
+    let scored = run_alone(&GenerationRequest { prompt_logprobs: Some(0), ..request(prompt(9), 0) });
+    assert_eq!(finish(&scored), (FinishReason::Length, 0));
+    assert_eq!(scored.prompt.unwrap().len(), 9);
+}
+
+#[test]
+fn a_prompt_of_one_token_has_one_empty_score() {
+    let scored = run_alone(&GenerationRequest { prompt_logprobs: Some(3), ..request(vec![4], 1) });
+    assert_eq!(scored.prompt, Some(vec![None]));
+}
+
+#[test]
+fn generated_logprobs_name_the_drawn_token() {
+    let outcome = run_alone(&GenerationRequest { logprobs: Some(3), ..request(prompt(5), 8) });
+    for (id, logprob) in outcome.tokens {
+        let logprob = logprob.unwrap();
+        assert_eq!((logprob.rank, logprob.top[0]), (1, (id, logprob.logprob)), "greedy takes the most likely");
+        assert!(logprob.top.is_sorted_by(|a, b| a.1 >= b.1));
+    }
+}
+
+#[test]
+fn generation_ends_at_the_context_limit() {
+    let world = World { context_tokens_max: 16, ..ROOMY };
+    let mut sim = Sim::new(&world);
+    sim.submit(request(prompt(10), 1000)).unwrap();
+    sim.submit(request(prompt(16), 0)).unwrap();
+    sim.submit(request(prompt(15), 5)).unwrap();
+    assert_eq!(sim.submit(request(prompt(16), 1)), Err(SubmitError::PromptTooLong { found: 16, limit: 15 }));
+    assert_eq!(sim.submit(request(prompt(17), 0)), Err(SubmitError::PromptTooLong { found: 17, limit: 16 }));
+    sim.run();
+    let finishes: Vec<_> = sim.outcomes.iter().map(finish).collect();
+    assert_eq!(finishes, [(FinishReason::Length, 6), (FinishReason::Length, 0), (FinishReason::Length, 1)]);
+}
+
+#[test]
+fn a_small_cache_bounds_the_context() {
+    let world = World { num_blocks: 3, ..ROOMY };
+    let mut sim = Sim::new(&world);
+    sim.submit(request(prompt(5), 1000)).unwrap();
+    assert_eq!(sim.submit(request(prompt(12), 1)), Err(SubmitError::PromptTooLong { found: 12, limit: 11 }));
+    sim.run();
+    assert_eq!(finish(&sim.outcomes[0]), (FinishReason::Length, 7));
+}
+
+#[test]
+fn equal_prompts_reuse_all_full_blocks_but_the_last_tokens() {
+    let world = World { prefix_cache: true, ..ROOMY };
+    let mut sim = Sim::new(&world);
+    let mut cached = |request| {
+        let idx = sim.submit(request).unwrap();
+        sim.run();
+        sim.outcomes[idx].finish.unwrap().cached_tokens
+    };
+    assert_eq!(cached(request(prompt(12), 1)), 0);
+    assert_eq!(cached(request(prompt(12), 1)), 8);
+    assert_eq!(cached(request(prompt(13), 1)), 12);
+    assert_eq!(cached(with_adapter(prompt(13), 1, 1)), 0);
+    assert_eq!(cached(with_adapter(prompt(13), 1, 1)), 12);
+    assert_eq!(cached(with_adapter(prompt(13), 1, 2)), 0);
+    assert_eq!(cached(GenerationRequest { cache_salt: Some(String::new()), ..request(prompt(13), 1) }), 0);
+    assert_eq!(cached(GenerationRequest { prompt_logprobs: Some(0), ..request(prompt(13), 1) }), 0);
+}
+
+#[test]
+fn a_conversation_reuses_its_generated_tokens() {
+    let world = World { prefix_cache: true, ..ROOMY };
+    let mut sim = Sim::new(&world);
+    sim.submit(request(prompt(6), 6)).unwrap();
+    sim.run();
+    let next_turn = [prompt(6), sim.outcomes[0].ids(), prompt(3)].concat();
+    sim.submit(request(next_turn, 1)).unwrap();
+    sim.run();
+    // The last generated token was never computed, so 11 of the 12 are known and two blocks are full.
+    assert_eq!(sim.outcomes[1].finish.unwrap().cached_tokens, 8);
+}
+
+#[test]
+fn a_new_generation_of_a_name_shares_nothing_with_the_old() {
+    let world = World { prefix_cache: true, ..ROOMY };
+    let mut sim = Sim::new(&world);
+    let generation = |id: usize| {
+        let LoadedAdapter { digest, lowered, .. } = Arc::into_inner(adapter(id)).unwrap();
+        let name = "one-name".to_owned();
+        let loaded = LoadedAdapter { name, generation: id as u64, digest, lowered, bytes: 0 };
+        GenerationRequest { adapter: Some(Arc::new(loaded)), ..request(prompt(13), 4) }
+    };
+    // Both at once, and the old one again after the new one.
+    for id in [1, 1, 2, 1, 2] {
+        sim.submit(generation(id)).unwrap();
+    }
+    sim.run();
+    for (outcome, id) in sim.outcomes.iter().zip([1, 1, 2, 1, 2]) {
+        assert_eq!(outcome.ids(), run_alone(&with_adapter(prompt(13), 4, id)).ids());
+    }
+}
+
+#[test]
+fn preempted_sequences_go_on_with_the_same_random_numbers() {
+    let world = World { num_blocks: 10, sequences_max: 4, ..ROOMY };
+    let requests: Vec<_> = (0..4)
+        .map(|seed| {
+            let sampling = SamplingParams { temperature: 1.0, seed: Some(seed), ..SamplingParams::default() };
+            GenerationRequest { sampling, ..request(prompt(4), 30) }
+        })
+        .collect();
+    let mut sim = Sim::new(&world);
+    for request in &requests {
+        sim.submit(request.clone()).unwrap();
+    }
+    sim.run();
+    assert!(sim.metrics.preemptions.get() >= 3, "{}", sim.metrics.preemptions.get());
+    for (request, outcome) in requests.iter().zip(&sim.outcomes) {
+        assert_eq!(*outcome, run_alone(request));
+    }
+}
+
+#[test]
+fn a_context_that_outgrows_its_frequencies_is_recomputed_once() {
+    let world = World { rope_length_rule: RopeLengthRule::Switch { threshold: 8 }, prefix_cache: true, ..ROOMY };
+    let mut sim = Sim::new(&world);
+    sim.submit(request(prompt(4), 9)).unwrap();
+    sim.run();
+    assert_eq!(finish(&sim.outcomes[0]), (FinishReason::Length, 9));
+    assert_eq!(sim.probe.tokens.load(Ordering::SeqCst), 4 + 4 + 9 + 3, "prompt, decodes, recomputation, decodes");
+    assert_eq!(sim.metrics.preemptions.get(), 0);
+    assert_eq!(sim.metrics.prompt_tokens.get(), 4);
+}
+
+#[test]
+fn cancelling_frees_the_place_within_a_step() {
+    let world = World { sequences_max: 1, step_tokens_max: 4, queue_max: 1, ..ROOMY };
+    let mut sim = Sim::new(&world);
+    let running = sim.submit(request(prompt(4), 50)).unwrap();
+    sim.step();
+    let waiting = sim.submit(request(prompt(4), 50)).unwrap();
+    assert_eq!(sim.submit(request(prompt(4), 1)), Err(SubmitError::QueueFull { limit: 1 }));
+    sim.cancel(waiting);
+    sim.step();
+    sim.submit(request(prompt(4), 1)).unwrap();
+    sim.cancel(running);
+    sim.step();
+    assert_eq!(sim.outcomes[2].ids(), run_alone(&request(prompt(4), 1)).ids(), "the seat is free at once");
+}
+
+#[test]
+fn a_deferred_request_holds_up_nobody_else() {
+    let world = World { adapter_slots: 1, ..ROOMY };
+    let mut sim = Sim::new(&world);
+    let long = sim.submit(with_adapter(prompt(4), 100, 1)).unwrap();
+    sim.step();
+    let deferred = sim.submit(with_adapter(prompt(4), 2, 2)).unwrap();
+    let resident = sim.submit(with_adapter(prompt(4), 2, 1)).unwrap();
+    let base = sim.submit(request(prompt(4), 2)).unwrap();
+    sim.step();
+    assert_eq!(sim.metrics.requests_waiting_by_reason.with_label_values(&["deferred"]).get(), 1);
+    assert_eq!(sim.metrics.requests_waiting_by_reason.with_label_values(&["capacity"]).get(), 0);
+    assert_eq!(sim.metrics.requests_running.get(), 3);
+    sim.step();
+    assert!(!sim.is_live(resident) && !sim.is_live(base) && sim.is_live(deferred) && sim.is_live(long));
+    sim.run();
+}
+
+#[test]
+fn a_deferred_request_is_overtaken_a_bounded_number_of_times() {
+    let world = World { adapter_slots: 1, sequences_max: 3, ..ROOMY };
+    let mut sim = Sim::new(&world);
+    sim.submit(with_adapter(prompt(4), 5, 1)).unwrap();
+    sim.step();
+    let deferred = sim.submit(with_adapter(prompt(4), 2, 2)).unwrap();
+    // The resident adapter's requests never stop coming.
+    let mut submitted = Vec::new();
+    for _ in 0..40 {
+        submitted.push(sim.submit(with_adapter(prompt(4), 5, 1)).unwrap());
+        sim.step();
+        if !sim.is_live(deferred) {
+            break;
+        }
+    }
+    assert!(!sim.is_live(deferred), "starved");
+    let overtook = submitted.iter().filter(|idx| !sim.outcomes[**idx].tokens.is_empty()).count();
+    assert!(overtook <= world.sequences_max, "{overtook} passed");
+    sim.run();
+}
+
+#[test]
+fn base_requests_pass_even_when_adapters_are_barred() {
+    let world = World { adapter_slots: 1, sequences_max: 2, ..ROOMY };
+    let mut sim = Sim::new(&world);
+    sim.submit(with_adapter(prompt(4), 60, 1)).unwrap();
+    sim.step();
+    sim.submit(with_adapter(prompt(4), 2, 2)).unwrap();
+    for _ in 0..3 {
+        sim.submit(with_adapter(prompt(4), 1, 1)).unwrap();
+        sim.step();
+    }
+    assert_eq!(sim.metrics.requests_waiting_by_reason.with_label_values(&["deferred"]).get(), 2);
+    let base = sim.submit(request(prompt(4), 1)).unwrap();
+    sim.step();
+    assert!(!sim.is_live(base));
+    sim.run();
+}
+
+#[test]
+fn a_failed_step_ends_its_sequences_and_no_others() {
+    for fault in [Fault::Error, Fault::Panic] {
+        let world = World { sequences_max: 2, step_tokens_max: 8, prefix_cache: true, ..ROOMY };
+        let mut sim = Sim::new(&world);
+        for _ in 0..3 {
+            sim.submit(request(prompt(4), 3)).unwrap();
+        }
+        sim.probe.set_fault(fault);
+        sim.step();
+        assert_eq!(sim.engine.blocks_in_use(), 0);
+        sim.run();
+        let message = Some("the model failed to compute this request".to_owned());
+        assert_eq!([&sim.outcomes[0].failed, &sim.outcomes[1].failed], [&message; 2]);
+        assert_eq!(sim.outcomes[2].ids(), run_alone(&request(prompt(4), 3)).ids());
+    }
+}
+
+#[test]
+fn invalid_logits_end_only_their_sequence() {
+    let mut sim = Sim::new(&ROOMY);
+    sim.submit(request(prompt(4), 3)).unwrap();
+    sim.submit(request(prompt(5), 3)).unwrap();
+    sim.probe.set_fault(Fault::Nan);
+    sim.run();
+    assert_eq!(sim.outcomes[0].failed.as_deref(), Some("the model computed invalid numbers for this request"));
+    assert_eq!(sim.outcomes[1].ids(), run_alone(&request(prompt(5), 3)).ids());
+}
+
+#[test]
+fn a_failed_adapter_copy_ends_who_needed_it_and_the_next_try_works() {
+    for fault in [Fault::Copy, Fault::CopyPanic] {
+        let mut sim = Sim::new(&ROOMY);
+        sim.probe.set_fault(fault);
+        sim.submit(with_adapter(prompt(4), 2, 1)).unwrap();
+        sim.submit(request(prompt(4), 2)).unwrap();
+        sim.run();
+        assert_eq!(sim.outcomes[0].failed.as_deref(), Some("the adapter could not be copied to the device"));
+        assert_eq!(finish(&sim.outcomes[1]), (FinishReason::Length, 2));
+        assert_eq!(sim.metrics.adapter_errors.with_label_values(&["adapter-1"]).get(), 1);
+        sim.submit(with_adapter(prompt(4), 2, 1)).unwrap();
+        sim.run();
+        assert_eq!(finish(&sim.outcomes[2]), (FinishReason::Length, 2));
+    }
+}
+
+#[test]
+fn metrics_tell_what_happened() {
+    let world = World { prefix_cache: true, ..ROOMY };
+    let mut sim = Sim::new(&world);
+    sim.submit(with_adapter(prompt(9), 3, 1)).unwrap();
+    sim.run();
+    sim.submit(with_adapter(prompt(9), 1, 1)).unwrap();
+    sim.run();
+    let cancelled = sim.submit(request(prompt(4), 50)).unwrap();
+    sim.step();
+    sim.cancel(cancelled);
+    sim.run();
+    assert!(sim.submit(request(prompt(128), 1)).is_err());
+    let text = sim.metrics.render();
+    for line in [
+        "vllm:prompt_tokens_total{engine=\"0\",model_name=\"fake\"} 22",
+        "vllm:generation_tokens_total{engine=\"0\",model_name=\"fake\"} 5",
+        "vllm:prefix_cache_queries_total{engine=\"0\",model_name=\"fake\"} 22",
+        "vllm:prefix_cache_hits_total{engine=\"0\",model_name=\"fake\"} 8",
+        "vllm:request_success_total{engine=\"0\",finished_reason=\"length\",model_name=\"fake\"} 2",
+        "vllm:request_success_total{engine=\"0\",finished_reason=\"abort\",model_name=\"fake\"} 1",
+        "vllm:admission_rejections_total{engine=\"0\",model_name=\"fake\",reason=\"prompt_too_long\"} 1",
+        "vllm:time_to_first_token_seconds_count{engine=\"0\",model_name=\"fake\"} 3",
+        "vllm:inter_token_latency_seconds_count{engine=\"0\",model_name=\"fake\"} 2",
+        "vllm:request_time_per_output_token_seconds_count{engine=\"0\",model_name=\"fake\"} 1",
+        "vllm:e2e_request_latency_seconds_count{engine=\"0\",model_name=\"fake\"} 2",
+        "vllm:request_queue_time_seconds_count{engine=\"0\",model_name=\"fake\"} 3",
+        "vllm:kv_cache_usage_perc{engine=\"0\",model_name=\"fake\"} 0",
+        "vllm:num_requests_running{engine=\"0\",model_name=\"fake\"} 0",
+        "vllm:cache_config_info{block_size=\"4\",enable_prefix_caching=\"true\",engine=\"0\",model_name=\"fake\",num_gpu_blocks=\"256\"} 1",
+        "patchbay_adapter_requests_total{adapter=\"adapter-1\"} 2",
+        "patchbay_adapter_requests_total{adapter=\"base\"} 1",
+        "patchbay_adapter_prompt_tokens_total{adapter=\"adapter-1\"} 18",
+        "patchbay_adapter_generation_tokens_total{adapter=\"adapter-1\"} 4",
+        "patchbay_adapter_time_to_first_token_seconds_count{adapter=\"adapter-1\"} 2",
+        "patchbay_adapter_resident{adapter=\"adapter-1\"} 1",
+        "patchbay_adapter_slot_copies_total 1",
+    ] {
+        assert!(text.lines().any(|other| other == line), "missing {line}\n{text}");
+    }
+    assert!(text.contains("running_lora_adapters=\"adapter-1\",waiting_lora_adapters=\"\""));
+}
+
+/// A fake that reports when a step begins and waits to be let through.
+struct Gated {
+    model: Box<dyn Forward>,
+    entered: SyncSender<()>,
+    gate: std::sync::mpsc::Receiver<()>,
+}
+
+impl Forward for Gated {
+    fn limits(&self) -> ForwardLimits {
+        self.model.limits()
+    }
+
+    fn forward(&mut self, batch: &Batch) -> Result<Tensor> {
+        // Both fail when the test is over; then every step passes.
+        let _ = self.entered.send(());
+        let _ = self.gate.recv();
+        self.model.forward(batch)
+    }
+
+    fn adapter_to_device(&self, adapter: &LoweredAdapter) -> Result<LoweredAdapter> {
+        self.model.adapter_to_device(adapter)
+    }
+}
+
+fn start(world: &World) -> EngineHandle {
+    EngineHandle::start(world.model(&Arc::new(Probe::default())), world.config(), metrics())
+}
+
+/// A handle whose every step waits for the gate, the gate, and the signal that a step began.
+fn start_gated(world: &World) -> (EngineHandle, SyncSender<()>, std::sync::mpsc::Receiver<()>) {
+    let (entered, has_entered) = sync_channel(1);
+    let (open, gate) = sync_channel(1);
+    let model = Gated { model: world.model(&Arc::new(Probe::default())), entered, gate };
+    (EngineHandle::start(Box::new(model), world.config(), metrics()), open, has_entered)
+}
+
+fn collect(mut events: Receiver<GenerationEvent>) -> Outcome {
+    let mut outcome = Outcome::default();
+    while let Some(event) = events.blocking_recv() {
+        outcome.take(event);
+    }
+    outcome
+}
+
+#[test]
+fn threads_share_one_engine() {
+    let handle = start(&World { sequences_max: 3, step_tokens_max: 8, prefix_cache: true, ..ROOMY });
+    let clients: Vec<_> = (0..6)
+        .map(|id| {
+            let handle = handle.clone();
+            std::thread::spawn(move || {
+                let request = with_adapter(prompt(6 + id as u32), 10, id);
+                (request.clone(), collect(handle.submit(request).unwrap()))
+            })
+        })
+        .collect();
+    for client in clients {
+        let (request, outcome) = client.join().unwrap();
+        assert_eq!(outcome.apart_from_cache(), run_alone(&request));
+    }
+    handle.shut_down();
+    assert_eq!(handle.in_flight(), 0);
+    assert!(!handle.adapter_activity().resident.is_empty());
+}
+
+#[test]
+fn the_queue_counts_waiting_requests_only() {
+    let world = World { sequences_max: 1, step_tokens_max: 8, queue_max: 2, ..ROOMY };
+    let (handle, open, entered) = start_gated(&world);
+    let running = handle.submit(request(prompt(4), 2)).unwrap();
+    entered.recv().unwrap();
+    let waiting = [handle.submit(request(prompt(4), 2)).unwrap(), handle.submit(request(prompt(4), 2)).unwrap()];
+    assert_eq!(handle.submit(request(prompt(4), 2)).unwrap_err(), SubmitError::QueueFull { limit: 2 });
+    assert_eq!(handle.in_flight(), 3);
+    drop((open, entered));
+    for events in std::iter::once(running).chain(waiting) {
+        assert_eq!(finish(&collect(events)), (FinishReason::Length, 2));
+    }
+}
+
+#[test]
+fn stopped_engine_finishes_what_it_has() {
+    let (handle, open, entered) = start_gated(&ROOMY);
+    let running = handle.submit(request(prompt(4), 3)).unwrap();
+    entered.recv().unwrap();
+    handle.stop_accepting();
+    assert_eq!(handle.submit(request(prompt(4), 3)).unwrap_err(), SubmitError::ShuttingDown);
+    drop((open, entered));
+    assert_eq!(finish(&collect(running)), (FinishReason::Length, 3));
+    assert!(handle.is_alive());
+}
+
+#[test]
+fn shutdown_ends_what_runs_and_joins() {
+    let (handle, open, entered) = start_gated(&ROOMY);
+    let running = handle.submit(request(prompt(4), 100)).unwrap();
+    entered.recv().unwrap();
+    let closer = {
+        let handle = handle.clone();
+        std::thread::spawn(move || handle.shut_down())
+    };
+    drop((open, entered));
+    closer.join().unwrap();
+    handle.shut_down();
+    assert!(!handle.is_alive());
+    assert_eq!(handle.in_flight(), 0);
+    let outcome = collect(running);
+    let expected = Some("the server is shutting down");
+    assert!(outcome.failed.as_deref() == expected || outcome.finish.is_some(), "{outcome:?}");
+    assert_eq!(handle.submit(request(prompt(4), 1)).unwrap_err(), SubmitError::ShuttingDown);
+}
+
+#[test]
+fn without_handles_the_engine_finishes_what_it_has() {
+    let handle = start(&ROOMY);
+    let events = handle.submit(request(prompt(4), 20)).unwrap();
+    drop(handle);
+    assert_eq!(finish(&collect(events)), (FinishReason::Length, 20));
 }
