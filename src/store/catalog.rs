@@ -179,6 +179,11 @@ impl Store {
         }
     }
 
+    /// Largest upload in bytes.
+    pub fn upload_bytes_max(&self) -> usize {
+        self.shared.config.upload_bytes_max
+    }
+
     /// Waits for leave to receive an upload; to be taken before the body is read and kept until it is published.
     ///
     /// # Errors

@@ -146,3 +146,122 @@ fn read_file(path: &Path, left: usize, limit: usize) -> Result<Vec<u8>, StoreErr
 fn is_absent(error: &io::Error) -> bool {
     matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory)
 }
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::symlink;
+
+    use super::*;
+
+    const LIMIT: usize = 100;
+
+    struct Dirs {
+        _temp: tempfile::TempDir,
+        base: PathBuf,
+        roots: Roots,
+    }
+
+    /// `root/good`, `extra/good` and `outside/good`, each an adapter, with the first two as roots.
+    fn dirs() -> Dirs {
+        let temp = tempfile::tempdir().unwrap();
+        let base = temp.path().canonicalize().unwrap();
+        for dir in ["root", "extra", "outside"] {
+            write_adapter(&base.join(dir).join("good"), dir);
+        }
+        let roots = Roots::new(&base.join("root"), &[base.join("extra"), base.join("absent")]).unwrap();
+        Dirs { _temp: temp, base, roots }
+    }
+
+    fn write_adapter(dir: &Path, content: &str) {
+        fs::create_dir_all(dir).unwrap();
+        fs::write(dir.join(CONFIG_FILE), content).unwrap();
+        fs::write(dir.join(WEIGHTS_FILE), "weights").unwrap();
+    }
+
+    #[test]
+    fn absolute_and_relative_paths_inside_the_roots_are_read() {
+        let Dirs { base, roots, _temp } = dirs();
+        write_adapter(&base.join("extra/second"), "second");
+        for (path, content) in [
+            (base.join("root/good"), "root"),
+            (base.join("extra/good"), "extra"),
+            (PathBuf::from("good"), "root"),
+            (PathBuf::from("./good/"), "root"),
+            (PathBuf::from("second"), "second"),
+        ] {
+            let files = read_path(&roots, &path, LIMIT).unwrap();
+            assert_eq!(files.config, content.as_bytes(), "{}", path.display());
+        }
+    }
+
+    #[test]
+    fn nothing_outside_the_roots_is_opened_or_told_about() {
+        let Dirs { base, roots, _temp } = dirs();
+        symlink(base.join("outside/good"), base.join("root/link")).unwrap();
+        fs::create_dir(base.join("root/linked-file")).unwrap();
+        symlink(base.join("outside/good").join(CONFIG_FILE), base.join("root/linked-file").join(CONFIG_FILE)).unwrap();
+        for path in [
+            base.join("outside/good"),
+            base.join("outside/absent"),
+            base.join("root/../outside/good"),
+            PathBuf::from("../outside/good"),
+            PathBuf::from("link"),
+            PathBuf::from("linked-file"),
+            PathBuf::from("/"),
+        ] {
+            let error = read_path(&roots, &path, LIMIT).unwrap_err();
+            assert!(matches!(error, StoreError::OutsideRoots), "{}: {error}", path.display());
+        }
+        assert!(matches!(check_directory(&roots, "link"), Err(StoreError::OutsideRoots)));
+    }
+
+    #[test]
+    fn links_that_stay_inside_are_followed() {
+        let Dirs { base, roots, _temp } = dirs();
+        symlink(base.join("extra/good"), base.join("root/link")).unwrap();
+        assert_eq!(read_path(&roots, Path::new("link"), LIMIT).unwrap().config, b"extra");
+        assert!(check_directory(&roots, "link").unwrap());
+    }
+
+    #[test]
+    fn what_is_missing_is_named() {
+        let Dirs { base, roots, _temp } = dirs();
+        fs::create_dir(base.join("root/empty")).unwrap();
+        fs::create_dir(base.join("root/half")).unwrap();
+        fs::write(base.join("root/half").join(CONFIG_FILE), "{}").unwrap();
+        fs::write(base.join("root/file"), "x").unwrap();
+        for (path, message) in [
+            ("absent", "does not exist"),
+            ("empty", "has no adapter_config.json"),
+            ("half", "has no adapter_model.safetensors"),
+            ("file", "not a directory"),
+            ("nul\0", "cannot be resolved"),
+        ] {
+            let error = read_path(&roots, Path::new(path), LIMIT).unwrap_err();
+            assert!(matches!(error, StoreError::FilesNotFound(_)) && error.to_string().contains(message), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_pickle_is_refused_with_advice() {
+        let Dirs { base, roots, _temp } = dirs();
+        fs::remove_file(base.join("root/good").join(WEIGHTS_FILE)).unwrap();
+        fs::write(base.join("root/good").join(PICKLE_FILE), "x").unwrap();
+        for error in [
+            read_path(&roots, Path::new("good"), LIMIT).map(drop).unwrap_err(),
+            check_directory(&roots, "good").map(drop).unwrap_err(),
+        ] {
+            assert!(error.to_string().contains("convert it to adapter_model.safetensors"), "{error}");
+        }
+    }
+
+    #[test]
+    fn reading_is_bounded_over_both_files() {
+        let Dirs { base, roots, _temp } = dirs();
+        assert!(read_path(&roots, Path::new("good"), "root".len() + "weights".len()).is_ok());
+        let error = read_path(&roots, Path::new("good"), "root".len() + "weights".len() - 1).unwrap_err();
+        assert!(matches!(error, StoreError::TooLarge { limit: 10 }), "{error}");
+        fs::write(base.join("root/good").join(CONFIG_FILE), "x".repeat(LIMIT + 1)).unwrap();
+        assert!(matches!(read_path(&roots, Path::new("good"), LIMIT), Err(StoreError::TooLarge { .. })));
+    }
+}

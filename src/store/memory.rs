@@ -265,3 +265,126 @@ impl Drop for Reservation {
 fn gauge(value: usize) -> i64 {
     i64::try_from(value).unwrap_or(i64::MAX)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::adapter::LoweredAdapter;
+    use crate::metrics::MetricsConfig;
+
+    const LIMIT: Bytes = Bytes { host: 100, own: 40 };
+
+    fn memory() -> Memory {
+        Memory::new(LIMIT, Arc::new(Metrics::new("base", &MetricsConfig::default())))
+    }
+
+    fn generation(name: &str, number: u64) -> Generation {
+        Generation { name: name.to_owned(), number, digest: ContentDigest([0; 32]), merge: false }
+    }
+
+    fn load(memory: &Memory, generation: &Generation, bytes: Bytes) -> Result<Arc<LoadedAdapter>, StoreError> {
+        let mut reservation = memory.reservation();
+        reservation.resize(bytes)?;
+        let adapter = LoadedAdapter {
+            name: generation.name.clone(),
+            generation: generation.number,
+            digest: [0; 32],
+            lowered: LoweredAdapter::default(),
+            bytes: bytes.host,
+        };
+        Ok(reservation.commit(generation, Arc::new(adapter)))
+    }
+
+    fn used(memory: &Memory) -> Bytes {
+        memory.lock().used()
+    }
+
+    fn host(host: usize) -> Bytes {
+        Bytes { host, own: 0 }
+    }
+
+    #[test]
+    fn the_least_recently_used_idle_adapter_makes_room() {
+        let memory = memory();
+        let [a, b, c] = ["a", "b", "c"].map(|name| generation(name, 1));
+        drop(load(&memory, &a, host(50)).unwrap());
+        drop(load(&memory, &b, host(50)).unwrap());
+        drop(memory.get(&a).expect("loaded"));
+        drop(load(&memory, &c, host(50)).unwrap());
+        assert!(memory.get(&b).is_none() && memory.get(&a).is_some() && memory.get(&c).is_some());
+        assert_eq!(used(&memory), host(100));
+        assert_eq!(memory.metrics.adapters_loaded.get(), 2);
+        assert_eq!(memory.metrics.adapters_loaded_bytes.get(), 100);
+        assert_eq!(memory.metrics.adapter_bytes.with_label_values(&["b"]).get(), 0);
+    }
+
+    #[test]
+    fn leased_adapters_stay_and_what_does_not_fit_beside_them_changes_nothing() {
+        let memory = memory();
+        let (a, b, c) = (generation("a", 1), generation("b", 1), generation("c", 1));
+        let lease = load(&memory, &a, host(60)).unwrap();
+        drop(load(&memory, &b, host(40)).unwrap());
+        assert!(matches!(load(&memory, &c, host(50)), Err(StoreError::Busy)));
+        assert!(memory.get(&b).is_some(), "nothing is dropped for what cannot fit");
+        assert_eq!((used(&memory), memory.leases(&a)), (host(100), Some(1)));
+        drop(lease);
+        load(&memory, &c, host(50)).unwrap();
+    }
+
+    #[test]
+    fn what_exceeds_a_budget_alone_is_refused() {
+        let memory = memory();
+        let a = generation("a", 1);
+        assert!(matches!(load(&memory, &a, host(101)), Err(StoreError::OverHostMemory { needed: 101, limit: 100 })));
+        let refused = load(&memory, &a, Bytes { host: 41, own: 41 }).unwrap_err();
+        assert!(refused.to_string().contains("41 bytes exceed the 40"), "{refused}");
+        assert_eq!(used(&memory), Bytes::default());
+    }
+
+    #[test]
+    fn dense_copies_make_room_among_themselves_only() {
+        let memory = memory();
+        let (plain, old, new) = (generation("plain", 1), generation("old", 1), generation("new", 1));
+        drop(load(&memory, &plain, host(20)).unwrap());
+        drop(load(&memory, &old, Bytes { host: 30, own: 30 }).unwrap());
+        drop(load(&memory, &new, Bytes { host: 20, own: 20 }).unwrap());
+        assert!(memory.get(&plain).is_some() && memory.get(&old).is_none() && memory.get(&new).is_some());
+        assert_eq!(used(&memory), Bytes { host: 40, own: 20 });
+    }
+
+    #[test]
+    fn a_superseded_adapter_counts_until_its_last_lease_ends() {
+        let memory = memory();
+        let (old, new) = (generation("a", 1), generation("a", 2));
+        let lease = load(&memory, &old, Bytes { host: 30, own: 30 }).unwrap();
+        memory.supersede("a", Some(&new));
+        assert_eq!(memory.leases(&old), None);
+        assert!(Arc::ptr_eq(&memory.get(&old).expect("still held"), &lease));
+        assert!(matches!(load(&memory, &new, Bytes { host: 30, own: 30 }), Err(StoreError::Busy)));
+        drop(lease);
+        load(&memory, &new, Bytes { host: 30, own: 30 }).unwrap();
+        assert_eq!(used(&memory), Bytes { host: 30, own: 30 });
+    }
+
+    #[test]
+    fn a_reservation_that_is_dropped_gives_its_bytes_back() {
+        let memory = memory();
+        let mut reservation = memory.reservation();
+        reservation.resize(host(70)).unwrap();
+        reservation.resize(host(90)).unwrap();
+        assert!(matches!(reservation.resize(host(101)), Err(StoreError::OverHostMemory { .. })));
+        assert_eq!(used(&memory), host(90));
+        drop(reservation);
+        assert_eq!(used(&memory), Bytes::default());
+    }
+
+    #[test]
+    fn a_generation_is_held_once() {
+        let memory = memory();
+        let a = generation("a", 1);
+        let first = load(&memory, &a, host(30)).unwrap();
+        let second = load(&memory, &a, host(30)).unwrap();
+        assert!(Arc::ptr_eq(&first, &second));
+        assert_eq!(used(&memory), host(30));
+    }
+}

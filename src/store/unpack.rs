@@ -104,6 +104,8 @@ fn read_members<R: Read>(reader: R, bytes_max: usize) -> Result<AdapterFiles, St
         kept += bytes.len();
         *(if file == CONFIG_FILE { &mut found.config } else { &mut found.weights }) = Some(bytes);
     }
+    // To the very end: only then has the decompressor checked that nothing is missing or damaged.
+    io::copy(&mut archive.into_inner(), &mut io::sink()).map_err(broken)?;
     choose(found)
 }
 
@@ -191,4 +193,200 @@ fn is_over_limit(error: &io::Error) -> bool {
 
 fn shown(text: &str) -> String {
     text.chars().take(SHOWN_CHARS_MAX).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+
+    use flate2::Compression;
+    use flate2::write::GzEncoder;
+    use proptest::prelude::*;
+    use tar::{Builder, Header};
+
+    use super::*;
+
+    const LIMIT: usize = 1000;
+
+    /// A member with its path written as it is, which `tar` itself would refuse to do.
+    fn member(path: &str, kind: EntryType, content: &[u8]) -> Vec<u8> {
+        let mut header = Header::new_gnu();
+        header.as_old_mut().name[..path.len()].copy_from_slice(path.as_bytes());
+        header.set_entry_type(kind);
+        header.set_size(content.len() as u64);
+        header.set_mode(0o644);
+        header.set_cksum();
+        let mut bytes = header.as_bytes().to_vec();
+        bytes.extend_from_slice(content);
+        bytes.resize(bytes.len().next_multiple_of(512), 0);
+        bytes
+    }
+
+    fn file(path: &str, content: &str) -> Vec<u8> {
+        member(path, EntryType::Regular, content.as_bytes())
+    }
+
+    fn tar(members: &[Vec<u8>]) -> Vec<u8> {
+        let mut archive = members.concat();
+        archive.resize(archive.len() + 1024, 0);
+        archive
+    }
+
+    fn gzip(bytes: &[u8]) -> Vec<u8> {
+        let mut encoder = GzEncoder::new(Vec::new(), Compression::fast());
+        encoder.write_all(bytes).unwrap();
+        encoder.finish().unwrap()
+    }
+
+    fn adapter(prefix: &str) -> Vec<Vec<u8>> {
+        vec![file(&format!("{prefix}{CONFIG_FILE}"), "config"), file(&format!("{prefix}{WEIGHTS_FILE}"), "weights")]
+    }
+
+    fn check_unpacks(archive: &[u8]) {
+        let files = unpack_tar(archive, LIMIT).unwrap();
+        assert_eq!((files.config.as_slice(), files.weights.as_slice()), (&b"config"[..], &b"weights"[..]));
+    }
+
+    fn check_refused(archive: &[u8], message: &str) {
+        let error = unpack_tar(archive, LIMIT).expect_err(message);
+        assert!(error.to_string().contains(message), "{error}");
+    }
+
+    #[test]
+    fn a_directory_unpacks_from_the_top_or_one_level_down_packed_or_not() {
+        for prefix in ["", "./", "out/", "./out/"] {
+            let archive = tar(&adapter(prefix));
+            check_unpacks(&archive);
+            check_unpacks(&gzip(&archive));
+        }
+    }
+
+    #[test]
+    fn an_archive_as_tar_writes_it_unpacks() {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::write(dir.path().join(CONFIG_FILE), "config").unwrap();
+        std::fs::write(dir.path().join(WEIGHTS_FILE), "weights").unwrap();
+        let mut builder = Builder::new(Vec::new());
+        builder.append_dir_all(format!("{}-out", "long".repeat(60)), dir.path()).unwrap();
+        check_unpacks(&builder.into_inner().unwrap());
+    }
+
+    #[test]
+    fn extra_files_and_checkpoints_are_ignored() {
+        let mut members = adapter("");
+        members.extend(adapter("checkpoint-10/"));
+        members.extend([file("README.md", "hello"), file("a/b/adapter_config.json", "deep")]);
+        members.push(member("checkpoint-10", EntryType::Directory, b""));
+        check_unpacks(&tar(&members));
+    }
+
+    #[test]
+    fn paths_that_lead_elsewhere_are_refused() {
+        for (path, message) in [
+            ("../adapter_config.json", "`..`"),
+            ("a/../../x", "`..`"),
+            ("/etc/passwd", "absolute"),
+            ("a\\b", "odd characters"),
+        ] {
+            check_refused(&tar(&[file(path, "x")]), message);
+        }
+    }
+
+    #[test]
+    fn links_devices_and_pipes_are_refused() {
+        for (kind, message) in [
+            (EntryType::Symlink, "link"),
+            (EntryType::Link, "link"),
+            (EntryType::Char, "neither"),
+            (EntryType::Block, "neither"),
+            (EntryType::Fifo, "neither"),
+            (EntryType::GNUSparse, "tar"),
+        ] {
+            check_refused(&tar(&[member(CONFIG_FILE, kind, b"")]), message);
+        }
+    }
+
+    #[test]
+    fn doubled_missing_and_ambiguous_files_are_refused() {
+        let mut twice = adapter("");
+        twice.push(file("./adapter_config.json", "other"));
+        check_refused(&tar(&twice), "twice");
+        check_refused(&tar(&[file(CONFIG_FILE, "config")]), "has no adapter_model.safetensors");
+        check_refused(&tar(&[file(WEIGHTS_FILE, "weights")]), "has no adapter_config.json");
+        check_refused(&tar(&[file("README.md", "x")]), "top level or one directory below");
+        check_refused(&tar(&[adapter("a/"), adapter("b/")].concat()), "more than one directory");
+        check_refused(&tar(&[file(CONFIG_FILE, "config"), file(PICKLE_FILE, "x")]), "pickle");
+        check_refused(b"", "top level");
+    }
+
+    #[test]
+    fn what_is_too_large_is_refused_also_when_it_is_skipped() {
+        let large =
+            |archive: &[u8]| assert!(matches!(unpack_tar(archive, LIMIT), Err(StoreError::TooLarge { limit: LIMIT })));
+        large(&tar(&[file(CONFIG_FILE, &"x".repeat(LIMIT + 1))]));
+        large(&tar(&[file(CONFIG_FILE, &"x".repeat(LIMIT)), file(WEIGHTS_FILE, "x")]));
+        // A bomb: small packed, large unpacked, and in a member that nobody wants.
+        let bomb = gzip(&tar(&[file("README.md", &"\0".repeat(OVERHEAD_BYTES_MAX + LIMIT + 1))]));
+        assert!(bomb.len() < 64 << 10);
+        large(&bomb);
+    }
+
+    #[test]
+    fn many_members_and_members_that_lie_about_their_size_are_refused() {
+        let members: Vec<Vec<u8>> = (0..=MEMBERS_MAX).map(|idx| file(&format!("f{idx}"), "")).collect();
+        check_refused(&tar(&members), "more than 1000 members");
+        let mut header = Header::new_gnu();
+        header.set_path(CONFIG_FILE).unwrap();
+        header.set_entry_type(EntryType::Regular);
+        header.set_size(500);
+        header.set_cksum();
+        check_refused(&[header.as_bytes().as_slice(), b"short"].concat(), "ends within");
+        header.set_size(u64::MAX / 2);
+        header.set_cksum();
+        check_refused(header.as_bytes(), "archive");
+    }
+
+    #[test]
+    fn truncated_archives_never_unpack_to_less() {
+        let whole = tar(&adapter(""));
+        let packed = gzip(&whole);
+        for length in 0..whole.len() - 1024 {
+            if let Ok(files) = unpack_tar(&whole[..length], LIMIT) {
+                assert_eq!((files.config.as_slice(), files.weights.as_slice()), (&b"config"[..], &b"weights"[..]));
+            }
+        }
+        for length in 0..packed.len() - 8 {
+            assert!(unpack_tar(&packed[..length], LIMIT).is_err(), "{length} bytes");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn arbitrary_bytes_never_panic(bytes in prop::collection::vec(any::<u8>(), 0..2048)) {
+            let _ = unpack_tar(&bytes, LIMIT);
+            let _ = unpack_tar(&[&GZIP_MAGIC[..], &bytes].concat(), LIMIT);
+            let _ = unpack_tar(&gzip(&bytes), LIMIT);
+        }
+
+        #[test]
+        fn damaged_archives_never_panic(
+            damage in prop::collection::vec((0_usize..4096, any::<u8>()), 1..8),
+            fix_checksums in any::<bool>(),
+        ) {
+            let mut archive = tar(&adapter("out/"));
+            let length = archive.len();
+            for (at, byte) in damage {
+                archive[at % length] = byte;
+            }
+            if fix_checksums {
+                for block in archive.chunks_exact_mut(512).step_by(2) {
+                    let mut header = Header::new_old();
+                    header.as_mut_bytes().copy_from_slice(block);
+                    header.set_cksum();
+                    block.copy_from_slice(header.as_bytes());
+                }
+            }
+            let _ = unpack_tar(&archive, LIMIT);
+        }
+    }
 }
