@@ -1,2 +1,11 @@
 //! All integration tests, in one binary.
+
 mod engine_sim;
+mod fixtures;
+mod golden_base;
+mod http_chat;
+mod http_completions;
+mod http_malformed;
+mod http_service;
+mod http_support;
+mod runner;
