@@ -12,4 +12,6 @@ mod http_support;
 mod metrics;
 mod refusals;
 mod runner;
+mod store;
+mod store_support;
 mod tidy;
