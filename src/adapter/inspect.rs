@@ -39,6 +39,7 @@ pub fn inspect(files: &AdapterFiles) -> Result<Inspection, AdapterError> {
     let file = TensorFile::parse(&files.weights)?;
     let kind = kinds::find(config.peft_type()?)?;
     let mut problems = config.faults(kind.fields);
+    problems.extend((kind.check)(&config).err());
     let (modules, faults) = group_by_path(&file, kind.suffixes);
     problems.extend(faults);
     problems.extend(file.keys().filter_map(|key| file.read_f32(key).err()));
@@ -49,6 +50,8 @@ pub fn inspect(files: &AdapterFiles) -> Result<Inspection, AdapterError> {
         problems.push(fault);
         Vec::new()
     });
+    // A saved embedding may bring its tied head along, which only the base model can tell.
+    let may_follow = !saved.is_empty() && config.flag("ensure_weight_tying").unwrap_or(false);
     let replaces_biases = config.string("bias").is_ok_and(|bias| bias.is_some_and(|bias| bias != "none"));
     let mut ranks = BTreeSet::new();
     for (path, keys) in &modules {
@@ -56,6 +59,7 @@ pub fn inspect(files: &AdapterFiles) -> Result<Inspection, AdapterError> {
         problems.extend(missing_partner(kind, path, &suffixes));
         let found: BTreeSet<usize> = keys
             .iter()
+            .filter(|(suffix, _)| kind.suffixes.contains(&suffix.as_str()))
             .filter_map(|(suffix, key)| file.shape(key).and_then(|shape| (kind.rank)(suffix, shape)))
             .collect();
         if found.len() > 1 {
@@ -63,12 +67,14 @@ pub fn inspect(files: &AdapterFiles) -> Result<Inspection, AdapterError> {
             problems.push(AdapterError::Tensor { tensor: path.clone(), reason });
         }
         ranks.extend(found);
-        let stray = keys.iter().find(|(suffix, _)| {
-            COMMON_SUFFIXES.contains(&suffix.as_str())
-                && !is_saved(&saved, path)
-                && !suffix.starts_with("base_layer")
-                && !(suffix.ends_with("bias") && replaces_biases)
-        });
+        let is_covered = |suffix: &str| {
+            !COMMON_SUFFIXES.contains(&suffix)
+                || suffix.starts_with("base_layer")
+                || is_saved(&saved, path)
+                || may_follow
+                || (replaces_biases && suffix.ends_with("bias"))
+        };
+        let stray = keys.iter().find(|(suffix, _)| !is_covered(suffix));
         if let Some((_, key)) = stray {
             let reason = "nothing in the config accounts for it".to_owned();
             problems.push(AdapterError::Tensor { tensor: key.clone(), reason });

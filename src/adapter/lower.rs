@@ -28,6 +28,7 @@ pub fn lower(
     if let Some(fault) = config.faults(kind.fields).into_iter().next() {
         return Err(fault);
     }
+    (kind.check)(&config)?;
     if file.len() == 0 {
         return Err(AdapterError::Empty { reason: "the file holds no tensors".to_owned() });
     }
@@ -49,11 +50,8 @@ pub fn digest(files: &AdapterFiles, options: &LowerOptions) -> [u8; 32] {
 }
 
 fn finish(mut lowering: Lowering<'_>) -> Result<(LoweredAdapter, LowerReport), AdapterError> {
-    if let Some(key) = lowering.first_unread() {
-        let reason = "nothing in the config accounts for it".to_owned();
-        return Err(AdapterError::Tensor { tensor: key.to_owned(), reason });
-    }
-    let modules = lowering.touched().len();
+    lowering.check_complete()?;
+    let modules = lowering.num_modules();
     if modules == 0 {
         return Err(AdapterError::Empty { reason: "the config names none".to_owned() });
     }

@@ -1,6 +1,6 @@
 //! The workbench of a kind: reads tensors by module and suffix, keeps account of them, and collects the result.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 
 use candle_core::Tensor;
 
@@ -30,6 +30,7 @@ pub(super) struct Lowering<'a> {
     pub(super) warnings: Vec<String>,
     file: TensorFile<'a>,
     unread: ModuleKeys<SiteId>,
+    absent: Option<AdapterError>,
     own_bytes: usize,
 }
 
@@ -51,6 +52,7 @@ impl<'a> Lowering<'a> {
             warnings: Vec::new(),
             file,
             unread,
+            absent: None,
             own_bytes: 0,
         })
     }
@@ -119,18 +121,14 @@ impl<'a> Lowering<'a> {
         self.unread.iter().filter(|(_, keys)| !keys.is_empty()).map(|(site, _)| *site).collect()
     }
 
-    /// A key that nobody has taken.
-    pub(super) fn first_unread(&self) -> Option<&str> {
-        self.unread.values().flatten().map(|(_, key)| key.as_str()).next()
-    }
-
-    /// The modules that `matcher` names. Each must satisfy `fits` and have tensors of this kind.
+    /// The modules that `matcher` names and that have tensors of this kind. Each must satisfy `fits`. Named modules
+    /// without tensors are a fault that [`Lowering::check_complete`] reports, after the faults of tensors.
     pub(super) fn targets(
         &mut self,
         matcher: &Matcher,
         fits: impl Fn(&SiteKind) -> bool,
     ) -> Result<Vec<SiteId>, AdapterError> {
-        let mut targets = Vec::new();
+        let (mut targets, mut named) = (Vec::new(), Vec::new());
         for (id, site) in self.base.sites().iter() {
             if !matcher.matches(site)? {
                 continue;
@@ -139,20 +137,35 @@ impl<'a> Lowering<'a> {
                 let reason = format!("names `{}`, which is {}", site.path, site.kind.noun());
                 return Err(field_error(matcher.field, reason));
             }
-            if self.kind_suffixes(id).is_empty() {
+            named.push(site.path.as_str());
+            if !self.kind_suffixes(id).is_empty() {
+                targets.push(id);
+            } else if self.absent.is_none() {
                 let reason = format!("names `{}`, for which the file has no tensor", site.path);
-                return Err(field_error(matcher.field, reason));
+                self.absent = Some(field_error(matcher.field, reason));
             }
-            targets.push(id);
         }
-        if targets.is_empty() && !matcher.is_unset() {
-            return Err(field_error(matcher.field, "matches no module of the base model"));
+        if named.is_empty() && !matcher.is_unset() && self.absent.is_none() {
+            self.absent = Some(field_error(matcher.field, "matches no module of the base model"));
         }
-        let paths: Vec<&str> = targets.iter().map(|id| self.site(*id).path.as_str()).collect();
-        for name in matcher.idle_names(&paths) {
+        for name in matcher.idle_names(&named) {
             self.warnings.push(format!("`{name}` in `{}` matches no module that is adapted", matcher.field));
         }
         Ok(targets)
+    }
+
+    /// Refuses a file with a tensor that nobody took, or without tensors for a module that the config names.
+    pub(super) fn check_complete(&mut self) -> Result<(), AdapterError> {
+        if let Some(fault) = self.absent.take() {
+            return Err(fault);
+        }
+        match self.unread.values().flatten().next() {
+            Some((_, key)) => {
+                let reason = "nothing in the config accounts for it".to_owned();
+                Err(AdapterError::Tensor { tensor: key.clone(), reason })
+            }
+            None => Ok(()),
+        }
     }
 
     /// Counts bytes of dense copies against the budget, before they are made.
@@ -197,9 +210,10 @@ impl<'a> Lowering<'a> {
         head.filter(|_| self.base.tied_embeddings()).map(|(id, _)| id)
     }
 
-    /// Sites with an effect, by path, for tests and messages.
-    pub(super) fn touched(&self) -> BTreeMap<SiteId, &'a str> {
-        let ids = self.out.linears.keys().chain(self.out.norms.keys()).chain(self.out.embeddings.keys());
-        ids.map(|id| (*id, self.site(*id).path.as_str())).collect()
+    /// Number of modules that the result changes.
+    pub(super) fn num_modules(&self) -> usize {
+        let out = &self.out;
+        let ids: BTreeSet<&SiteId> = out.linears.keys().chain(out.norms.keys()).chain(out.embeddings.keys()).collect();
+        ids.len()
     }
 }

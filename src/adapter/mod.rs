@@ -22,6 +22,8 @@ mod normal_form;
 mod replace;
 mod site;
 mod tensor_file;
+#[cfg(test)]
+mod tests;
 
 pub use error::AdapterError;
 pub use files::{AdapterFiles, LowerOptions, LowerReport};

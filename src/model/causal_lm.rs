@@ -147,7 +147,9 @@ impl Placement<'_> {
                 Delta::ShardSum { m } => Delta::ShardSum { m: self.tensor(m)? },
             });
         }
+        let rows = slots.rows.as_ref().map(|(indexes, rows)| Result::Ok((indexes.clone(), self.tensor(rows)?)));
         Ok(LinearSlots {
+            rows: rows.transpose()?,
             weight: match &slots.weight {
                 Weight::Base => Weight::Base,
                 Weight::Own(w) => Weight::Own(self.big(w)?),

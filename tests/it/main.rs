@@ -2,10 +2,14 @@
 
 mod engine_sim;
 mod fixtures;
+mod golden_adapters;
 mod golden_base;
 mod http_chat;
 mod http_completions;
 mod http_malformed;
 mod http_service;
 mod http_support;
+mod metrics;
+mod refusals;
 mod runner;
+mod tidy;

@@ -10,7 +10,7 @@ use candle_core::Tensor;
 use serde_json::Value;
 
 use super::Kind;
-use crate::adapter::config::Rule;
+use crate::adapter::config::{Config, Rule};
 use crate::adapter::lowering::Lowering;
 use crate::adapter::matching::Matcher;
 use crate::adapter::{AdapterError, Delta, SiteId, SiteKind, Weight, replace};
@@ -31,6 +31,7 @@ pub(super) const MISS: Kind = Kind {
         ("miss_dropout", Rule::Ignored),
     ],
     rank: |_, shape| (shape.len() > 1).then(|| shape[shape.len().min(3) - 2]),
+    check,
     lower,
 };
 
@@ -56,6 +57,13 @@ const SUFFIXES: [&str; 2] = ["miss_block", "bone_block"];
 enum Form {
     Shards,
     Bat,
+}
+
+fn check(config: &Config) -> Result<(), AdapterError> {
+    for field in ["r", "mini_r"] {
+        config.positive(field)?;
+    }
+    Matcher::parse(config, "target_modules").map(drop)
 }
 
 fn lower(lowering: &mut Lowering<'_>) -> Result<(), AdapterError> {

@@ -5,7 +5,7 @@ mod miss;
 mod ssf;
 
 use super::AdapterError;
-use super::config::Rule;
+use super::config::{Config, Rule};
 use super::lowering::Lowering;
 
 /// One kind of adapter.
@@ -27,6 +27,8 @@ pub struct Kind {
     pub(super) fields: &'static [(&'static str, Rule)],
     /// Rank that a tensor shows, from its suffix and shape.
     pub(super) rank: fn(&str, &[usize]) -> Option<usize>,
+    /// Checks what the config alone shows.
+    pub(super) check: fn(&Config) -> Result<(), AdapterError>,
     /// Checks the file against config and base model, and lowers it.
     pub(super) lower: fn(&mut Lowering<'_>) -> Result<(), AdapterError>,
 }

@@ -5,7 +5,7 @@
 use candle_core::{D, Tensor};
 
 use super::Kind;
-use crate::adapter::config::{Rule, field_error};
+use crate::adapter::config::{Config, Rule, field_error};
 use crate::adapter::lowering::Lowering;
 use crate::adapter::matching::Matcher;
 use crate::adapter::{AdapterError, Scale, SiteId, SiteKind, replace};
@@ -27,6 +27,7 @@ pub(super) const SSF: Kind = Kind {
         ("init_weights", Rule::Ignored),
     ],
     rank: |_, _| None,
+    check,
     lower,
 };
 
@@ -35,11 +36,18 @@ const SHIFT: &str = "ssf_shift";
 /// Scales beyond these are probably a mistake.
 const SCALE_RANGE: std::ops::RangeInclusive<f32> = 1e-3..=10.0;
 
-fn lower(lowering: &mut Lowering<'_>) -> Result<(), AdapterError> {
-    let version = lowering.config.positive("ssf_version")?.unwrap_or(1);
+fn check(config: &Config) -> Result<(), AdapterError> {
+    let version = config.positive("ssf_version")?.unwrap_or(1);
     if version != 1 {
         return Err(field_error("ssf_version", format!("expected 1, found {version}")));
     }
+    for (field, _) in LISTS {
+        Matcher::parse(config, field)?;
+    }
+    Ok(())
+}
+
+fn lower(lowering: &mut Lowering<'_>) -> Result<(), AdapterError> {
     replace::saved_modules(lowering, None)?;
     let mut odd_scales = Vec::new();
     let mut targets = Vec::new();
@@ -71,15 +79,21 @@ fn lower(lowering: &mut Lowering<'_>) -> Result<(), AdapterError> {
     Ok(())
 }
 
+/// Whether a list may name what stands at a site.
+type Fits = fn(&SiteKind) -> bool;
+
 /// The config's three lists of modules, and what each may name.
-const LISTS: [(&str, fn(&SiteKind) -> bool); 3] = [
+const LISTS: [(&str, Fits); 3] = [
     ("target_modules", |kind| matches!(kind, SiteKind::Linear { .. })),
     ("norm_modules", |kind| matches!(kind, SiteKind::Norm { .. })),
     ("embedding_modules", |kind| matches!(kind, SiteKind::Embedding { .. })),
 ];
 
+/// Scale and shift of a module; what the config leaves out is absent.
+type ScaleShift = (Option<Tensor>, Option<Tensor>);
+
 /// Reads scale and shift; `use_scale` and `use_shift` say which of them there must be.
-fn take(lowering: &mut Lowering<'_>, id: SiteId) -> Result<(Option<Tensor>, Option<Tensor>), AdapterError> {
+fn take(lowering: &mut Lowering<'_>, id: SiteId) -> Result<ScaleShift, AdapterError> {
     let features = match lowering.site(id).kind {
         SiteKind::Linear { out_features, .. } => out_features,
         SiteKind::Norm { dim, .. } | SiteKind::Embedding { dim, .. } => dim,

@@ -25,8 +25,8 @@ pub(super) const LORA: Kind = Kind {
         "lora_B.bias",
         "lora_embedding_A",
         "lora_embedding_B",
-        "lora_magnitude_vector",
-        "lora_magnitude_vector.weight",
+        MAGNITUDE,
+        MAGNITUDE_OLD,
         tokens::SUFFIX,
         VELORA,
     ],
@@ -36,9 +36,13 @@ pub(super) const LORA: Kind = Kind {
         ("lora_A.weight" | "lora_embedding_A", [r, _]) | ("lora_B.weight" | "lora_embedding_B", [_, r]) => Some(*r),
         _ => None,
     },
+    check,
     lower,
 };
 
+const MAGNITUDE: &str = "lora_magnitude_vector";
+/// The spelling of some releases.
+const MAGNITUDE_OLD: &str = "lora_magnitude_vector.weight";
 /// A buffer that only training reads.
 const VELORA: &str = "lora_velora_embed";
 
@@ -90,8 +94,13 @@ struct Options {
     bias: bool,
 }
 
+fn check(config: &Config) -> Result<(), AdapterError> {
+    check_init(config)?;
+    Options::parse(config)?;
+    Matcher::parse(config, "target_modules").map(drop)
+}
+
 fn lower(lowering: &mut Lowering<'_>) -> Result<(), AdapterError> {
-    check_init(&lowering.config)?;
     let options = Options::parse(&lowering.config)?;
     let tied = lowering.config.flag("ensure_weight_tying")?;
     let tied_head = if tied { lowering.tied_head() } else { None };
@@ -116,8 +125,10 @@ fn lower(lowering: &mut Lowering<'_>) -> Result<(), AdapterError> {
             let reason = "its module has `trainable_token_indices` as well, which together are not served";
             return Err(lowering.refuse(id, &suffix, reason));
         }
-        if suffix.starts_with("lora_magnitude_vector") && !options.dora {
-            return Err(lowering.refuse(id, &suffix, "is in the file, but `use_dora` is false"));
+        for suffix in [MAGNITUDE, MAGNITUDE_OLD] {
+            if !options.dora && lowering.has(id, suffix) {
+                return Err(lowering.refuse(id, suffix, "is in the file, but `use_dora` is false"));
+            }
         }
         match lowering.site(id).kind {
             SiteKind::Linear { in_features, out_features, .. } => {
@@ -194,9 +205,8 @@ fn factors(
     }
     let a = lowering.require(id, name_a, &[r, inputs])?;
     let b = lowering.require(id, name_b, &[outputs, r])?;
-    let name = "lora_magnitude_vector";
-    let old = "lora_magnitude_vector.weight";
-    let name = if lowering.has(id, old) && !lowering.has(id, name) { old } else { name };
+    let has_old = lowering.has(id, MAGNITUDE_OLD) && !lowering.has(id, MAGNITUDE);
+    let name = if has_old { MAGNITUDE_OLD } else { MAGNITUDE };
     let magnitude = if options.dora { Some(lowering.require(id, name, &[outputs])?) } else { None };
     lowering.ranks.insert(r);
     Ok(Factors { a, b, scale, magnitude })
