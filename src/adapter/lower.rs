@@ -51,7 +51,7 @@ pub fn digest(files: &AdapterFiles, options: &LowerOptions) -> [u8; 32] {
 
 fn finish(mut lowering: Lowering<'_>) -> Result<(LoweredAdapter, LowerReport), AdapterError> {
     lowering.check_complete()?;
-    let modules = lowering.touched().len();
+    let modules = lowering.num_modules();
     if modules == 0 {
         return Err(AdapterError::Empty { reason: "the config names none".to_owned() });
     }

@@ -9,12 +9,13 @@ use serde_json::Value;
 use super::config::{as_strings, field_error, wrong_type};
 use super::{AdapterError, Site, SiteKind, config::Config};
 
-/// Most regular expressions in one field.
-const PATTERNS_MAX: usize = 4096;
+// The bounds keep a hostile config to seconds and to some hundred megabytes; real ones stay far below.
+/// Most regular expressions in one field. Some tools write one for each module.
+const PATTERNS_MAX: usize = 1024;
 /// Most steps one match may take.
-const BACKTRACK_MAX: usize = 100_000;
+const BACKTRACK_MAX: usize = 10_000;
 /// Most bytes one compiled expression may take.
-const REGEX_BYTES_MAX: usize = 1 << 20;
+const REGEX_BYTES_MAX: usize = 256 << 10;
 
 /// A field that names modules.
 pub(super) enum Names {
@@ -134,6 +135,7 @@ impl Layers {
             Some(Value::String(text)) => vec![text.clone()],
             Some(value) => as_strings(field, value)?,
         };
+        check_count(field, names.len())?;
         let patterns = if names.is_empty() {
             vec![regex(field, r"\A.*?\.[^.]*\.(\d+)\.")?]
         } else {
@@ -185,9 +187,7 @@ impl Patterns {
 pub(super) fn modules_to_save(config: &Config) -> Result<Vec<String>, AdapterError> {
     let field = "modules_to_save";
     let names = config.get(field).map_or(Ok(Vec::new()), |value| as_strings(field, value))?;
-    if names.len() > PATTERNS_MAX {
-        return Err(field_error(field, format!("expected at most {PATTERNS_MAX} entries, found {}", names.len())));
-    }
+    check_count(field, names.len())?;
     match names.iter().find(|name| name.is_empty()) {
         Some(_) => Err(field_error(field, "an entry is empty")),
         None => Ok(names),
@@ -204,6 +204,13 @@ pub(super) fn is_saved(names: &[String], path: &str) -> bool {
 /// The path, and its endings that begin behind a dot.
 fn endings(path: &str) -> impl Iterator<Item = &str> {
     std::iter::once(path).chain(path.match_indices('.').map(|(dot, _)| &path[dot + 1..]))
+}
+
+fn check_count(field: &str, count: usize) -> Result<(), AdapterError> {
+    if count > PATTERNS_MAX {
+        return Err(field_error(field, format!("expected at most {PATTERNS_MAX} entries, found {count}")));
+    }
+    Ok(())
 }
 
 fn regex(field: &str, pattern: &str) -> Result<Regex, AdapterError> {
@@ -266,6 +273,13 @@ mod tests {
         check(r#"{"target_modules": ".*proj"}"#, &[1, 2, 3]);
         check(r#"{"target_modules": "(?!.*layers\\.0).*q_proj"}"#, &[3]);
         check(r#"{"target_modules": "All-Linear"}"#, &[1, 2, 3]);
+        // Of the shape that fine-tuning tools write.
+        let parts = "(?:self_attn|attention|attn|mlp|feed_forward|ffn|dense)";
+        let names = "(?:k_proj|v_proj|q_proj|o_proj|gate_proj|up_proj|down_proj)";
+        let long = format!(
+            r"(?:.*?(?:language|text).*?{parts}.*?{names}.*?)|(?:\\bmodel\\.layers\\.[\\d]{{1,}}\\.{parts}\\.(?:{names}))"
+        );
+        check(&format!(r#"{{"target_modules": "{long}"}}"#), &[1, 2, 3]);
     }
 
     #[test]
@@ -295,6 +309,8 @@ mod tests {
 
     #[test]
     fn expensive_expressions_are_refused() {
+        let many = format!(r#"{{"layers_to_transform": 1, "layers_pattern": {:?}}}"#, vec!["a"; PATTERNS_MAX + 1]);
+        assert!(Matcher::parse(&Config::parse(many.as_bytes()).unwrap(), "target_modules").is_err());
         for pattern in ["(", r"(?:(?:a{999}){999}){999}", r"(?:.*)*(?:.*)*(?=x)(.+)+\\1\\1z"] {
             let config = Config::parse(format!(r#"{{"target_modules": "{pattern}"}}"#).as_bytes()).unwrap();
             let result = Matcher::parse(&config, "target_modules").and_then(|matcher| matcher.matches(&site(PATHS[1])));
