@@ -4,7 +4,6 @@
 //! port is open already: `/health` answers 200 and everything else, `/ready` included, 503.
 
 use std::future::Future;
-use std::net::IpAddr;
 use std::path::Path;
 use std::pin::pin;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -28,7 +27,7 @@ use crate::engine::{EngineConfig, EngineHandle, ModelRunner};
 use crate::metrics::Metrics;
 use crate::model::{self, Model, ModelConfig, ModelInfo};
 use crate::server::{self, ApiError, AppState, ServedModel, ServerConfig};
-use crate::store::Store;
+use crate::store::{Store, StoreConfig};
 use crate::text::Text;
 
 /// How often a draining server looks whether its requests are finished.
@@ -67,6 +66,7 @@ impl App {
             spawn_blocking(move || load(&loading, &engine_config)).await.context("loading the model panicked")??;
         let info = model.info().clone();
         let served = served_model(&config.model, &info)?;
+        log_model(&served.name, &info);
         let metrics = Arc::new(Metrics::new(&served.name, &config.metrics));
         let engine = EngineHandle::start(Box::new(runner), config.engine.clone(), metrics.clone());
         let base: Arc<dyn BaseWeights> = model;
@@ -76,7 +76,7 @@ impl App {
         for name in &config.adapters.preload {
             store.resolve(name).await.with_context(|| format!("preloading adapter {name} (adapters.preload)"))?;
         }
-        log_parts(&config, &served.name, &info, &engine);
+        log_adapter_bounds(&config.adapters);
         let state = AppState {
             engine,
             store,
@@ -222,8 +222,8 @@ fn served_name(config: &ModelConfig) -> String {
     last(path).or_else(|| last(&path.canonicalize().ok()?)).unwrap_or_else(|| "model".to_owned())
 }
 
-/// The model, and every bound with the memory it stands for.
-fn log_parts(config: &Config, name: &str, info: &ModelInfo, engine: &EngineHandle) {
+/// The model as it was loaded.
+fn log_model(name: &str, info: &ModelInfo) {
     tracing::info!(
         name,
         architecture = info.architecture,
@@ -233,53 +233,33 @@ fn log_parts(config: &Config, name: &str, info: &ModelInfo, engine: &EngineHandl
         context_tokens_max = info.context_tokens_max,
         "model"
     );
-    let e = &config.engine;
-    let num_blocks = engine.limits().num_blocks;
+}
+
+/// The bounds on what adapters take beside the engine's slots, which the engine logs.
+fn log_adapter_bounds(config: &StoreConfig) {
     tracing::info!(
-        kv_blocks = num_blocks,
-        block_tokens = e.block_tokens,
-        kv_cache = size(num_blocks * e.block_tokens * info.kv_bytes_per_token()),
-        sequences_max = e.sequences_max,
-        step_tokens_max = e.step_tokens_max,
-        // The largest temporaries of a step: its residual stream, and a row of f32 logits per sequence.
-        step = size(
-            e.step_tokens_max * info.hidden_size * info.dtype.size_in_bytes() + e.sequences_max * info.vocab_size * 4
-        ),
-        queue_max = e.queue_max,
-        adapter_slots = e.adapter_slots,
-        prefix_cache = e.prefix_cache,
-        "engine"
-    );
-    let a = &config.adapters;
-    tracing::info!(
-        root = %a.root.display(),
-        preloaded = a.preload.len(),
-        host = size(a.host_bytes_max),
-        merged = size(a.merged_bytes_max),
-        upload = size(a.upload_bytes_max),
-        loads_max = a.loads_max,
-        load_queue_max = a.load_queue_max,
-        "adapters"
+        preloaded = config.preload.len(),
+        host = size(config.host_bytes_max),
+        merged = size(config.merged_bytes_max),
+        upload = size(config.upload_bytes_max),
+        loads_max = config.loads_max,
+        load_queue_max = config.load_queue_max,
+        "adapter bounds"
     );
 }
 
 /// Where the server listens and what it does not offer there.
 fn log_address(config: &ServerConfig, address: &str) {
-    if config.admin_key.is_none() && !is_loopback(&config.host) {
+    if config.admin_key.is_none() && !server::is_loopback(&config.host) {
         tracing::warn!(
             host = config.host,
             "routes that change adapters are off: the address is not loopback and there is no server.admin_key"
         );
     }
-    if config.api_key.is_none() && !is_loopback(&config.host) {
+    if config.api_key.is_none() && !server::is_loopback(&config.host) {
         tracing::warn!(host = config.host, "anyone who reaches this address can use /v1: there is no server.api_key");
     }
     tracing::info!("listening on http://{address}");
-}
-
-/// Whether only this machine reaches the address.
-fn is_loopback(host: &str) -> bool {
-    host == "localhost" || host.parse::<IpAddr>().is_ok_and(|ip| ip.is_loopback())
 }
 
 /// Bytes for a reader: `268 435 456` is `256.0 MiB`.
@@ -303,15 +283,6 @@ mod tests {
         let name = |path: &str| served_name(&ModelConfig { path: path.to_owned(), ..ModelConfig::default() });
         assert_eq!((name("a/b/"), name("org/tiny")), ("b".to_owned(), "tiny".to_owned()));
         assert!(!name(".").is_empty() && name(".") != ".");
-    }
-
-    #[test]
-    fn loopback_is_this_machine_only() {
-        for (host, loopback) in
-            [("127.0.0.1", true), ("::1", true), ("localhost", true), ("0.0.0.0", false), ("::", false)]
-        {
-            assert_eq!(is_loopback(host), loopback, "{host}");
-        }
     }
 
     #[test]

@@ -181,6 +181,7 @@ pub(super) fn submit(state: &AppState, job: &Job, prompt_field: &str) -> Result<
     let mut stop_token_ids = sampling.stop_token_ids.clone();
     if !sampling.ignore_eos {
         stop_token_ids.extend(&state.model.generation.eos_token_ids);
+        stop_token_ids.extend(state.text.eos_token_id());
     }
     let own: Arc<[u32]> = sampling.stop_token_ids.clone().into();
     let all: Arc<[u32]> = stop_token_ids.clone().into();

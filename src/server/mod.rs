@@ -19,6 +19,7 @@ mod sse;
 mod state;
 mod tokenize;
 
+pub use auth::is_loopback;
 pub use config::ServerConfig;
 pub use error::ApiError;
 pub use router::router;

@@ -18,6 +18,7 @@ pub struct Text {
     template: Result<ChatTemplate, String>,
     tool_template: Option<ChatTemplate>,
     vocab_size: usize,
+    eos_token_id: Option<u32>,
 }
 
 /// What the tokenizer's decoder does with the tokens' strings.
@@ -69,13 +70,20 @@ impl Text {
         };
         let tool_template =
             sources.get("tool_use").and_then(|source| ChatTemplate::compile(source, special_tokens).ok());
+        let eos_token = special_tokens.iter().find(|(name, _)| name == "eos_token");
+        let eos_token_id = eos_token.and_then(|(_, token)| tokenizer.token_to_id(token));
         let vocab_size = tokenizer.get_vocab(true).values().max().map_or(0, |&id| id as usize + 1);
-        Self { scheme: scheme_of(&tokenizer), tokenizer, template, tool_template, vocab_size }
+        Self { scheme: scheme_of(&tokenizer), tokenizer, template, tool_template, vocab_size, eos_token_id }
     }
 
     /// One more than the largest token id.
     pub fn vocab_size(&self) -> usize {
         self.vocab_size
+    }
+
+    /// The `eos_token` of tokenizer_config.json. Chat fine-tunes often name their end of turn only there.
+    pub fn eos_token_id(&self) -> Option<u32> {
+        self.eos_token_id
     }
 
     /// Token ids of `text`, with the special tokens (such as the beginning of the sequence) that the model was trained

@@ -1,5 +1,6 @@
 //! All integration tests, in one binary.
 
+mod config;
 mod engine_sim;
 mod fixtures;
 mod golden_adapters;
@@ -10,6 +11,7 @@ mod http_malformed;
 mod http_service;
 mod http_support;
 mod metrics;
+mod ops;
 mod refusals;
 mod runner;
 mod store;
