@@ -1,5 +1,6 @@
 //! The command line: what can be typed, and what each command does. Exit codes: 0 done, 1 failed, 2 wrong usage.
 
+mod adapter;
 mod serve;
 mod settings;
 
@@ -27,6 +28,9 @@ enum Command {
     Serve(SettingsArgs),
     /// Print the effective settings, each with where its value came from.
     Config(SettingsArgs),
+    /// Check an adapter offline, or list, add and remove those of a running server.
+    #[command(subcommand)]
+    Adapter(adapter::AdapterCommand),
 }
 
 /// Parses the command line, runs the command and returns the exit code.
@@ -52,6 +56,7 @@ fn run(command: Command) -> anyhow::Result<()> {
     match command {
         Command::Serve(settings) => serve::serve(settings.resolve()?.config),
         Command::Config(settings) => Ok(write!(io::stdout(), "{}", settings.resolve()?.to_toml())?),
+        Command::Adapter(command) => adapter::run(command, &mut io::stdout()),
     }
 }
 

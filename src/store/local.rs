@@ -98,14 +98,49 @@ pub(super) fn read_path(roots: &Roots, path: &Path, bytes_max: usize) -> Result<
     if !dir.is_dir() {
         return Err(StoreError::FilesNotFound("the path is not a directory".to_owned()));
     }
-    let missing = |file: &str| StoreError::FilesNotFound(format!("the directory has no {file}"));
-    let config = resolve_file(roots, &dir.join(CONFIG_FILE))?.ok_or_else(|| missing(CONFIG_FILE))?;
-    let Some(weights) = resolve_file(roots, &dir.join(WEIGHTS_FILE))? else {
-        return Err(if dir.join(PICKLE_FILE).exists() { pickle_refusal() } else { missing(WEIGHTS_FILE) });
-    };
-    let config = read_file(&config, bytes_max, bytes_max)?;
-    let weights = read_file(&weights, bytes_max - config.len(), bytes_max)?;
-    Ok(AdapterFiles { config, weights })
+    AdapterDirectory::find(&dir, |path| resolve_file(roots, path))?.read(bytes_max)
+}
+
+/// The two files of an adapter directory.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct AdapterDirectory {
+    /// `adapter_config.json`, resolved.
+    pub config: PathBuf,
+    /// `adapter_model.safetensors`, resolved.
+    pub weights: PathBuf,
+}
+
+impl AdapterDirectory {
+    /// The adapter in a directory that the operator names: links may lead anywhere.
+    ///
+    /// # Errors
+    /// `FilesNotFound`, or a refusal when the weights are a pickle.
+    pub fn open(dir: &Path) -> Result<Self, StoreError> {
+        if !dir.is_dir() {
+            return Err(StoreError::FilesNotFound(format!("{} is not a directory", dir.display())));
+        }
+        Self::find(dir, |path| Ok(path.is_file().then(|| path.to_owned())))
+    }
+
+    /// Reads both files, at most `bytes_max` bytes together.
+    ///
+    /// # Errors
+    /// `TooLarge`, or when a file cannot be read.
+    pub fn read(&self, bytes_max: usize) -> Result<AdapterFiles, StoreError> {
+        let config = read_file(&self.config, bytes_max, bytes_max)?;
+        let weights = read_file(&self.weights, bytes_max - config.len(), bytes_max)?;
+        Ok(AdapterFiles { config, weights })
+    }
+
+    fn find(dir: &Path, resolve: impl Fn(&Path) -> Result<Option<PathBuf>, StoreError>) -> Result<Self, StoreError> {
+        let missing = |file: &str| StoreError::FilesNotFound(format!("the directory has no {file}"));
+        let config = resolve(&dir.join(CONFIG_FILE))?.ok_or_else(|| missing(CONFIG_FILE))?;
+        match resolve(&dir.join(WEIGHTS_FILE))? {
+            Some(weights) => Ok(Self { config, weights }),
+            None if dir.join(PICKLE_FILE).exists() => Err(pickle_refusal()),
+            None => Err(missing(WEIGHTS_FILE)),
+        }
+    }
 }
 
 /// Why a pickle is not read.

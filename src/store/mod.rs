@@ -26,4 +26,5 @@ mod unpack;
 pub use catalog::{AdapterStatus, PublishOptions, Store, UploadSlot};
 pub use config::StoreConfig;
 pub use error::StoreError;
+pub use local::AdapterDirectory;
 pub use unpack::unpack_tar;

@@ -129,7 +129,7 @@ pub(crate) struct Service {
     pub(crate) router: Router,
     pub(crate) state: AppState,
     pub(crate) gate: Arc<Gate>,
-    _dirs: (TempDir, TempDir),
+    dirs: (TempDir, TempDir),
 }
 
 /// An answer, read to its end.
@@ -150,6 +150,15 @@ impl Service {
 
     /// A service with two adapters: `skip`, which works, and `broken`, which does not.
     pub(crate) async fn with(config: ServerConfig, generation: GenerationDefaults) -> Self {
+        Self::with_store(config, generation, |_| {}).await
+    }
+
+    /// The same with other bounds on adapters.
+    pub(crate) async fn with_store(
+        config: ServerConfig,
+        generation: GenerationDefaults,
+        adjust: impl FnOnce(&mut StoreConfig),
+    ) -> Self {
         let dirs = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
         write_text(dirs.0.path());
         write_adapter(&dirs.1.path().join("skip"));
@@ -168,7 +177,8 @@ impl Service {
             ..EngineConfig::default()
         };
         let model = Counting { gate: Arc::clone(&gate), num_blocks: 128 };
-        let store_config = StoreConfig { root: dirs.1.path().to_owned(), ..StoreConfig::default() };
+        let mut store_config = StoreConfig { root: dirs.1.path().to_owned(), ..StoreConfig::default() };
+        adjust(&mut store_config);
         let mut sites = SiteTable::default();
         let kind = SiteKind::Linear { in_features: 4, out_features: 4, bias: false, output_head: false };
         sites.push(Site { path: "model.layers.0.self_attn.q_proj".to_owned(), kind });
@@ -193,7 +203,12 @@ impl Service {
             ready: Arc::new(AtomicBool::new(true)),
             draining: Arc::new(AtomicBool::new(false)),
         };
-        Self { router: router(state.clone()), state, gate, _dirs: dirs }
+        Self { router: router(state.clone()), state, gate, dirs }
+    }
+
+    /// Where the adapters lie.
+    pub(crate) fn root(&self) -> &Path {
+        self.dirs.1.path()
     }
 
     /// Sends a request and waits for the answer's head.

@@ -1,10 +1,12 @@
 //! All integration tests, in one binary.
 
+mod cli_adapter;
 mod config;
 mod engine_sim;
 mod fixtures;
 mod golden_adapters;
 mod golden_base;
+mod http_adapters;
 mod http_chat;
 mod http_completions;
 mod http_malformed;

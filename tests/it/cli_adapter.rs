@@ -1,0 +1,106 @@
+//! `patchbay adapter` as an operator types it: offline against a fixture, and against a server on a socket.
+
+use std::path::Path;
+use std::process::{Command, Output};
+
+use patchbay::server::ServerConfig;
+
+use crate::fixtures;
+use crate::http_support::Service;
+use crate::store_support::{adapter, write_directory};
+
+const KEY: &str = "the-admin-key";
+
+fn patchbay(arguments: &[&str]) -> Output {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_patchbay"));
+    command.arg("adapter").args(arguments).env_clear().current_dir(env!("CARGO_MANIFEST_DIR"));
+    command.output().expect("the program runs")
+}
+
+#[track_caller]
+fn check_succeeds(output: &Output) -> String {
+    assert!(output.status.success(), "{output:?}");
+    String::from_utf8(output.stdout.clone()).unwrap()
+}
+
+#[track_caller]
+fn check_fails(output: &Output, words: &str) {
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{said}");
+    assert!(said.contains(words), "{said}");
+}
+
+fn check(dir: &Path, more: &[&str]) -> Output {
+    let model = fixtures::dir().join("models/llama");
+    let arguments = ["check", dir.to_str().unwrap(), "--model", model.to_str().unwrap()];
+    patchbay(&[&arguments[..], more].concat())
+}
+
+#[test]
+fn check_tells_what_an_adapter_is() {
+    let said = check_succeeds(&check(&fixtures::dir().join("adapters/llama/lora_r8"), &[]));
+    let lines: Vec<(&str, &str)> = said.lines().filter_map(|line| line.split_once(' ')).collect();
+    let value = |key: &str| lines.iter().find(|(k, _)| *k == key).map(|(_, value)| value.trim());
+    assert_eq!((value("kind"), value("ranks"), value("format")), (Some("LORA"), Some("8"), Some("f32")), "{said}");
+    assert!(value("modules").unwrap().parse::<usize>().unwrap() > 0, "{said}");
+    assert!(value("memory").unwrap().ends_with(" bytes, 0 of them dense weights"), "{said}");
+    let said = check_succeeds(&check(&fixtures::dir().join("adapters/llama/lora_r8"), &["--merge"]));
+    assert!(said.contains("LORA, merged") && !said.contains(" 0 of them"), "{said}");
+}
+
+#[test]
+fn check_says_why_an_adapter_cannot_be_served() {
+    let temp = tempfile::tempdir().unwrap();
+    check_fails(&check(&temp.path().join("absent"), &[]), "is not a directory");
+    check_fails(&check(temp.path(), &[]), "has no adapter_config.json");
+    let mut files = adapter(1.0);
+    write_directory(temp.path(), &files);
+    check_fails(&check(temp.path(), &[]), "cannot be served on");
+    files.config = br#"{"peft_type": "UNHEARD_OF"}"#.to_vec();
+    write_directory(temp.path(), &files);
+    check_fails(&check(temp.path(), &[]), "UNHEARD_OF");
+    std::fs::rename(temp.path().join("adapter_model.safetensors"), temp.path().join("adapter_model.bin")).unwrap();
+    check_fails(&check(temp.path(), &[]), "convert it to adapter_model.safetensors");
+    let lora = fixtures::dir().join("adapters/llama/lora_r8");
+    check_fails(&check(&lora, &["--merge", "--set", "adapters.merged_bytes_max=100"]), "adapters.merged_bytes_max");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn adapters_of_a_running_server_are_added_listed_and_removed() {
+    let config = ServerConfig { admin_key: Some(KEY.to_owned()), ..ServerConfig::default() };
+    let service = Service::with_config(config).await;
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = format!("http://{}/", listener.local_addr().unwrap());
+    let server = tokio::spawn(axum::serve(listener, service.router.clone()).into_future());
+    let temp = tempfile::tempdir().unwrap();
+    write_directory(temp.path(), &adapter(1.0));
+    let dir = temp.path().to_str().unwrap().to_owned();
+
+    tokio::task::spawn_blocking(move || {
+        let ask = |arguments: &[&str]| patchbay(&[arguments, &["--server", &url, "--key", KEY]].concat());
+        let said = check_succeeds(&ask(&["add", "mine", &dir]));
+        assert!(said.starts_with("mine@1 ") && said.ends_with("LORA: 1 modules, 32 bytes\n"), "{said}");
+        let said = check_succeeds(&ask(&["add", "mine", &dir, "--merge"]));
+        assert!(said.starts_with("mine@2 ") && said.contains("LORA, merged"), "{said}");
+        let said = check_succeeds(&ask(&["list"]));
+        let lines: Vec<Vec<&str>> = said.lines().map(|line| line.split_whitespace().collect()).collect();
+        assert_eq!(lines[0], ["name", "generation", "loaded", "leases", "digest", "kind"]);
+        assert_eq!((&lines[2][..4], &lines[2][5..]), (&["mine", "2", "yes", "0"][..], &["LORA,", "merged"][..]));
+        assert_eq!(check_succeeds(&ask(&["remove", "mine"])), "removed mine\n");
+        check_fails(&ask(&["remove", "mine"]), "adapter `mine` does not exist (404)");
+        check_fails(&ask(&["add", "a/b", &dir]), "is not an adapter name");
+        check_fails(&patchbay(&["remove", "skip", "--server", &url]), "needs the admin key");
+        check_fails(&patchbay(&["list", "--server", "localhost:8000"]), "expected an address");
+    })
+    .await
+    .unwrap();
+    server.abort();
+}
+
+#[test]
+fn a_server_that_is_not_there_is_named() {
+    // A port that was just free and that nobody listens on.
+    let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let url = format!("http://127.0.0.1:{port}");
+    check_fails(&patchbay(&["list", "--server", &url]), &format!("asking {url}"));
+}
