@@ -84,6 +84,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::kernels::cpu::testing::random;
 
     /// The plain reference: rounds as the kernel does, sums in f64.
     fn reference(x: &[f32], w: &[f32], (m, n, k): (usize, usize, usize), format: WeightFormat) -> Vec<f64> {
@@ -107,19 +108,6 @@ mod tests {
             WeightFormat::Bf16 => PackedMatrix::from_bf16(n, k, |i| &rounded[i * k..][..k]),
         }
         .expect("memory for a small matrix")
-    }
-
-    fn random(len: usize, seed: u64) -> Vec<f32> {
-        let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
-        let mut next = || {
-            state ^= state << 13;
-            state ^= state >> 7;
-            state ^= state << 17;
-            #[expect(clippy::cast_precision_loss, reason = "24 bits fit an f32")]
-            let unit = (state >> 40) as f32 / (1_u64 << 24) as f32;
-            unit * 2.0 - 1.0
-        };
-        (0..len).map(|_| next()).collect()
     }
 
     proptest! {

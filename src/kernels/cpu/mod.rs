@@ -1,10 +1,16 @@
 //! Arithmetic for the CPU. Unsafe code of the crate lives here, each block with its reason.
 
+mod attention;
+mod dispatch;
 mod gemm;
 mod isa;
 mod packed;
+#[cfg(test)]
+mod testing;
 mod tile;
 
+pub use attention::{AttentionShape, CacheView, QuerySpan, Scoring};
+pub(crate) use attention::{paged_attention, write_cache};
 pub(crate) use gemm::matmul_packed;
 pub use isa::Isa;
 pub use packed::{PackedMatrix, WeightFormat};
