@@ -21,10 +21,10 @@ pub(crate) fn matmul_packed(x: &[f32], m: usize, w: &PackedMatrix, y: &mut [f32]
     assert_eq!(x.len(), m * w.k(), "x is (m, k)");
     assert_eq!(y.len(), m * w.n(), "y is (m, n)");
     assert!(isa == Isa::Portable || Isa::available().contains(&isa), "the processor lacks {isa:?}");
-    let x = to_words(x, w);
+    let x = to_words(x, w.k(), w.format());
     let panels = w.n().div_ceil(PANEL);
     let threads = rayon::current_num_threads();
-    let output = Output(y.as_mut_ptr());
+    let output = Output::new(y);
     // Each thread takes one contiguous run of panels, so that it reads memory in one forward sweep.
     (0..threads).into_par_iter().for_each(|thread| {
         for panel_idx in thread * panels / threads..(thread + 1) * panels / threads {
@@ -34,18 +34,42 @@ pub(crate) fn matmul_packed(x: &[f32], m: usize, w: &PackedMatrix, y: &mut [f32]
 }
 
 /// Base of an output whose columns are written by different threads.
-struct Output(*mut f32);
+pub(super) struct Output(*mut f32, usize);
 
 #[expect(unsafe_code, reason = "threads share the output's base pointer")]
 // SAFETY: every panel writes its own columns only.
 unsafe impl Sync for Output {}
 
-/// `x` as words in the weight's format, rows padded to whole words.
-fn to_words(x: &[f32], w: &PackedMatrix) -> Vec<u32> {
-    match w.format() {
+impl Output {
+    /// An output that its threads share for as long as `y` is borrowed by the caller.
+    pub(super) fn new(y: &mut [f32]) -> Self {
+        Self(y.as_mut_ptr(), y.len())
+    }
+
+    /// The output from row `row` of `n` elements on.
+    pub(super) fn from_row(&self, row: usize, n: usize) -> Self {
+        assert!(row * n <= self.1, "the row lies in the output");
+        Self(self.0.wrapping_add(row * n), self.1 - row * n)
+    }
+
+    /// Elements `from..from + len`, which only the calling thread may use.
+    #[expect(clippy::mut_from_ref, reason = "threads take disjoint elements")]
+    pub(super) fn columns(&self, from: usize, len: usize) -> &mut [f32] {
+        assert!(from + len <= self.1, "the columns lie in the output");
+        #[expect(unsafe_code, reason = "a slice of the shared output")]
+        // SAFETY: in bounds by the assertion; a panel's columns belong to one thread, which takes them once at a time.
+        unsafe {
+            std::slice::from_raw_parts_mut(self.0.add(from), len)
+        }
+    }
+}
+
+/// Rows of `x` (m, k) as words in `format`.
+pub(super) fn to_words(x: &[f32], k: usize, format: WeightFormat) -> Vec<u32> {
+    match format {
         WeightFormat::F32 => x.iter().map(|v| v.to_bits()).collect(),
         WeightFormat::Bf16 => x
-            .chunks_exact(w.k())
+            .chunks_exact(k)
             .flat_map(|row| row.chunks(2))
             .map(|pair| {
                 let bits = |v: f32| u32::from(bf16::from_f32(v).to_bits());
@@ -55,9 +79,11 @@ fn to_words(x: &[f32], w: &PackedMatrix) -> Vec<u32> {
     }
 }
 
-fn multiply_panel(x: &[u32], m: usize, w: &PackedMatrix, panel_idx: usize, output: &Output, isa: Isa) {
+/// `m` rows of words times one panel, written to the panel's columns of `output`.
+pub(super) fn multiply_panel(x: &[u32], m: usize, w: &PackedMatrix, panel_idx: usize, output: &Output, isa: Isa) {
     let x_stride = w.format().steps(w.k());
     let columns = PANEL.min(w.n() - panel_idx * PANEL);
+    assert!(m * w.n() <= output.1, "the rows lie in the output");
     for (block_idx, block) in w.panel(panel_idx).chunks(BLOCK_STEPS * PANEL).enumerate() {
         for row in (0..m).step_by(ROWS) {
             let args = TileArgs {
@@ -70,8 +96,8 @@ fn multiply_panel(x: &[u32], m: usize, w: &PackedMatrix, panel_idx: usize, outpu
                 first: block_idx == 0,
             };
             #[expect(unsafe_code, reason = "tiles write through a shared pointer")]
-            // SAFETY: rows `row..row + ROWS.min(m - row)` and this panel's columns lie in `y`, whose length was
-            // checked, and no other thread has this panel. `matmul_packed` checked `isa`.
+            // SAFETY: rows `row..row + ROWS.min(m - row)` and this panel's columns lie in the output by the
+            // assertion above, and no other thread has this panel. `isa` was detected.
             unsafe {
                 tile(ROWS.min(m - row), isa, w.format(), args);
             }

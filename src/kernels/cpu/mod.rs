@@ -4,7 +4,9 @@ mod attention;
 mod dispatch;
 mod gemm;
 mod isa;
+mod linear;
 mod packed;
+mod rows;
 #[cfg(test)]
 mod testing;
 mod tile;
@@ -13,4 +15,7 @@ pub use attention::{AttentionShape, CacheView, QuerySpan, Scoring};
 pub(crate) use attention::{paged_attention, write_cache};
 pub(crate) use gemm::matmul_packed;
 pub use isa::Isa;
+pub(crate) use linear::linear_packed;
+pub use linear::{BaseLinear, PackedDelta, PackedSlots, SlotRun};
 pub use packed::{PackedMatrix, WeightFormat};
+pub use rows::RowMatrix;
