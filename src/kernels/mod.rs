@@ -1,6 +1,15 @@
 //! The arithmetic that candle does not have, each function with its plain reference.
+//!
+//! Functions here know tensors only: no model, no adapter, no batch. Each runs on any candle device; what exists for
+//! one device only sits in a submodule named after it (`cpu`) and is chosen inside the function of the same name.
 
+mod adapter;
+mod attention;
 pub mod cpu;
-mod matrix;
+mod kv;
+mod linear;
 
-pub use matrix::Matrix;
+pub use adapter::{SegmentTerms, Term, apply_segments};
+pub use attention::{AttentionShape, KvSpan, causal_mask, paged_attention};
+pub use kv::{slot_index, write_kv};
+pub use linear::linear;

@@ -1,1 +1,5 @@
 //! All integration tests, in one binary.
+
+mod fixtures;
+mod golden_base;
+mod runner;

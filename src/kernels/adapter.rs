@@ -1,0 +1,144 @@
+//! Adapter application: what segments of the rows add to, or take instead of, the shared product of a linear.
+
+use candle_core::{Result, Tensor};
+
+use super::linear;
+
+/// What consecutive rows do at one linear.
+#[derive(Clone, Debug, Default)]
+pub struct SegmentTerms<'a> {
+    /// First row.
+    pub start: usize,
+    /// Number of rows.
+    pub len: usize,
+    /// Weight (out, in) that these rows multiply with instead of the shared one.
+    pub own_weight: Option<&'a Tensor>,
+    /// Additive terms.
+    pub terms: Vec<Term<'a>>,
+    /// Output scale (out) of product and terms.
+    pub scale: Option<&'a Tensor>,
+    /// Vector (out) added last.
+    pub c: Option<&'a Tensor>,
+}
+
+impl SegmentTerms<'_> {
+    /// Whether the rows keep the shared product, but for `c`.
+    pub fn is_neutral(&self) -> bool {
+        self.own_weight.is_none() && self.terms.is_empty() && self.scale.is_none()
+    }
+}
+
+/// One additive term.
+#[derive(Clone, Copy, Debug)]
+pub enum Term<'a> {
+    /// `b (a x)`.
+    LowRank {
+        /// Down projection (r, in).
+        a: &'a Tensor,
+        /// Up projection (out, r).
+        b: &'a Tensor,
+    },
+    /// `y[k*q + j] += sum_i m[i, j] * s[i]`, where `s` is the sum of the width-r shards of `x`, zero-padded on the
+    /// right.
+    ShardSum {
+        /// Block matrix (r, q), q divides out.
+        m: &'a Tensor,
+    },
+}
+
+/// `y = scale * (W x + sum terms(x)) + c`, segment by segment.
+///
+/// `x` is (rows, in), `product` the shared `W x` of all rows (rows, out); it may be missing when every segment has its
+/// own weight. The segments tile the rows in order. The result is (rows, out) in the format of `x`. Cost beyond the
+/// shared product: one pass over each touched segment and one concatenation.
+///
+/// # Errors
+/// When the shapes do not fit or the device fails.
+pub fn apply_segments(x: &Tensor, product: Option<&Tensor>, segments: &[SegmentTerms<'_>]) -> Result<Tensor> {
+    let rows = x.dim(0)?;
+    let mut next_row = 0;
+    let mut pieces = Vec::with_capacity(segments.len());
+    for segment in segments {
+        assert_eq!(segment.start, next_row, "the segments tile the rows in order");
+        next_row += segment.len;
+        pieces.push(apply_one(x, product, segment)?);
+    }
+    assert_eq!(next_row, rows, "the segments cover all rows");
+    Tensor::cat(&pieces, 0)
+}
+
+fn apply_one(x: &Tensor, product: Option<&Tensor>, segment: &SegmentTerms<'_>) -> Result<Tensor> {
+    let x = x.narrow(0, segment.start, segment.len)?;
+    let mut y = match (segment.own_weight, product) {
+        (Some(w), _) => linear(&x, w)?,
+        (None, Some(product)) => product.narrow(0, segment.start, segment.len)?,
+        (None, None) => panic!("a segment without a weight of its own needs the shared product"),
+    };
+    for term in &segment.terms {
+        y = match *term {
+            Term::LowRank { a, b } => (y + low_rank(&x, a, b)?)?,
+            Term::ShardSum { m } => add_shard_sum(&y, &x, m)?,
+        };
+    }
+    if let Some(scale) = segment.scale {
+        y = y.broadcast_mul(scale)?;
+    }
+    if let Some(c) = segment.c {
+        y = y.broadcast_add(c)?;
+    }
+    Ok(y)
+}
+
+fn low_rank(x: &Tensor, a: &Tensor, b: &Tensor) -> Result<Tensor> {
+    linear(&linear(x, a)?, b) // [rows, out]
+}
+
+fn add_shard_sum(y: &Tensor, x: &Tensor, m: &Tensor) -> Result<Tensor> {
+    let (rows, in_features) = x.dims2()?;
+    let out_features = y.dim(1)?;
+    let (r, q) = m.dims2()?;
+    assert!(out_features.is_multiple_of(q), "block width {q} does not divide {out_features} outputs");
+    let shards = in_features.div_ceil(r);
+    let padded = x.pad_with_zeros(1, 0, shards * r - in_features)?;
+    let s = padded.reshape((rows, shards, r))?.sum(1)?; // [rows, r]
+    let block = s.matmul(m)?; // [rows, q]
+    let tiles = y.reshape((rows, out_features / q, q))?; // [rows, out / q, q]
+    tiles.broadcast_add(&block.unsqueeze(1)?)?.reshape((rows, out_features))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use candle_core::Device;
+
+    fn matrix(values: &[f32], shape: (usize, usize)) -> Tensor {
+        Tensor::from_slice(values, shape, &Device::Cpu).unwrap()
+    }
+
+    #[test]
+    fn shard_sum_pads_ragged_inputs_and_repeats_over_the_outputs() {
+        let x = matrix(&[1., 2., 3., 4., 5.], (1, 5));
+        let m = matrix(&[1., 10., 100., 1000.], (2, 2));
+        let y = add_shard_sum(&Tensor::zeros((1, 4), candle_core::DType::F32, &Device::Cpu).unwrap(), &x, &m).unwrap();
+        // s = [1 + 3 + 5, 2 + 4 + 0] = [9, 6]
+        assert_eq!(y.to_vec2::<f32>().unwrap(), [[609., 6090., 609., 6090.]]);
+    }
+
+    #[test]
+    fn scale_multiplies_product_and_terms_but_not_c() {
+        let x = matrix(&[1., 2.], (1, 2));
+        let product = matrix(&[3., 4.], (1, 2));
+        let (a, b) = (matrix(&[1., 1.], (1, 2)), matrix(&[1., 2.], (2, 1)));
+        let scale = Tensor::new(&[2f32, 3.], &Device::Cpu).unwrap();
+        let c = Tensor::new(&[0.5f32, 0.25], &Device::Cpu).unwrap();
+        let segment = SegmentTerms {
+            len: 1,
+            terms: vec![Term::LowRank { a: &a, b: &b }],
+            scale: Some(&scale),
+            c: Some(&c),
+            ..SegmentTerms::default()
+        };
+        let y = apply_segments(&x, Some(&product), &[segment]).unwrap();
+        assert_eq!(y.to_vec2::<f32>().unwrap(), [[12.5, 30.25]]);
+    }
+}

@@ -1,0 +1,113 @@
+//! Self-attention over the paged cache.
+
+use candle_core::{Result, Tensor};
+
+use super::{Linear, RmsNorm};
+use crate::kernels::{self, AttentionShape};
+use crate::model::kv_cache::LayerCache;
+use crate::model::step::Step;
+
+/// `y = o(attention(rope(norm(q(x))), rope(norm(k(x))), v(x)))`, grouped-query, causal.
+#[derive(Clone, Debug)]
+pub(in crate::model) struct Attention {
+    /// The query, key and value projections.
+    pub(in crate::model) qkv: Qkv,
+    /// Norm over each query head, where the family has one.
+    pub(in crate::model) q_norm: Option<RmsNorm>,
+    /// Norm over each key head, where the family has one.
+    pub(in crate::model) k_norm: Option<RmsNorm>,
+    /// The output projection.
+    pub(in crate::model) o_proj: Linear,
+    /// Sizes of the heads.
+    pub(in crate::model) heads: Heads,
+    /// Sliding window in tokens, the token itself included.
+    pub(in crate::model) window: Option<usize>,
+}
+
+/// Numbers and length of the heads.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(in crate::model) struct Heads {
+    /// Query heads.
+    pub(in crate::model) num_heads: usize,
+    /// Key and value heads.
+    pub(in crate::model) num_kv_heads: usize,
+    /// Length of one head's vectors.
+    pub(in crate::model) head_dim: usize,
+}
+
+/// The query, key and value projections, as the checkpoint has them.
+#[derive(Clone, Debug)]
+pub(in crate::model) enum Qkv {
+    /// Three linears.
+    Split {
+        /// Queries.
+        q_proj: Linear,
+        /// Keys.
+        k_proj: Linear,
+        /// Values.
+        v_proj: Linear,
+    },
+    /// One linear: queries, then keys, then values.
+    Fused(Linear),
+}
+
+impl Heads {
+    /// Length of all queries of a token.
+    pub(in crate::model) fn q_size(&self) -> usize {
+        self.num_heads * self.head_dim
+    }
+
+    /// Length of all keys (or values) of a token.
+    pub(in crate::model) fn kv_size(&self) -> usize {
+        self.num_kv_heads * self.head_dim
+    }
+}
+
+impl Attention {
+    /// Writes the keys and values of `x` (tokens, hidden) into `cache` and attends: (tokens, hidden).
+    pub(in crate::model) fn forward(&self, x: &Tensor, step: &Step<'_>, cache: &LayerCache) -> Result<Tensor> {
+        let Heads { num_heads, num_kv_heads, head_dim } = self.heads;
+        let tokens = x.dim(0)?;
+        let (q, k, v) = self.project(x, step)?;
+        let q = q.reshape((tokens, num_heads, head_dim))?;
+        let k = k.reshape((tokens, num_kv_heads, head_dim))?;
+        let q = step.rope.apply(&normed(self.q_norm.as_ref(), q, step)?)?;
+        let k = step.rope.apply(&normed(self.k_norm.as_ref(), k, step)?)?;
+        cache.write(&step.slots, &k.reshape((tokens, num_kv_heads * head_dim))?, &v)?;
+        let shape = AttentionShape {
+            num_heads,
+            num_kv_heads,
+            head_dim,
+            scale: 1. / (head_dim as f64).sqrt(),
+            window: self.window,
+        };
+        let y = kernels::paged_attention(&q, &cache.k, &cache.v, &step.spans, &shape)?;
+        self.o_proj.forward(&y, step.segments)
+    }
+
+    fn project(&self, x: &Tensor, step: &Step<'_>) -> Result<(Tensor, Tensor, Tensor)> {
+        match &self.qkv {
+            Qkv::Split { q_proj, k_proj, v_proj } => Ok((
+                q_proj.forward(x, step.segments)?,
+                k_proj.forward(x, step.segments)?,
+                v_proj.forward(x, step.segments)?,
+            )),
+            Qkv::Fused(qkv_proj) => {
+                let qkv = qkv_proj.forward(x, step.segments)?;
+                let (q_size, kv_size) = (self.heads.q_size(), self.heads.kv_size());
+                Ok((
+                    qkv.narrow(1, 0, q_size)?.contiguous()?,
+                    qkv.narrow(1, q_size, kv_size)?.contiguous()?,
+                    qkv.narrow(1, q_size + kv_size, kv_size)?.contiguous()?,
+                ))
+            }
+        }
+    }
+}
+
+fn normed(norm: Option<&RmsNorm>, x: Tensor, step: &Step<'_>) -> Result<Tensor> {
+    match norm {
+        Some(norm) => norm.forward(&x, step.segments),
+        None => Ok(x),
+    }
+}

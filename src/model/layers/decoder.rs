@@ -1,0 +1,93 @@
+//! The decoder: embedding, layers, norm, head.
+
+use candle_core::{DType, Result, Tensor};
+
+use super::{Attention, Embedding, Heads, Linear, Mlp, RmsNorm, Rope};
+use crate::model::kv_cache::{KvCache, LayerCache};
+use crate::model::step::Step;
+use crate::model::{AdapterSegment, Batch};
+
+/// A decoder-only model with its output head; every supported family is one of these.
+#[derive(Clone, Debug)]
+pub(in crate::model) struct Decoder {
+    /// The input embedding.
+    pub(in crate::model) embed_tokens: Embedding,
+    /// The layers in order, at least one.
+    pub(in crate::model) layers: Vec<DecoderLayer>,
+    /// The final norm.
+    pub(in crate::model) norm: RmsNorm,
+    /// The output head.
+    pub(in crate::model) lm_head: Linear,
+    /// The position encoding.
+    pub(in crate::model) rope: Rope,
+}
+
+/// `x = x + attention(norm(x)); x = x + mlp(norm(x))`.
+#[derive(Clone, Debug)]
+pub(in crate::model) struct DecoderLayer {
+    /// Before the attention.
+    pub(in crate::model) input_layernorm: RmsNorm,
+    /// The attention.
+    pub(in crate::model) self_attn: Attention,
+    /// Before the feed-forward block.
+    pub(in crate::model) post_attention_layernorm: RmsNorm,
+    /// The feed-forward block.
+    pub(in crate::model) mlp: Mlp,
+}
+
+impl Decoder {
+    /// Sizes of the heads, the same in all layers.
+    pub(in crate::model) fn heads(&self) -> Heads {
+        self.layers[0].self_attn.heads
+    }
+
+    /// Runs one step; see `Model::forward`.
+    pub(in crate::model) fn forward(&self, batch: &Batch, cache: &KvCache) -> Result<Tensor> {
+        assert_eq!(cache.layers.len(), self.layers.len(), "the cache was made for this model");
+        let mut windows: Vec<Option<usize>> = self.layers.iter().map(|layer| layer.self_attn.window).collect();
+        windows.sort_unstable();
+        windows.dedup();
+        let step = Step::new(batch, cache, &self.rope, &windows)?;
+        let mut x = self.embed_tokens.forward(&batch.token_ids, &batch.segments)?; // [tokens, hidden]
+        for (layer, cache) in self.layers.iter().zip(&cache.layers) {
+            x = layer.forward(&x, &step, cache)?;
+        }
+        self.logits(&x, batch)
+    }
+
+    /// Norm and head of the wanted rows only, (rows, vocab) in f32.
+    fn logits(&self, x: &Tensor, batch: &Batch) -> Result<Tensor> {
+        let vocab = self.embed_tokens.table.dim(0)?;
+        if batch.logit_rows.is_empty() {
+            return Tensor::zeros((0, vocab), DType::F32, x.device());
+        }
+        let rows = Tensor::new(batch.logit_rows.as_slice(), x.device())?;
+        let x = x.index_select(&rows, 0)?; // [rows, hidden]
+        let segments = row_segments(&batch.segments, &batch.logit_rows);
+        let x = self.norm.forward(&x, &segments)?;
+        self.lm_head.forward(&x, &segments)?.to_dtype(DType::F32)
+    }
+}
+
+impl DecoderLayer {
+    fn forward(&self, x: &Tensor, step: &Step<'_>, cache: &LayerCache) -> Result<Tensor> {
+        let normed = self.input_layernorm.forward(x, step.segments)?;
+        let x = (x + self.self_attn.forward(&normed, step, cache)?)?;
+        let normed = self.post_attention_layernorm.forward(&x, step.segments)?;
+        &x + self.mlp.forward(&normed, step.segments)?
+    }
+}
+
+/// The segments as they lie over the selected rows (ascending).
+fn row_segments(segments: &[AdapterSegment], rows: &[u32]) -> Vec<AdapterSegment> {
+    let mut selected = Vec::with_capacity(segments.len());
+    let mut start = 0;
+    for segment in segments {
+        let end = rows.partition_point(|row| (*row as usize) < segment.start + segment.len);
+        if end > start {
+            selected.push(AdapterSegment { start, len: end - start, adapter: segment.adapter.clone() });
+        }
+        start = end;
+    }
+    selected
+}

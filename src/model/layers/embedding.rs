@@ -1,0 +1,79 @@
+//! The input embedding with its patches.
+
+use candle_core::{DType, Result, Tensor};
+
+use crate::adapter::{EmbeddingPatch, SiteId};
+use crate::kernels;
+use crate::model::AdapterSegment;
+
+/// `e = scale_t * (row_t(token) + b_t a_t[:, token]) + shift_t` for each token's adapter t; without a patch
+/// `e = row(token)`.
+#[derive(Clone, Debug)]
+pub(in crate::model) struct Embedding {
+    /// Where it stands.
+    pub(in crate::model) site: SiteId,
+    /// The base's table (vocab, dim).
+    pub(in crate::model) table: Tensor,
+    /// Format of the activations.
+    pub(in crate::model) dtype: DType,
+}
+
+impl Embedding {
+    /// The rows of `token_ids` under `segments`, which tile the tokens: (tokens, dim) in the activations' format.
+    pub(in crate::model) fn forward(&self, token_ids: &[u32], segments: &[AdapterSegment]) -> Result<Tensor> {
+        let patch = |segment: &AdapterSegment| -> bool {
+            segment.adapter.as_ref().is_some_and(|adapter| adapter.embeddings.contains_key(&self.site))
+        };
+        if !segments.iter().any(patch) {
+            return self.rows(&self.table, token_ids);
+        }
+        let mut pieces = Vec::with_capacity(segments.len());
+        for segment in segments {
+            let token_ids = &token_ids[segment.start..segment.start + segment.len];
+            let patch = segment.adapter.as_ref().and_then(|adapter| adapter.embeddings.get(&self.site));
+            pieces.push(match patch {
+                Some(patch) => self.patched(token_ids, patch)?,
+                None => self.rows(&self.table, token_ids)?,
+            });
+        }
+        Tensor::cat(&pieces, 0)
+    }
+
+    fn rows(&self, table: &Tensor, token_ids: &[u32]) -> Result<Tensor> {
+        let ids = Tensor::new(token_ids, table.device())?;
+        table.index_select(&ids, 0)?.to_dtype(self.dtype)
+    }
+
+    /// Replaced rows go over the adapter's own table where it has both.
+    fn patched(&self, token_ids: &[u32], patch: &EmbeddingPatch) -> Result<Tensor> {
+        let mut e = self.rows(patch.table.as_ref().unwrap_or(&self.table), token_ids)?; // [tokens, dim]
+        if let Some((replaced, rows)) = &patch.rows {
+            e = with_replaced_rows(&e, token_ids, replaced, rows)?;
+        }
+        if let Some((a, b)) = &patch.low_rank {
+            let ids = Tensor::new(token_ids, a.device())?;
+            let columns = a.index_select(&ids, 1)?.t()?.contiguous()?; // [tokens, r]
+            e = (e + kernels::linear(&columns, b)?)?;
+        }
+        if let Some(scale) = &patch.scale {
+            e = e.broadcast_mul(scale)?;
+        }
+        match &patch.shift {
+            Some(shift) => e.broadcast_add(shift),
+            None => Ok(e),
+        }
+    }
+}
+
+fn with_replaced_rows(e: &Tensor, token_ids: &[u32], replaced: &[u32], rows: &Tensor) -> Result<Tensor> {
+    let mut source: Vec<u32> = Vec::with_capacity(token_ids.len());
+    for (idx, token_id) in token_ids.iter().enumerate() {
+        let row = match replaced.binary_search(token_id) {
+            Ok(found) => token_ids.len() + found,
+            Err(_) => idx,
+        };
+        source.push(u32::try_from(row).expect("a step's tokens and a vocabulary's rows fit in u32"));
+    }
+    let both = Tensor::cat(&[e, &rows.to_dtype(e.dtype())?], 0)?;
+    both.index_select(&Tensor::new(source.as_slice(), e.device())?, 0)
+}

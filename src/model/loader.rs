@@ -1,0 +1,165 @@
+//! From a checkpoint's tensors to layers; every layer made is entered into the site table.
+
+use std::sync::Arc;
+
+use candle_core::quantized::{GgmlDType, QTensor};
+use candle_core::{DType, Device, Tensor};
+use mistralrs_quant::{GgufMatMul, QuantMethod, QuantMethodConfig};
+
+use super::checkpoint::Checkpoint;
+use super::device::activation_dtype;
+use super::layers::{Embedding, Linear, Matrix, RmsNorm};
+use super::{ModelError, QuantChoice};
+use crate::adapter::{Site, SiteId, SiteKind, SiteTable};
+
+/// Makes layers by module path. A family calls it in forward order, so the site table is in that order too.
+pub(super) struct Loader {
+    checkpoint: Checkpoint,
+    device: Device,
+    /// Format of dense weights.
+    weight_dtype: DType,
+    /// Format of activations, norms and biases.
+    dtype: DType,
+    quant: Option<GgmlDType>,
+    sites: SiteTable,
+    parameters: Vec<Parameters>,
+    weight_bytes: usize,
+}
+
+/// The base's tensors at one site.
+pub(super) struct Parameters {
+    pub(super) weight: Matrix,
+    pub(super) bias: Option<Tensor>,
+}
+
+/// What remains of a loader when all layers are made.
+pub(super) struct Loaded {
+    pub(super) sites: SiteTable,
+    /// By site id.
+    pub(super) parameters: Vec<Parameters>,
+    pub(super) weight_bytes: usize,
+    pub(super) dtype: DType,
+    pub(super) device: Device,
+}
+
+impl Loader {
+    pub(super) fn new(checkpoint: Checkpoint, device: Device, weight_dtype: DType, quant: Option<QuantChoice>) -> Self {
+        let dtype = activation_dtype(&device, weight_dtype);
+        Self {
+            checkpoint,
+            device,
+            weight_dtype,
+            dtype,
+            quant: quant.map(ggml_dtype),
+            sites: SiteTable::default(),
+            parameters: Vec::new(),
+            weight_bytes: 0,
+        }
+    }
+
+    /// The linear at `path` with weight `path.weight` (out, in) and, if `bias`, `path.bias` (out). Its weight is
+    /// quantised where that is asked for.
+    pub(super) fn linear(
+        &mut self,
+        path: &str,
+        in_features: usize,
+        out_features: usize,
+        bias: bool,
+    ) -> Result<Linear, ModelError> {
+        let shape = [out_features, in_features];
+        let weight = match self.quant.and_then(|quant| quant_for_rows(quant, in_features)) {
+            Some(quant) => self.quantized(&format!("{path}.weight"), &shape, quant)?,
+            None => Matrix::Dense(self.tensor(&format!("{path}.weight"), &shape, self.weight_dtype)?),
+        };
+        let bias = if bias { Some(self.tensor(&format!("{path}.bias"), &[out_features], self.dtype)?) } else { None };
+        let kind = SiteKind::Linear { in_features, out_features, bias: bias.is_some(), output_head: false };
+        let site = self.push(path, kind, weight.clone(), bias.clone());
+        Ok(Linear { site, weight, bias })
+    }
+
+    /// The output head: its own weight (vocab, hidden), or the embedding's where they are tied. Never quantised: its
+    /// rows decide between tokens, and it is often the embedding.
+    pub(super) fn lm_head(&mut self, embedding: &Embedding, tied: bool) -> Result<Linear, ModelError> {
+        let (vocab, hidden) = embedding.table.dims2()?;
+        let weight = Matrix::Dense(if tied {
+            embedding.table.clone()
+        } else {
+            self.tensor("lm_head.weight", &[vocab, hidden], self.weight_dtype)?
+        });
+        let kind = SiteKind::Linear { in_features: hidden, out_features: vocab, bias: false, output_head: true };
+        let site = self.push("lm_head", kind, weight.clone(), None);
+        Ok(Linear { site, weight, bias: None })
+    }
+
+    /// The norm at `path` with weight `path.weight` (dim).
+    pub(super) fn rms_norm(&mut self, path: &str, dim: usize, eps: f64) -> Result<RmsNorm, ModelError> {
+        let weight = self.tensor(&format!("{path}.weight"), &[dim], self.dtype)?;
+        let site = self.push(path, SiteKind::Norm { dim, bias: false }, Matrix::Dense(weight.clone()), None);
+        Ok(RmsNorm { site, weight, eps: eps as f32 })
+    }
+
+    /// The embedding at `path` with table `path.weight` (vocab, dim).
+    pub(super) fn embedding(&mut self, path: &str, vocab: usize, dim: usize) -> Result<Embedding, ModelError> {
+        let table = self.tensor(&format!("{path}.weight"), &[vocab, dim], self.weight_dtype)?;
+        let site = self.push(path, SiteKind::Embedding { vocab, dim }, Matrix::Dense(table.clone()), None);
+        Ok(Embedding { site, table, dtype: self.dtype })
+    }
+
+    /// Ends loading: reports tensors that nothing asked for.
+    pub(super) fn finish(self) -> Loaded {
+        let unused = self.checkpoint.unused();
+        if !unused.is_empty() {
+            tracing::warn!(tensors = unused.join(", "), "the checkpoint has tensors that the model does not use");
+        }
+        Loaded {
+            sites: self.sites,
+            parameters: self.parameters,
+            weight_bytes: self.weight_bytes,
+            dtype: self.dtype,
+            device: self.device,
+        }
+    }
+
+    fn tensor(&mut self, name: &str, shape: &[usize], dtype: DType) -> Result<Tensor, ModelError> {
+        let tensor = self.checkpoint.load(name, shape, dtype, &self.device)?;
+        self.weight_bytes += tensor.elem_count() * dtype.size_in_bytes();
+        Ok(tensor)
+    }
+
+    fn quantized(&mut self, name: &str, shape: &[usize], quant: GgmlDType) -> Result<Matrix, ModelError> {
+        let dense = self.checkpoint.load(name, shape, DType::F32, &Device::Cpu)?;
+        let blocks = Arc::new(QTensor::quantize_onto(&dense, quant, &self.device)?);
+        self.weight_bytes += blocks.storage_size_in_bytes();
+        let product = GgufMatMul::new(QuantMethodConfig::Gguf { q_weight: Arc::clone(&blocks), b: None })?;
+        Ok(Matrix::Quantized { blocks, product: Arc::new(product) })
+    }
+
+    fn push(&mut self, path: &str, kind: SiteKind, weight: Matrix, bias: Option<Tensor>) -> SiteId {
+        self.parameters.push(Parameters { weight, bias });
+        self.sites.push(Site { path: path.to_owned(), kind })
+    }
+}
+
+fn ggml_dtype(quant: QuantChoice) -> GgmlDType {
+    match quant {
+        QuantChoice::Q4_0 => GgmlDType::Q4_0,
+        QuantChoice::Q5_0 => GgmlDType::Q5_0,
+        QuantChoice::Q8_0 => GgmlDType::Q8_0,
+        QuantChoice::Q3K => GgmlDType::Q3K,
+        QuantChoice::Q4K => GgmlDType::Q4K,
+        QuantChoice::Q5K => GgmlDType::Q5K,
+        QuantChoice::Q6K => GgmlDType::Q6K,
+    }
+}
+
+/// The format for rows of `in_features` elements: the one asked for where its blocks fill the row, else the next finer
+/// one with blocks of 32, else none (the weight stays dense).
+fn quant_for_rows(quant: GgmlDType, in_features: usize) -> Option<GgmlDType> {
+    let finer = match quant {
+        GgmlDType::Q3K => GgmlDType::Q4_0,
+        GgmlDType::Q4K => GgmlDType::Q5_0,
+        GgmlDType::Q5K | GgmlDType::Q6K => GgmlDType::Q8_0,
+        other => other,
+    };
+    [quant, finer].into_iter().find(|quant| in_features.is_multiple_of(quant.block_size()))
+}

@@ -1,0 +1,79 @@
+//! What all layers need to know of one step, prepared once.
+
+use candle_core::{Result, Tensor};
+
+use super::layers::{Rope, Rotation};
+
+use super::{AdapterSegment, Batch, KvCache};
+use crate::kernels::{self, KvSpan};
+
+/// One step on the device.
+pub(super) struct Step<'a> {
+    /// Runs of tokens that use one adapter.
+    pub(super) segments: &'a [AdapterSegment],
+    /// The tokens' rotation.
+    pub(super) rope: Rotation,
+    /// Where the tokens' keys and values go, from `kernels::slot_index`.
+    pub(super) slots: Tensor,
+    /// Runs of tokens of one context.
+    pub(super) spans: Vec<KvSpan>,
+}
+
+impl<'a> Step<'a> {
+    /// Prepares `batch` for a model whose layers use `windows` (distinct sliding windows).
+    pub(super) fn new(batch: &'a Batch, cache: &KvCache, rope: &Rope, windows: &[Option<usize>]) -> Result<Self> {
+        check(batch, cache);
+        let device = cache.device();
+        let mut spans = Vec::with_capacity(batch.spans.len());
+        for span in &batch.spans {
+            let mut masks = Vec::new();
+            if span.len > 1 {
+                for window in windows {
+                    masks.push((*window, kernels::causal_mask(span.context_len, span.len, *window, device)?));
+                }
+            }
+            spans.push(KvSpan {
+                start: span.start,
+                len: span.len,
+                context_len: span.context_len,
+                blocks: Tensor::new(span.block_table.as_slice(), device)?,
+                masks,
+            });
+        }
+        Ok(Self {
+            segments: &batch.segments,
+            rope: rope.rotation(&batch.positions, &batch.rope_lens, device, cache.dtype())?,
+            slots: kernels::slot_index(&batch.slot_mapping, cache.width(), device)?,
+            spans,
+        })
+    }
+}
+
+/// The batch is made by the engine: what does not hold here is a mistake of ours.
+fn check(batch: &Batch, cache: &KvCache) {
+    let tokens = batch.token_ids.len();
+    assert!(tokens > 0, "a step has tokens");
+    assert_eq!(batch.positions.len(), tokens, "one position per token");
+    assert_eq!(batch.rope_lens.len(), tokens, "one rope length per token");
+    assert_eq!(batch.slot_mapping.len(), tokens, "one slot per token");
+    let mut next = 0;
+    for span in &batch.spans {
+        assert_eq!(span.start, next, "spans tile the tokens in order");
+        assert!(span.len > 0 && span.len <= span.context_len, "a span is the end of its context");
+        assert!(span.block_table.len() * cache.block_tokens >= span.context_len, "the block table covers the context");
+        assert!(span.block_table.iter().all(|block| (*block as usize) < cache.num_blocks), "blocks lie in the cache");
+        next += span.len;
+    }
+    assert_eq!(next, tokens, "spans cover the tokens");
+    next = 0;
+    for segment in &batch.segments {
+        assert_eq!(segment.start, next, "segments tile the tokens in order");
+        assert!(segment.len > 0, "a segment has tokens");
+        next += segment.len;
+    }
+    assert_eq!(next, tokens, "segments cover the tokens");
+    let slots = cache.num_blocks * cache.block_tokens;
+    assert!(batch.slot_mapping.iter().all(|slot| (*slot as usize) < slots), "slots lie in the cache");
+    assert!(batch.logit_rows.is_sorted(), "logit rows ascend");
+    assert!(batch.logit_rows.last().is_none_or(|row| (*row as usize) < tokens), "logit rows are tokens");
+}

@@ -1,0 +1,147 @@
+//! Drives a model by hand: contexts, steps, greedy tokens. What the engine does, without the engine.
+
+use std::sync::Arc;
+
+use candle_core::Tensor;
+use patchbay::adapter::LoweredAdapter;
+use patchbay::model::{AdapterSegment, AttentionSpan, Batch, KvCache, Model, RopeLengthRule};
+use rand::SeedableRng;
+use rand::seq::SliceRandom;
+use rand_chacha::ChaCha8Rng;
+
+/// Blocks of the test cache; enough for every test.
+const NUM_BLOCKS: usize = 64;
+/// Odd, so that no length divides into blocks by accident.
+const BLOCK_TOKENS: usize = 5;
+
+/// A model and a cache whose blocks are handed out in random order.
+pub(crate) struct Runner {
+    pub(crate) model: Model,
+    cache: KvCache,
+    free: Vec<u32>,
+}
+
+/// One sequence of tokens and what of it is cached.
+#[derive(Clone)]
+pub(crate) struct Context {
+    pub(crate) tokens: Vec<u32>,
+    prompt_len: usize,
+    /// Tokens that count as the prompt for RoPE scalings that depend on the length.
+    rope_prompt_len: usize,
+    cached: usize,
+    blocks: Vec<u32>,
+    /// The adapter on the model's device.
+    adapter: Option<Arc<LoweredAdapter>>,
+}
+
+impl Runner {
+    pub(crate) fn new(model: Model) -> Self {
+        let cache = KvCache::new(model.info(), NUM_BLOCKS, BLOCK_TOKENS).unwrap();
+        let mut free: Vec<u32> = (0..NUM_BLOCKS as u32).collect();
+        free.shuffle(&mut ChaCha8Rng::seed_from_u64(7));
+        Self { model, cache, free }
+    }
+
+    /// A context of which nothing is cached yet, with an adapter in host memory.
+    pub(crate) fn context(&self, prompt: &[u32], adapter: Option<&LoweredAdapter>) -> Context {
+        let adapter = adapter.map(|adapter| Arc::new(self.model.adapter_to_device(adapter).unwrap()));
+        Context {
+            tokens: prompt.to_vec(),
+            prompt_len: prompt.len(),
+            rope_prompt_len: prompt.len(),
+            cached: 0,
+            blocks: Vec::new(),
+            adapter,
+        }
+    }
+
+    /// Runs the next `len` tokens of each context in one batch; returns the logits of all of them, (len, vocab) each,
+    /// on the CPU.
+    pub(crate) fn step(&mut self, work: &mut [(&mut Context, usize)]) -> Vec<Tensor> {
+        let mut batch = Batch::default();
+        for (context, len) in work.iter_mut() {
+            self.add(&mut batch, context, *len);
+        }
+        batch.logit_rows = (0..batch.token_ids.len() as u32).collect();
+        let logits = self.model.forward(&batch, &mut self.cache).unwrap().to_device(&candle_core::Device::Cpu).unwrap();
+        batch.spans.iter().map(|span| logits.narrow(0, span.start, span.len).unwrap()).collect()
+    }
+
+    /// Ends a context and takes its blocks back.
+    pub(crate) fn free(&mut self, context: Context) {
+        self.free.extend(context.blocks);
+    }
+
+    /// Logits of all of the prompt's tokens, fed in chunks of `chunk`.
+    pub(crate) fn prompt_logits(&mut self, prompt: &[u32], adapter: Option<&LoweredAdapter>, chunk: usize) -> Tensor {
+        let mut context = self.context(prompt, adapter);
+        let mut pieces = Vec::new();
+        while context.cached < prompt.len() {
+            let len = chunk.min(prompt.len() - context.cached);
+            pieces.extend(self.step(&mut [(&mut context, len)]));
+        }
+        self.free(context);
+        Tensor::cat(&pieces, 0).unwrap()
+    }
+
+    /// The `n` most likely next tokens of every prompt, all prompts in one batch.
+    pub(crate) fn greedy(&mut self, prompts: &[(&[u32], Option<&LoweredAdapter>)], n: usize) -> Vec<Vec<u32>> {
+        let mut contexts: Vec<Context> =
+            prompts.iter().map(|(prompt, adapter)| self.context(prompt, *adapter)).collect();
+        for _ in 0..n {
+            let mut work: Vec<(&mut Context, usize)> = Vec::new();
+            for context in &mut contexts {
+                self.restart_if_frequencies_switch(context);
+                let len = context.tokens.len() - context.cached;
+                work.push((context, len));
+            }
+            let logits = self.step(&mut work);
+            for (context, logits) in contexts.iter_mut().zip(logits) {
+                let last = logits.get(logits.dim(0).unwrap() - 1).unwrap();
+                context.tokens.push(last.argmax(0).unwrap().to_scalar().unwrap());
+            }
+        }
+        let mut generated = Vec::new();
+        for context in contexts {
+            generated.push(context.tokens[context.prompt_len..].to_vec());
+            self.free(context);
+        }
+        generated
+    }
+
+    /// Longrope has one set of frequencies for the whole context: when it grows past the threshold, what is cached was
+    /// rotated with the other set. transformers recomputes the context then, and so must whoever drives the model.
+    fn restart_if_frequencies_switch(&self, context: &mut Context) {
+        let rule = self.model.info().rope_length_rule;
+        let is_switch = matches!(rule, RopeLengthRule::Switch { .. });
+        if is_switch && rule.regime(context.rope_prompt_len) != rule.regime(context.tokens.len()) {
+            context.rope_prompt_len = context.tokens.len();
+            context.cached = 0;
+        }
+    }
+
+    fn add(&mut self, batch: &mut Batch, context: &mut Context, len: usize) {
+        let start = batch.token_ids.len();
+        let end = context.cached + len;
+        while context.blocks.len() * BLOCK_TOKENS < end {
+            context.blocks.push(self.free.pop().expect("the test cache is large enough"));
+        }
+        for position in context.cached..end {
+            batch.token_ids.push(context.tokens[position]);
+            batch.positions.push(position as u32);
+            batch.rope_lens.push(context.rope_prompt_len.max(position + 1) as u32);
+            let block = context.blocks[position / BLOCK_TOKENS];
+            batch.slot_mapping.push(block * BLOCK_TOKENS as u32 + (position % BLOCK_TOKENS) as u32);
+        }
+        batch.spans.push(AttentionSpan { start, len, context_len: end, block_table: context.blocks.clone() });
+        batch.segments.push(AdapterSegment { start, len, adapter: context.adapter.clone() });
+        context.cached = end;
+    }
+}
+
+/// Largest absolute difference over the largest absolute value of `expected`.
+pub(crate) fn relative_difference(found: &Tensor, expected: &Tensor) -> f32 {
+    let scalar = |tensor: Tensor| tensor.abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap();
+    assert_eq!(found.dims(), expected.dims());
+    scalar((found - expected).unwrap()) / scalar(expected.clone())
+}
