@@ -1,6 +1,7 @@
 //! The `[engine]` section: the bounds of everything the engine holds.
 
 use serde::{Deserialize, Serialize};
+use thiserror::Error;
 
 /// Bounds of the engine. All memory they imply is taken at start.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -33,5 +34,71 @@ impl Default for EngineConfig {
             adapter_slots: 64,
             prefix_cache: true,
         }
+    }
+}
+
+/// Why the bounds cannot be kept.
+#[derive(Clone, Debug, Error, PartialEq, Eq)]
+pub enum EngineConfigError {
+    /// A bound that must be at least one is zero.
+    #[error("engine.{field} is 0, expected at least 1")]
+    Zero {
+        /// Key in the section.
+        field: &'static str,
+    },
+    /// Not every running sequence could get its token in a step.
+    #[error("engine.step_tokens_max is {step_tokens_max}, expected at least engine.sequences_max ({sequences_max})")]
+    StepTooSmall {
+        /// Tokens per step.
+        step_tokens_max: usize,
+        /// Sequences running at once.
+        sequences_max: usize,
+    },
+}
+
+impl EngineConfig {
+    /// Whether the bounds can be kept.
+    ///
+    /// # Errors
+    /// Names the first bound that is wrong.
+    pub fn check(&self) -> Result<(), EngineConfigError> {
+        let positive = [
+            ("sequences_max", self.sequences_max),
+            ("step_tokens_max", self.step_tokens_max),
+            ("block_tokens", self.block_tokens),
+            ("queue_max", self.queue_max),
+            ("adapter_slots", self.adapter_slots),
+        ];
+        if let Some((field, _)) = positive.into_iter().find(|(_, value)| *value == 0) {
+            return Err(EngineConfigError::Zero { field });
+        }
+        if self.step_tokens_max < self.sequences_max {
+            return Err(EngineConfigError::StepTooSmall {
+                step_tokens_max: self.step_tokens_max,
+                sequences_max: self.sequences_max,
+            });
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn defaults_are_consistent() {
+        assert_eq!(EngineConfig::default().check(), Ok(()));
+    }
+
+    #[test]
+    fn wrong_bounds_are_named() {
+        let config = EngineConfig { block_tokens: 0, ..EngineConfig::default() };
+        assert_eq!(config.check().unwrap_err().to_string(), "engine.block_tokens is 0, expected at least 1");
+        let config = EngineConfig { step_tokens_max: 8, ..EngineConfig::default() };
+        assert_eq!(
+            config.check().unwrap_err().to_string(),
+            "engine.step_tokens_max is 8, expected at least engine.sequences_max (64)"
+        );
     }
 }

@@ -1,86 +1,141 @@
 //! The rest of the server's view of the engine thread.
 
-use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{self, Receiver, SyncSender};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::{self, JoinHandle};
 
-use candle_core::{Result, Tensor};
-use tokio::sync::mpsc::Receiver;
-
-use super::{EngineConfig, GenerationEvent, GenerationRequest, SubmitError};
-use crate::adapter::LoweredAdapter;
+use super::admission::{Admission, Submission};
+use super::step::Engine;
+use super::{EngineConfig, Forward, ForwardLimits, GenerationEvent, GenerationRequest, SubmitError};
 use crate::metrics::{AdapterActivity, Metrics};
-use crate::model::{Batch, RopeLengthRule};
 
-/// What the engine needs of a model; the real one, or a fake in simulations.
-pub trait Forward: Send {
-    /// Sizes that bound scheduling.
-    fn limits(&self) -> ForwardLimits;
+/// Clients of sequences that a shutdown cuts off see this.
+const SHUTTING_DOWN: &str = "the server is shutting down";
 
-    /// Logits (rows, vocab) in f32 of `batch.logit_rows`; writes the batch's keys and values.
-    ///
-    /// # Errors
-    /// When the device fails.
-    fn forward(&mut self, batch: &Batch) -> Result<Tensor>;
-
-    /// An adapter's tensors on the model's device.
-    ///
-    /// # Errors
-    /// When the device is out of memory.
-    fn adapter_to_device(&self, adapter: &LoweredAdapter) -> Result<LoweredAdapter>;
+/// Everything that can wake the engine thread.
+enum Event {
+    /// A request was admitted.
+    Submit(Submission),
+    /// End everything.
+    ShutDown,
 }
 
-/// Sizes of the model and its KV cache that bound scheduling.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct ForwardLimits {
-    /// Rows of the logits.
-    pub vocab_size: usize,
-    /// Longest context in tokens.
-    pub context_tokens_max: usize,
-    /// KV blocks there are.
-    pub num_blocks: usize,
-    /// How RoPE depends on the context length (for the prefix cache).
-    pub rope_length_rule: RopeLengthRule,
-}
-
-/// A handle to the engine thread; clones share it.
+/// A handle to the engine thread; clones share it. When the last one is gone, the thread finishes what it has and ends.
 #[derive(Clone)]
-pub struct EngineHandle {}
+pub struct EngineHandle {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    admission: Arc<Admission>,
+    /// Has room for every waiting request and one shutdown, so sending never blocks.
+    events: SyncSender<Event>,
+    shutdown_sent: AtomicBool,
+    thread: Mutex<Option<JoinHandle<()>>>,
+}
 
 impl EngineHandle {
     /// Starts the engine thread.
-    pub fn start(_forward: Box<dyn Forward>, _config: EngineConfig, _metrics: Arc<Metrics>) -> Self {
-        unimplemented!()
+    ///
+    /// # Panics
+    /// When the config was not checked ([`EngineConfig::check`]), or the system starts no thread.
+    pub fn start(forward: Box<dyn Forward>, config: EngineConfig, metrics: Arc<Metrics>) -> Self {
+        let (events, receiver) = mpsc::sync_channel(config.queue_max + 1);
+        let engine = Engine::new(forward, config, metrics);
+        let admission = engine.admission();
+        let thread = thread::Builder::new()
+            .name("engine".to_owned())
+            .spawn(move || run(engine, &receiver))
+            .expect("a starting process can start a thread");
+        let thread = Mutex::new(Some(thread));
+        Self { shared: Arc::new(Shared { admission, events, shutdown_sent: AtomicBool::new(false), thread }) }
     }
 
     /// Queues a sequence. Dropping the receiver cancels it.
     ///
     /// # Errors
     /// See [`SubmitError`]; nothing is queued then.
-    pub fn submit(&self, _request: GenerationRequest) -> std::result::Result<Receiver<GenerationEvent>, SubmitError> {
-        unimplemented!()
+    ///
+    /// # Panics
+    /// When the prompt is empty or has a token beyond `limits().vocab_size`.
+    pub fn submit(
+        &self,
+        request: GenerationRequest,
+    ) -> Result<tokio::sync::mpsc::Receiver<GenerationEvent>, SubmitError> {
+        let (submission, receiver) = self.shared.admission.admit(request)?;
+        match self.shared.events.try_send(Event::Submit(submission)) {
+            Ok(()) => Ok(receiver),
+            // Full cannot be: admission bounds what waits. So the thread is gone.
+            Err(_) => {
+                self.shared.admission.stop();
+                self.shared.admission.status().waiting_changed(1, 0);
+                Err(SubmitError::ShuttingDown)
+            }
+        }
     }
 
-    /// Sizes of the model that the engine runs.
+    /// Sizes of the model that the engine runs; the context is also bounded by what the KV cache holds.
     pub fn limits(&self) -> ForwardLimits {
-        unimplemented!()
+        self.shared.admission.limits()
     }
 
     /// Adapters on the device, and waited for.
     pub fn adapter_activity(&self) -> AdapterActivity {
-        unimplemented!()
+        self.shared.admission.status().activity()
     }
 
     /// Sequences running and waiting.
     pub fn in_flight(&self) -> usize {
-        unimplemented!()
+        self.shared.admission.status().in_flight()
+    }
+
+    /// Whether the engine thread lives; `false` after [`Self::shut_down`], and after a broken invariant stopped it.
+    pub fn is_alive(&self) -> bool {
+        let thread = self.shared.thread.lock().unwrap_or_else(PoisonError::into_inner);
+        thread.as_ref().is_some_and(|thread| !thread.is_finished())
     }
 
     /// Refuses new requests from now on; running ones go on.
     pub fn stop_accepting(&self) {
-        unimplemented!()
+        self.shared.admission.stop();
     }
 
     /// Cancels what still runs and joins the thread (blocks until its current step ends).
     pub fn shut_down(&self) {
-        unimplemented!()
+        self.stop_accepting();
+        if !self.shared.shutdown_sent.swap(true, Ordering::AcqRel) {
+            // Fails only when the thread has ended already.
+            let _ = self.shared.events.try_send(Event::ShutDown);
+        }
+        let thread = self.shared.thread.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(Err(_)) = thread.map(JoinHandle::join) {
+            tracing::error!("the engine thread had panicked");
+        }
+    }
+}
+
+/// The engine thread: steps while there is work, sleeps on its channel while there is none.
+fn run(mut engine: Engine, events: &Receiver<Event>) {
+    loop {
+        let first = if engine.is_idle() {
+            // An error means that the last handle is gone.
+            let Ok(event) = events.recv() else { return };
+            Some(event)
+        } else {
+            None
+        };
+        let mut is_shutting_down = false;
+        for event in first.into_iter().chain(events.try_iter()) {
+            match event {
+                Event::Submit(submission) => engine.accept(submission),
+                Event::ShutDown => is_shutting_down = true,
+            }
+        }
+        if is_shutting_down {
+            engine.shut_down(SHUTTING_DOWN);
+            return;
+        }
+        engine.step();
     }
 }

@@ -3,3 +3,4 @@
 mod fixtures;
 mod golden_base;
 mod runner;
+mod engine_sim;

@@ -1,0 +1,196 @@
+//! From scheduled sequences to the model's flat batch.
+
+use std::sync::Arc;
+
+use super::block_manager::BlockManager;
+use super::sequence::Sequence;
+use crate::adapter::LoweredAdapter;
+use crate::model::{AdapterSegment, AttentionSpan, Batch};
+
+/// What the logits of one row are for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Row {
+    /// Whose they are.
+    pub(super) running_idx: usize,
+    /// What to do with them.
+    pub(super) purpose: RowPurpose,
+}
+
+/// What a row of logits is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum RowPurpose {
+    /// Score this prompt token.
+    ScorePrompt(u32),
+    /// Draw the next token.
+    Draw,
+    /// Nothing: the model is never asked for an empty matrix of logits, so a step that needs none asks for one row.
+    Unused,
+}
+
+/// What the layout needs beside the sequences.
+pub(super) struct Layout<'a> {
+    /// Tokens per KV block.
+    pub(super) block_tokens: usize,
+    /// The adapter in each slot.
+    pub(super) residents: &'a [Option<Arc<LoweredAdapter>>],
+    /// For the check that only blocks of one's own are written.
+    pub(super) blocks: &'a BlockManager,
+}
+
+/// Lays the chunks of the `scheduled` sequences end to end, and says what each row of logits will be for.
+pub(super) fn prepare(running: &[Sequence], scheduled: &[usize], layout: &Layout<'_>) -> (Batch, Vec<Row>) {
+    let mut batch = Batch::default();
+    let mut rows = Vec::new();
+    let mut previous_slot = None;
+    for &running_idx in scheduled {
+        let sequence = &running[running_idx];
+        let start = batch.token_ids.len();
+        push_tokens(&mut batch, sequence, layout);
+        push_rows(&mut batch, &mut rows, sequence, running_idx, start);
+        let len = sequence.chunk_len;
+        match batch.segments.last_mut() {
+            Some(segment) if previous_slot == Some(sequence.slot) => segment.len += len,
+            _ => {
+                let adapter = sequence.slot.map(|slot| {
+                    Arc::clone(
+                        layout.residents[slot].as_ref().expect("a scheduled sequence's adapter is on the device"),
+                    )
+                });
+                batch.segments.push(AdapterSegment { start, len, adapter });
+            }
+        }
+        previous_slot = Some(sequence.slot);
+    }
+    if let (true, Some(&running_idx)) = (rows.is_empty(), scheduled.last()) {
+        rows.push(Row { running_idx, purpose: RowPurpose::Unused });
+        batch.logit_rows.push(batch.token_ids.len() as u32 - 1);
+    }
+    (batch, rows)
+}
+
+/// Adds a sequence's chunk as a span.
+fn push_tokens(batch: &mut Batch, sequence: &Sequence, layout: &Layout<'_>) {
+    let context_len = sequence.computed + sequence.chunk_len;
+    assert!(context_len <= sequence.tokens.len(), "a chunk ends with the known tokens");
+    assert!(context_len <= sequence.block_table.len() * layout.block_tokens, "a chunk has blocks to be written to");
+    let start = batch.token_ids.len();
+    for position in sequence.computed..context_len {
+        let block = sequence.block_table[position / layout.block_tokens];
+        let offset = position % layout.block_tokens;
+        if offset == 0 || position == sequence.computed {
+            assert!(layout.blocks.is_writable(block), "block {block} is written while shared");
+        }
+        batch.token_ids.push(sequence.tokens[position]);
+        batch.positions.push(position as u32);
+        batch.rope_lens.push(sequence.prompt_len.max(position + 1) as u32);
+        batch.slot_mapping.push(block * layout.block_tokens as u32 + offset as u32);
+    }
+    let num_blocks = context_len.div_ceil(layout.block_tokens);
+    batch.spans.push(AttentionSpan {
+        start,
+        len: sequence.chunk_len,
+        context_len,
+        block_table: sequence.block_table[..num_blocks].to_vec(),
+    });
+}
+
+/// Adds the rows a chunk that begins at token `start` of the batch needs: prompt tokens to score, then the next token.
+fn push_rows(batch: &mut Batch, rows: &mut Vec<Row>, sequence: &Sequence, running_idx: usize, start: usize) {
+    let context_len = sequence.computed + sequence.chunk_len;
+    if let Some(first) = sequence.next_prompt_score() {
+        assert!(first >= sequence.computed, "no logits that are needed were skipped");
+        for position in first..context_len.min(sequence.prompt_len - 1) {
+            batch.logit_rows.push((start + position - sequence.computed) as u32);
+            rows.push(Row { running_idx, purpose: RowPurpose::ScorePrompt(sequence.tokens[position + 1]) });
+        }
+    }
+    if context_len == sequence.tokens.len() && sequence.max_tokens > 0 {
+        batch.logit_rows.push((start + sequence.chunk_len - 1) as u32);
+        rows.push(Row { running_idx, purpose: RowPurpose::Draw });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::GenerationRequest;
+    use super::super::sequence::tests::{request, sequence};
+    use super::*;
+
+    const BLOCK_TOKENS: usize = 4;
+
+    /// A running sequence over `len` tokens of which `computed` are done and `chunk_len` come now.
+    fn running(blocks: &mut BlockManager, request: GenerationRequest, computed: usize, chunk_len: usize) -> Sequence {
+        let (mut sequence, _) = sequence(request);
+        let num_blocks = (computed + chunk_len).div_ceil(BLOCK_TOKENS);
+        sequence.block_table = (0..num_blocks).map(|_| blocks.allocate().unwrap()).collect();
+        sequence.computed = computed;
+        sequence.chunk_len = chunk_len;
+        sequence
+    }
+
+    fn layout<'a>(blocks: &'a BlockManager, residents: &'a [Option<Arc<LoweredAdapter>>]) -> Layout<'a> {
+        Layout { block_tokens: BLOCK_TOKENS, residents, blocks }
+    }
+
+    #[test]
+    fn a_chunk_and_a_decode_lie_end_to_end() {
+        let mut blocks = BlockManager::new(8);
+        let prefill = running(&mut blocks, request(&[10, 11, 12, 13, 14, 15, 16], 1), 3, 3);
+        let mut decode = running(&mut blocks, request(&[20, 21], 4), 2, 1);
+        decode.push_token(22);
+        let (batch, rows) = prepare(&[prefill, decode], &[0, 1], &layout(&blocks, &[]));
+        assert_eq!(batch.token_ids, [13, 14, 15, 22]);
+        assert_eq!(batch.positions, [3, 4, 5, 2]);
+        assert_eq!(batch.rope_lens, [7, 7, 7, 3]);
+        assert_eq!(batch.slot_mapping, [3, 4, 5, 10]);
+        let spans: Vec<_> =
+            batch.spans.iter().map(|s| (s.start, s.len, s.context_len, s.block_table.clone())).collect();
+        assert_eq!(spans, [(0, 3, 6, vec![0, 1]), (3, 1, 3, vec![2])]);
+        assert_eq!(batch.segments.len(), 1);
+        assert_eq!((batch.segments[0].start, batch.segments[0].len), (0, 4));
+        // The prefill is not at its end: only the decode draws.
+        assert_eq!(batch.logit_rows, [3]);
+        assert_eq!(rows, [Row { running_idx: 1, purpose: RowPurpose::Draw }]);
+    }
+
+    #[test]
+    fn equal_adapters_make_one_segment_over_several_spans() {
+        let mut blocks = BlockManager::new(8);
+        let residents = [Some(Arc::new(LoweredAdapter::default())), Some(Arc::new(LoweredAdapter::default()))];
+        let mut sequences: Vec<Sequence> = (0..4).map(|_| running(&mut blocks, request(&[1, 2], 1), 0, 2)).collect();
+        for (sequence, slot) in sequences.iter_mut().zip([None, Some(0), Some(0), Some(1)]) {
+            sequence.slot = slot;
+        }
+        let (batch, _) = prepare(&sequences, &[0, 1, 2, 3], &layout(&blocks, &residents));
+        let segments: Vec<_> = batch.segments.iter().map(|s| (s.start, s.len, s.adapter.is_some())).collect();
+        assert_eq!(segments, [(0, 2, false), (2, 4, true), (6, 2, true)]);
+        assert!(Arc::ptr_eq(batch.segments[2].adapter.as_ref().unwrap(), residents[1].as_ref().unwrap()));
+    }
+
+    #[test]
+    fn prompt_scores_ask_for_each_row_but_the_last_and_then_draw() {
+        let mut blocks = BlockManager::new(8);
+        let settings = GenerationRequest { prompt_logprobs: Some(0), ..request(&[5, 6, 7], 1) };
+        let (batch, rows) = prepare(&[running(&mut blocks, settings, 0, 3)], &[0], &layout(&blocks, &[]));
+        assert_eq!(batch.logit_rows, [0, 1, 2]);
+        let purposes: Vec<_> = rows.into_iter().map(|row| row.purpose).collect();
+        assert_eq!(purposes, [RowPurpose::ScorePrompt(6), RowPurpose::ScorePrompt(7), RowPurpose::Draw]);
+    }
+
+    #[test]
+    fn a_step_without_need_of_logits_still_asks_for_one_row() {
+        let mut blocks = BlockManager::new(8);
+        let (batch, rows) = prepare(&[running(&mut blocks, request(&[5, 6, 7], 1), 0, 2)], &[0], &layout(&blocks, &[]));
+        assert_eq!(batch.logit_rows, [1]);
+        assert_eq!(rows, [Row { running_idx: 0, purpose: RowPurpose::Unused }]);
+    }
+
+    #[test]
+    #[should_panic(expected = "is written while shared")]
+    fn writing_a_shared_block_is_caught() {
+        let mut blocks = BlockManager::new(8);
+        let sequence = running(&mut blocks, request(&[5, 6, 7], 1), 0, 2);
+        blocks.publish(sequence.block_table[0], super::super::prefix::BlockHash([0; 32]));
+        prepare(&[sequence], &[0], &layout(&blocks, &[]));
+    }
+}

@@ -1,0 +1,343 @@
+//! One sequence: its tokens, its place in the KV cache, and its link to the request task.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use tokio::sync::mpsc::{self, error::TrySendError};
+
+use super::prefix::{BlockHash, PrefixChain, PrefixKey};
+use super::sampler::Sampler;
+use super::status::InFlight;
+use super::{Finish, FinishReason, GenerationEvent, GenerationRequest, TokenLogprob};
+use crate::adapter::LoadedAdapter;
+use crate::model::RopeLengthRule;
+
+/// Events beside tokens that a sequence may send: the prompt's logprobs and the end, and one to spare.
+pub(super) const EVENTS_BESIDE_TOKENS: usize = 3;
+
+/// One sequence, from submission to its end.
+#[derive(Debug)]
+pub(super) struct Sequence {
+    /// Order of arrival.
+    pub(super) id: u64,
+    /// The adapter, leased.
+    pub(super) adapter: Option<Arc<LoadedAdapter>>,
+    /// Prompt and generated tokens.
+    pub(super) tokens: Vec<u32>,
+    /// Tokens of the prompt.
+    pub(super) prompt_len: usize,
+    /// Leading tokens whose keys and values are in the cache.
+    pub(super) computed: usize,
+    /// Tokens to compute in the current step; 0 when not scheduled.
+    pub(super) chunk_len: usize,
+    /// KV blocks, in order of the context.
+    pub(super) block_table: Vec<u32>,
+    /// Hashes of its full blocks.
+    pub(super) prefix: PrefixChain,
+    /// Leading blocks that were offered to the prefix cache.
+    pub(super) num_published: usize,
+    /// Prompt tokens found in the prefix cache; `None` until first scheduled.
+    pub(super) cached_tokens: Option<usize>,
+    /// The adapter's device slot, pinned while running.
+    pub(super) slot: Option<usize>,
+    /// Waits only because no adapter slot is free.
+    pub(super) deferred: bool,
+    /// Later requests with an adapter that were admitted before this deferred one.
+    pub(super) overtaken: usize,
+    /// Draws tokens.
+    pub(super) sampler: Sampler,
+    /// Logprobs of the prompt's tokens so far; the first has none.
+    pub(super) prompt_scores: Vec<Option<TokenLogprob>>,
+    /// Tokens to generate at most; with the prompt they fit the context.
+    pub(super) max_tokens: usize,
+    /// Alternatives to report with each generated token.
+    pub(super) logprobs: Option<usize>,
+    /// Alternatives to report with each prompt token.
+    pub(super) prompt_logprobs: Option<usize>,
+    /// When it passed which point.
+    pub(super) times: Times,
+    /// Set once, when nothing more will be computed for it.
+    pub(super) end: Option<End>,
+    stop_token_ids: Vec<u32>,
+    prompt_reported: bool,
+    events: mpsc::Sender<GenerationEvent>,
+    _in_flight: InFlight,
+}
+
+/// When a sequence passed which point; for metrics only.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Times {
+    /// Submitted.
+    pub(super) arrived: Instant,
+    /// First scheduled.
+    pub(super) scheduled: Option<Instant>,
+    /// First token.
+    pub(super) first_token: Option<Instant>,
+    /// Latest token.
+    pub(super) last_token: Option<Instant>,
+}
+
+/// How a sequence ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum End {
+    /// As it should.
+    Finished(FinishReason),
+    /// The engine could not go on; the text is safe to show.
+    Failed(&'static str),
+    /// The receiver was dropped.
+    Cancelled,
+    /// The server stops; the text is safe to show.
+    ShutDown(&'static str),
+}
+
+/// What a new sequence needs beside its request.
+pub(super) struct SequenceSetup {
+    /// `max_tokens`, clipped to the context.
+    pub(super) max_tokens: usize,
+    /// Of the model.
+    pub(super) rope_length_rule: RopeLengthRule,
+    /// Seed where the request has none.
+    pub(super) fresh_seed: u64,
+    /// To the request task.
+    pub(super) events: mpsc::Sender<GenerationEvent>,
+    /// Counts the sequence while it lives.
+    pub(super) in_flight: InFlight,
+}
+
+impl Sequence {
+    /// A sequence with nothing computed.
+    pub(super) fn new(request: GenerationRequest, setup: SequenceSetup) -> Self {
+        let prefix = PrefixChain::new(PrefixKey {
+            adapter: request.adapter.as_ref().map(|adapter| &adapter.digest),
+            salt: request.cache_salt.as_deref(),
+            rope_length_rule: setup.rope_length_rule,
+            prompt_len: request.prompt.len(),
+        });
+        Self {
+            id: 0,
+            adapter: request.adapter,
+            prompt_len: request.prompt.len(),
+            computed: 0,
+            chunk_len: 0,
+            block_table: Vec::new(),
+            prefix,
+            num_published: 0,
+            cached_tokens: None,
+            slot: None,
+            deferred: false,
+            overtaken: 0,
+            sampler: Sampler::new(request.sampling, &request.prompt, setup.fresh_seed),
+            prompt_scores: Vec::new(),
+            max_tokens: setup.max_tokens,
+            logprobs: request.logprobs,
+            prompt_logprobs: request.prompt_logprobs,
+            times: Times { arrived: Instant::now(), scheduled: None, first_token: None, last_token: None },
+            end: None,
+            stop_token_ids: if request.ignore_eos { Vec::new() } else { request.stop_token_ids },
+            prompt_reported: false,
+            events: setup.events,
+            _in_flight: setup.in_flight,
+            tokens: request.prompt,
+        }
+    }
+
+    /// Tokens generated so far.
+    pub(super) fn generated(&self) -> usize {
+        self.tokens.len() - self.prompt_len
+    }
+
+    /// Tokens whose keys and values are still missing.
+    pub(super) fn left_to_compute(&self) -> usize {
+        self.tokens.len() - self.computed
+    }
+
+    /// Whether all but the newest token are computed, so that a chunk of one yields the next token.
+    pub(super) fn is_decoding(&self) -> bool {
+        self.generated() > 0 && self.left_to_compute() == 1
+    }
+
+    /// Whether the request task dropped its receiver.
+    pub(super) fn is_cancelled(&self) -> bool {
+        self.events.is_closed()
+    }
+
+    /// Content digest of the adapter.
+    pub(super) fn digest(&self) -> Option<&[u8; 32]> {
+        self.adapter.as_ref().map(|adapter| &adapter.digest)
+    }
+
+    /// Name of the adapter.
+    pub(super) fn adapter_name(&self) -> Option<&str> {
+        self.adapter.as_ref().map(|adapter| adapter.name.as_str())
+    }
+
+    /// First position whose logits the prompt's logprobs still need; `None` when none are asked or all are there.
+    pub(super) fn next_prompt_score(&self) -> Option<usize> {
+        let next_token = self.prompt_scores.len().max(1);
+        (self.prompt_logprobs.is_some() && next_token < self.prompt_len).then(|| next_token - 1)
+    }
+
+    /// Hashes of the leading blocks it may take from the cache: all but the last token's block, whose logits are needed.
+    /// None while the logits of prompt tokens are needed.
+    pub(super) fn reusable_hashes(&mut self, block_tokens: usize) -> &[BlockHash] {
+        self.prefix.extend(&self.tokens, block_tokens);
+        let hashes = self.prefix.hashes();
+        let bound = if self.next_prompt_score().is_some() { 0 } else { (self.tokens.len() - 1) / block_tokens };
+        &hashes[..hashes.len().min(bound)]
+    }
+
+    /// Forgets what is in the KV cache; the blocks are returned for release. Tokens and scores stay.
+    pub(super) fn take_blocks(&mut self) -> Vec<u32> {
+        self.computed = 0;
+        self.chunk_len = 0;
+        std::mem::take(&mut self.block_table)
+    }
+
+    /// Adds the logprob of the next prompt token.
+    pub(super) fn push_prompt_score(&mut self, score: TokenLogprob) {
+        if self.prompt_scores.is_empty() {
+            self.prompt_scores.push(None);
+        }
+        self.prompt_scores.push(Some(score));
+        assert!(self.prompt_scores.len() <= self.prompt_len, "more prompt logprobs than prompt tokens");
+    }
+
+    /// Sends the prompt's logprobs when they were asked for; once.
+    pub(super) fn report_prompt(&mut self) {
+        if self.prompt_logprobs.is_none() || self.prompt_reported {
+            return;
+        }
+        self.prompt_reported = true;
+        let mut scores = std::mem::take(&mut self.prompt_scores);
+        scores.resize(self.prompt_len.max(1), None);
+        // Kept at full length, so that a recomputation after preemption asks for none again.
+        self.prompt_scores = vec![None; scores.len()];
+        self.send(GenerationEvent::Prompt(scores));
+    }
+
+    /// Appends a generated token; returns how the sequence ends by it.
+    pub(super) fn push_token(&mut self, token: u32) -> Option<FinishReason> {
+        self.tokens.push(token);
+        self.sampler.record(token);
+        if self.stop_token_ids.contains(&token) {
+            Some(FinishReason::Stop)
+        } else if self.generated() >= self.max_tokens {
+            Some(FinishReason::Length)
+        } else {
+            None
+        }
+    }
+
+    /// Sends an event; that the receiver is gone is noticed by [`Self::is_cancelled`].
+    pub(super) fn send(&self, event: GenerationEvent) {
+        if let Err(TrySendError::Full(_)) = self.events.try_send(event) {
+            unreachable!("the channel has room for every event of its sequence");
+        }
+    }
+
+    /// Sends the last event.
+    pub(super) fn send_end(&self, end: End) {
+        match end {
+            End::Finished(reason) => self.send(GenerationEvent::Finished(Finish {
+                reason,
+                prompt_tokens: self.prompt_len,
+                cached_tokens: self.cached_tokens.unwrap_or(0),
+                generated_tokens: self.generated(),
+            })),
+            End::Failed(message) | End::ShutDown(message) => self.send(GenerationEvent::Failed(message.to_owned())),
+            End::Cancelled => {}
+        }
+    }
+}
+
+#[cfg(test)]
+pub(super) mod tests {
+    use tokio::sync::mpsc::Receiver;
+
+    use super::super::SamplingParams;
+    use super::super::status::Status;
+    use super::*;
+
+    /// A request with neutral settings.
+    pub(in super::super) fn request(prompt: &[u32], max_tokens: usize) -> GenerationRequest {
+        GenerationRequest {
+            prompt: prompt.to_vec(),
+            adapter: None,
+            sampling: SamplingParams { temperature: 0.0, ..SamplingParams::default() },
+            max_tokens,
+            stop_token_ids: Vec::new(),
+            ignore_eos: false,
+            logprobs: None,
+            prompt_logprobs: None,
+            cache_salt: None,
+        }
+    }
+
+    /// The sequence of a request, and what it sends.
+    pub(in super::super) fn sequence(request: GenerationRequest) -> (Sequence, Receiver<GenerationEvent>) {
+        let (events, receiver) = mpsc::channel(request.max_tokens + EVENTS_BESIDE_TOKENS);
+        let setup = SequenceSetup {
+            max_tokens: request.max_tokens,
+            rope_length_rule: RopeLengthRule::Fixed,
+            fresh_seed: 0,
+            events,
+            in_flight: InFlight::new(&Arc::new(Status::default())),
+        };
+        (Sequence::new(request, setup), receiver)
+    }
+
+    fn score(rank: usize) -> TokenLogprob {
+        TokenLogprob { logprob: 0.0, rank, top: Vec::new() }
+    }
+
+    #[test]
+    fn stop_token_ends_unless_ignored_and_length_always_does() {
+        let check = |ignore_eos, tokens: &[u32], expected| {
+            let settings = GenerationRequest { stop_token_ids: vec![9], ignore_eos, ..request(&[1], 3) };
+            let (mut sequence, _receiver) = sequence(settings);
+            let mut ends = tokens.iter().map(|token| sequence.push_token(*token));
+            let end = ends.next_back().unwrap();
+            assert!(ends.all(|end| end.is_none()));
+            assert_eq!(end, expected, "{tokens:?}");
+        };
+        check(false, &[4, 9], Some(FinishReason::Stop));
+        check(true, &[4, 9], None);
+        check(true, &[4, 9, 4], Some(FinishReason::Length));
+        check(false, &[4, 4, 9], Some(FinishReason::Stop));
+    }
+
+    #[test]
+    fn prompt_scores_are_asked_for_once_and_in_order() {
+        let settings = GenerationRequest { prompt_logprobs: Some(0), ..request(&[1, 2, 3], 1) };
+        let (mut sequence, mut receiver) = sequence(settings);
+        assert_eq!(sequence.next_prompt_score(), Some(0));
+        sequence.push_prompt_score(score(1));
+        assert_eq!(sequence.next_prompt_score(), Some(1));
+        sequence.take_blocks();
+        assert_eq!(sequence.next_prompt_score(), Some(1), "scores outlive a preemption");
+        sequence.push_prompt_score(score(2));
+        assert_eq!(sequence.next_prompt_score(), None);
+        sequence.report_prompt();
+        sequence.report_prompt();
+        assert_eq!(sequence.next_prompt_score(), None);
+        let Ok(GenerationEvent::Prompt(scores)) = receiver.try_recv() else { panic!("no prompt event") };
+        assert_eq!(scores, [None, Some(score(1)), Some(score(2))]);
+        assert!(receiver.try_recv().is_err());
+    }
+
+    #[test]
+    fn the_last_tokens_block_is_never_reused() {
+        let reusable = |len: u32| {
+            let (mut sequence, _receiver) = sequence(request(&(0..len).collect::<Vec<_>>(), 1));
+            sequence.reusable_hashes(4).len()
+        };
+        assert_eq!([reusable(3), reusable(4), reusable(5), reusable(8), reusable(9)], [0, 0, 1, 1, 2]);
+    }
+
+    #[test]
+    fn scoring_the_prompt_reads_nothing_from_the_cache() {
+        let settings = GenerationRequest { prompt_logprobs: Some(1), ..request(&[1, 2, 3, 4, 5], 1) };
+        let (mut sequence, _receiver) = sequence(settings);
+        assert!(sequence.reusable_hashes(2).is_empty());
+    }
+}
