@@ -10,24 +10,12 @@ use rayon::prelude::*;
 
 use super::dispatch::{dispatch, fma};
 use super::isa::Isa;
+use crate::kernels::AttentionShape;
 
 /// Positions per online-softmax tile.
 const TILE: usize = 64;
 /// Query rows (tokens times heads of a group) per task.
 const TASK_ROWS: usize = 64;
-
-/// Sizes of an attention layer and its cache.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct AttentionShape {
-    /// Query heads; a multiple of `kv_heads`.
-    pub heads: usize,
-    /// Key and value heads.
-    pub kv_heads: usize,
-    /// Length of a head's vectors.
-    pub head_dim: usize,
-    /// Positions per cache block; a divisor or a multiple of 64.
-    pub block_tokens: usize,
-}
 
 /// One context's queries: `len` tokens from token `start` on, the last at position `context_len - 1`.
 #[derive(Clone, Copy, Debug)]
@@ -42,15 +30,6 @@ pub struct QuerySpan<'a> {
     pub block_table: &'a [u32],
 }
 
-/// How scores are formed.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Scoring {
-    /// Factor on `q . k`.
-    pub scale: f32,
-    /// A token sees this many positions, itself included; `None` sees all before it.
-    pub window: Option<usize>,
-}
-
 /// Keys and values of one layer.
 #[derive(Clone, Copy, Debug)]
 pub struct CacheView<'a> {
@@ -58,6 +37,8 @@ pub struct CacheView<'a> {
     pub keys: &'a [f32],
     /// `[blocks][kv_heads][block_tokens][head_dim]`.
     pub values: &'a [f32],
+    /// Positions per block.
+    pub block_tokens: usize,
 }
 
 /// `y = softmax(scale * q Kᵀ + mask) V` per head, q and y: (tokens, heads, head_dim) row-major.
@@ -69,18 +50,16 @@ pub(crate) fn paged_attention(
     cache: CacheView<'_>,
     spans: &[QuerySpan<'_>],
     shape: AttentionShape,
-    scoring: Scoring,
     y: &mut [f32],
 ) {
-    let row = shape.heads * shape.head_dim;
+    let row = shape.num_heads * shape.head_dim;
     assert_eq!(q.len(), y.len(), "q and y are of one shape");
-    assert_eq!(shape.heads % shape.kv_heads, 0, "query heads divide into groups");
-    assert!(TILE % shape.block_tokens == 0 || shape.block_tokens % TILE == 0, "blocks and tiles nest");
-    let queries_per_task = (TASK_ROWS / (shape.heads / shape.kv_heads)).max(1);
+    assert_eq!(shape.num_heads % shape.num_kv_heads, 0, "query heads divide into groups");
+    let queries_per_task = (TASK_ROWS / (shape.num_heads / shape.num_kv_heads)).max(1);
     let mut rest = y;
     let mut tasks = Vec::new();
     for span in spans {
-        assert!(span.block_table.len() * shape.block_tokens >= span.context_len, "the block table covers the context");
+        assert!(span.block_table.len() * cache.block_tokens >= span.context_len, "the block table covers the context");
         let (mine, others) = rest.split_at_mut(span.len * row);
         rest = others;
         for (chunk_idx, out) in mine.chunks_mut(queries_per_task * row).enumerate() {
@@ -90,8 +69,8 @@ pub(crate) fn paged_attention(
     assert!(rest.is_empty(), "the spans tile the tokens");
     tasks.into_par_iter().for_each(|(span, first, out)| {
         let mut scratch = Scratch::default();
-        for kv_head in 0..shape.kv_heads {
-            let task = Task { q, cache, span, first, kv_head, shape, scoring };
+        for kv_head in 0..shape.num_kv_heads {
+            let task = Task { q, cache, span, first, kv_head, shape };
             attend(Isa::best(), &task, &mut scratch, out);
         }
     });
@@ -106,7 +85,6 @@ struct Task<'a> {
     first: usize,
     kv_head: usize,
     shape: AttentionShape,
-    scoring: Scoring,
 }
 
 /// Working memory of a task; rows are (query, head of the group).
@@ -125,20 +103,20 @@ dispatch! {
 
 #[inline(always)]
 fn attend_body<const FMA: bool>(task: &Task<'_>, scratch: &mut Scratch, out: &mut [f32]) {
-    let AttentionShape { heads, kv_heads, head_dim, .. } = task.shape;
-    let group = heads / kv_heads;
+    let AttentionShape { num_heads: heads, num_kv_heads, head_dim, .. } = task.shape;
+    let group = heads / num_kv_heads;
     let queries = out.len() / (heads * head_dim);
     let rows = queries * group;
     let first_position = task.span.context_len - task.span.len + task.first;
     load_queries(task, rows, group, scratch);
-    let from = task.scoring.window.map_or(0, |w| (first_position + 1).saturating_sub(w));
+    let from = task.shape.window.map_or(0, |w| (first_position + 1).saturating_sub(w));
     let end = first_position + queries;
     for tile_start in (from / TILE * TILE..end).step_by(TILE) {
         let width = TILE.min(end - tile_start);
         score_tile::<FMA>(task, rows, tile_start, width, scratch);
         for row in 0..rows {
             let position = first_position + row / group;
-            let low = task.scoring.window.map_or(0, |w| (position + 1).saturating_sub(w));
+            let low = task.shape.window.map_or(0, |w| (position + 1).saturating_sub(w));
             let scores = &mut scratch.scores[row * TILE..][..TILE];
             mask(scores, low.saturating_sub(tile_start), (position + 1).saturating_sub(tile_start).min(width));
             let acc = &mut scratch.acc[row * head_dim..][..head_dim];
@@ -159,13 +137,13 @@ fn attend_body<const FMA: bool>(task: &Task<'_>, scratch: &mut Scratch, out: &mu
 /// Copies the task's scaled queries together and resets the running softmax.
 #[inline(always)]
 fn load_queries(task: &Task<'_>, rows: usize, group: usize, scratch: &mut Scratch) {
-    let AttentionShape { heads, head_dim, .. } = task.shape;
+    let AttentionShape { num_heads: heads, head_dim, scale, .. } = task.shape;
     scratch.q.clear();
     for row in 0..rows {
         let token = task.span.start + task.first + row / group;
         let head = task.kv_head * group + row % group;
         let q = &task.q[(token * heads + head) * head_dim..][..head_dim];
-        scratch.q.extend(q.iter().map(|v| v * task.scoring.scale));
+        scratch.q.extend(q.iter().map(|v| v * scale as f32));
     }
     scratch.scores.resize(rows * TILE, 0.0);
     scratch.acc.clear();
@@ -179,19 +157,26 @@ fn load_queries(task: &Task<'_>, rows: usize, group: usize, scratch: &mut Scratc
 /// Positions of a tile that lie in one cache block: (offset in the tile, offset in the block, count, block).
 #[inline(always)]
 fn pieces(task: &Task<'_>, tile_start: usize, width: usize) -> impl Iterator<Item = (usize, usize, usize, usize)> {
-    let block_tokens = task.shape.block_tokens;
-    let step = block_tokens.min(TILE);
-    (0..width).step_by(step).map(move |offset| {
+    let block_tokens = task.cache.block_tokens;
+    let mut offset = 0;
+    std::iter::from_fn(move || {
+        if offset == width {
+            return None;
+        }
         let position = tile_start + offset;
+        let in_block = position % block_tokens;
+        let count = (block_tokens - in_block).min(width - offset);
         let block = task.span.block_table[position / block_tokens] as usize;
-        (offset, position % block_tokens, step.min(width - offset), block)
+        offset += count;
+        Some((offset - count, in_block, count, block))
     })
 }
 
 /// `scores[row, j] = q[row] . k[tile_start + j]`.
 #[inline(always)]
 fn score_tile<const FMA: bool>(task: &Task<'_>, rows: usize, tile_start: usize, width: usize, scratch: &mut Scratch) {
-    let AttentionShape { kv_heads, head_dim, block_tokens, .. } = task.shape;
+    let AttentionShape { num_kv_heads: kv_heads, head_dim, .. } = task.shape;
+    let block_tokens = task.cache.block_tokens;
     for (offset, in_block, count, block) in pieces(task, tile_start, width) {
         let from = (block * kv_heads + task.kv_head) * head_dim * block_tokens + in_block;
         let keys = &task.cache.keys[from..][..head_dim * block_tokens - in_block];
@@ -206,7 +191,8 @@ fn score_tile<const FMA: bool>(task: &Task<'_>, rows: usize, tile_start: usize, 
 /// `acc[row] += sum_j p[row, j] * v[tile_start + j]`.
 #[inline(always)]
 fn weigh_values<const FMA: bool>(task: &Task<'_>, rows: usize, tile_start: usize, width: usize, scratch: &mut Scratch) {
-    let AttentionShape { kv_heads, head_dim, block_tokens, .. } = task.shape;
+    let AttentionShape { num_kv_heads: kv_heads, head_dim, .. } = task.shape;
+    let block_tokens = task.cache.block_tokens;
     for (offset, in_block, count, block) in pieces(task, tile_start, width) {
         let from = ((block * kv_heads + task.kv_head) * block_tokens + in_block) * head_dim;
         let values = &task.cache.values[from..][..count * head_dim];
@@ -334,29 +320,44 @@ fn block<const R: usize, const FMA: bool>(p: &Product<'_>, row: usize, column: u
     }
 }
 
-/// Writes keys and values (tokens, kv_heads, head_dim) to their cache slots.
+/// Writes keys `k` (tokens, kv_heads, head_dim) to their slots of `keys`, `[blocks][kv_heads][head_dim][block_tokens]`.
 ///
 /// # Panics
 /// When lengths do not fit.
-pub(crate) fn write_cache(
-    k: &[f32],
-    v: &[f32],
+pub(crate) fn write_keys(k: &[f32], slots: &[u32], shape: AttentionShape, block_tokens: usize, keys: &mut [f32]) {
+    for_each_head(k, slots, shape, block_tokens, |base, offset, k| {
+        for (d, value) in k.iter().enumerate() {
+            keys[base + d * block_tokens + offset] = *value;
+        }
+    });
+}
+
+/// Writes values `v` (tokens, kv_heads, head_dim) to their slots of `values`,
+/// `[blocks][kv_heads][block_tokens][head_dim]`.
+///
+/// # Panics
+/// When lengths do not fit.
+pub(crate) fn write_values(v: &[f32], slots: &[u32], shape: AttentionShape, block_tokens: usize, values: &mut [f32]) {
+    for_each_head(v, slots, shape, block_tokens, |base, offset, v| {
+        values[base + offset * v.len()..][..v.len()].copy_from_slice(v);
+    });
+}
+
+/// Calls `f(start of the head in its block, offset in the block, the head's vector)` for every token and head.
+fn for_each_head(
+    rows: &[f32],
     slots: &[u32],
     shape: AttentionShape,
-    (keys, values): (&mut [f32], &mut [f32]),
+    block_tokens: usize,
+    mut f: impl FnMut(usize, usize, &[f32]),
 ) {
-    let AttentionShape { kv_heads, head_dim, block_tokens, .. } = shape;
-    assert_eq!(k.len(), slots.len() * kv_heads * head_dim, "a key for every slot");
-    assert_eq!(v.len(), k.len(), "a value for every key");
+    let AttentionShape { num_kv_heads, head_dim, .. } = shape;
+    assert_eq!(rows.len(), slots.len() * num_kv_heads * head_dim, "a row for every slot");
     for (token, slot) in slots.iter().enumerate() {
         let (block, offset) = (*slot as usize / block_tokens, *slot as usize % block_tokens);
-        for head in 0..kv_heads {
-            let from = (token * kv_heads + head) * head_dim;
-            let base = (block * kv_heads + head) * head_dim * block_tokens;
-            values[base + offset * head_dim..][..head_dim].copy_from_slice(&v[from..][..head_dim]);
-            for (d, value) in k[from..][..head_dim].iter().enumerate() {
-                keys[base + d * block_tokens + offset] = *value;
-            }
+        for head in 0..num_kv_heads {
+            let base = (block * num_kv_heads + head) * head_dim * block_tokens;
+            f(base, offset, &rows[(token * num_kv_heads + head) * head_dim..][..head_dim]);
         }
     }
 }
@@ -381,35 +382,33 @@ mod tests {
     }
 
     /// A context of `len` positions in shuffled blocks, and its cache.
-    fn cache(shape: AttentionShape, len: usize, seed: u64) -> (Vec<f32>, Vec<f32>, Vec<u32>, Vec<f32>, Vec<f32>) {
-        let blocks = len.div_ceil(shape.block_tokens);
+    fn cache(
+        shape: AttentionShape,
+        block_tokens: usize,
+        len: usize,
+        seed: u64,
+    ) -> (Vec<f32>, Vec<f32>, Vec<u32>, Vec<f32>, Vec<f32>) {
+        let blocks = len.div_ceil(block_tokens);
         let table: Vec<u32> = (0..blocks as u32).map(|b| (b * 7 + 3) % (blocks as u32 * 2)).collect();
         let table = if table.iter().collect::<std::collections::HashSet<_>>().len() == blocks {
             table
         } else {
             (0..blocks as u32).rev().collect()
         };
-        let width = shape.kv_heads * shape.head_dim;
+        let width = shape.num_kv_heads * shape.head_dim;
         let (k, v) = (random(len * width, seed), random(len * width, seed ^ 77));
-        let size = 2 * blocks * shape.block_tokens * width;
+        let size = 2 * blocks * block_tokens * width;
         let (mut keys, mut values) = (vec![f32::NAN; size], vec![f32::NAN; size]);
-        let slots: Vec<u32> = (0..len)
-            .map(|p| table[p / shape.block_tokens] * shape.block_tokens as u32 + (p % shape.block_tokens) as u32)
-            .collect();
-        write_cache(&k, &v, &slots, shape, (&mut keys, &mut values));
+        let slots: Vec<u32> =
+            (0..len).map(|p| table[p / block_tokens] * block_tokens as u32 + (p % block_tokens) as u32).collect();
+        write_keys(&k, &slots, shape, block_tokens, &mut keys);
+        write_values(&v, &slots, shape, block_tokens, &mut values);
         (keys, values, table, k, v)
     }
 
-    fn run(
-        q: &[f32],
-        keys: &[f32],
-        values: &[f32],
-        spans: &[QuerySpan<'_>],
-        shape: AttentionShape,
-        s: Scoring,
-    ) -> Vec<f32> {
+    fn run(q: &[f32], cache: CacheView<'_>, spans: &[QuerySpan<'_>], shape: AttentionShape) -> Vec<f32> {
         let mut y = vec![f32::NAN; q.len()];
-        paged_attention(q, CacheView { keys, values }, spans, shape, s, &mut y);
+        paged_attention(q, cache, spans, shape, &mut y);
         y
     }
 
@@ -418,18 +417,19 @@ mod tests {
 
         #[test]
         fn attention_equals_the_plain_reference(
-            kv_heads in 1_usize..3, group in 1_usize..8, head_dim in 1_usize..40, block_log in 0_u32..8,
+            kv_heads in 1_usize..3, group in 1_usize..8, head_dim in 1_usize..40, block_tokens in 1_usize..100,
             context in 1_usize..200, len in 1_usize..40, window in proptest::option::of(1_usize..90), seed: u64,
         ) {
-            let shape = AttentionShape { heads: kv_heads * group, kv_heads, head_dim, block_tokens: 1 << block_log };
+            let shape =
+                AttentionShape { num_heads: kv_heads * group, num_kv_heads: kv_heads, head_dim, scale: 0.7, window };
             let len = len.min(context);
-            let (keys, values, table, k, v) = cache(shape, context, seed);
-            let q = random(len * shape.heads * head_dim, seed ^ 1);
-            let scoring = Scoring { scale: 0.7, window };
+            let (keys, values, table, k, v) = cache(shape, block_tokens, context, seed);
+            let q = random(len * shape.num_heads * head_dim, seed ^ 1);
+            let view = CacheView { keys: &keys, values: &values, block_tokens };
             let span = QuerySpan { start: 0, len, context_len: context, block_table: &table };
-            let y = run(&q, &keys, &values, &[span], shape, scoring);
+            let y = run(&q, view, &[span], shape);
             for (row, (q, y)) in q.chunks(head_dim).zip(y.chunks(head_dim)).enumerate() {
-                let (position, head) = (context - len + row / shape.heads, row % shape.heads);
+                let (position, head) = (context - len + row / shape.num_heads, row % shape.num_heads);
                 let low = window.map_or(0, |w| (position + 1).saturating_sub(w));
                 let of = |all: &'_ [f32], p: usize| {
                     let from = (p * kv_heads + head / group) * head_dim;
@@ -453,16 +453,16 @@ mod tests {
             group in 1_usize..8, head_dim in 1_usize..40, context in 2_usize..200,
             window in proptest::option::of(1_usize..90), seed: u64,
         ) {
-            let shape = AttentionShape { heads: 2 * group, kv_heads: 2, head_dim, block_tokens: 16 };
-            let (keys, values, table, ..) = cache(shape, context, seed);
-            let row = shape.heads * head_dim;
+            let shape = AttentionShape { num_heads: 2 * group, num_kv_heads: 2, head_dim, scale: 0.5, window };
+            let (keys, values, table, ..) = cache(shape, 16, context, seed);
+            let row = shape.num_heads * head_dim;
             let q = random(context * row, seed ^ 1);
-            let scoring = Scoring { scale: 0.5, window };
+            let view = CacheView { keys: &keys, values: &values, block_tokens: 16 };
             let span = QuerySpan { start: 0, len: context, context_len: context, block_table: &table };
-            let together = run(&q, &keys, &values, &[span], shape, scoring);
+            let together = run(&q, view, &[span], shape);
             for position in 0..context {
                 let span = QuerySpan { start: 0, len: 1, context_len: position + 1, block_table: &table };
-                let alone = run(&q[position * row..][..row], &keys, &values, &[span], shape, scoring);
+                let alone = run(&q[position * row..][..row], view, &[span], shape);
                 prop_assert_eq!(&alone[..], &together[position * row..][..row]);
             }
         }

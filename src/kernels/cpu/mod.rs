@@ -11,8 +11,7 @@ mod rows;
 mod testing;
 mod tile;
 
-pub use attention::{AttentionShape, CacheView, QuerySpan, Scoring};
-pub(crate) use attention::{paged_attention, write_cache};
+pub(crate) use attention::{CacheView, QuerySpan, paged_attention, write_keys, write_values};
 pub(crate) use gemm::matmul_packed;
 pub use isa::Isa;
 pub(crate) use linear::linear_packed;
