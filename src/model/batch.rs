@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use crate::adapter::LoweredAdapter;
+use super::DeviceAdapter;
 
 /// One step's tokens, flat: all spans laid end to end. A prefill is a span of n tokens, a decode a span of one.
 #[derive(Clone, Debug, Default)]
@@ -45,5 +45,5 @@ pub struct AdapterSegment {
     /// Number of tokens, at least 1.
     pub len: usize,
     /// The adapter on the model's device; `None` is the bare base.
-    pub adapter: Option<Arc<LoweredAdapter>>,
+    pub adapter: Option<Arc<DeviceAdapter>>,
 }

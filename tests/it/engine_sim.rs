@@ -159,7 +159,7 @@ impl Forward for FakeModel {
         Tensor::from_vec(logits, (batch.logit_rows.len(), VOCAB), &Device::Cpu)
     }
 
-    fn adapter_to_device(&self, adapter: &LoweredAdapter) -> Result<LoweredAdapter> {
+    fn adapter_to_device(&self, adapter: &LoweredAdapter) -> Result<DeviceAdapter> {
         self.probe.copies.fetch_add(1, Ordering::SeqCst);
         match self.probe.take_fault(&[Fault::Copy, Fault::CopyPanic]) {
             Fault::Copy => candle_core::bail!("injected"),
@@ -858,7 +858,7 @@ impl Forward for Gated {
         self.model.forward(batch)
     }
 
-    fn adapter_to_device(&self, adapter: &LoweredAdapter) -> Result<LoweredAdapter> {
+    fn adapter_to_device(&self, adapter: &LoweredAdapter) -> Result<DeviceAdapter> {
         self.model.adapter_to_device(adapter)
     }
 }

@@ -1,37 +1,12 @@
 //! The matrix product with packed weights.
 
-use half::bf16;
-use rayon::prelude::*;
-
 use super::isa::Isa;
 use super::packed::{PANEL, PackedMatrix, WeightFormat};
 use super::tile::{ROWS, TileArgs, tile};
+use half::bf16;
 
 /// Words of `k` per block: a block of a panel (128 KiB) stays in the second-level cache while every row uses it.
 const BLOCK_STEPS: usize = 512;
-
-/// `y[m, n] = sum_k x[m, k] * w[n, k]`, x: (m, k) f32 row-major, w: (n, k) packed, y: (m, n) f32 row-major.
-///
-/// With bf16 weights `x` is rounded to bf16 first and products are summed in f32. A row of `y` has the same bits
-/// whatever other rows are computed with it and however many threads there are.
-///
-/// # Panics
-/// When the lengths of `x` or `y` do not fit `m` and `w`, or `isa` is not available.
-pub(crate) fn matmul_packed(x: &[f32], m: usize, w: &PackedMatrix, y: &mut [f32], isa: Isa) {
-    assert_eq!(x.len(), m * w.k(), "x is (m, k)");
-    assert_eq!(y.len(), m * w.n(), "y is (m, n)");
-    assert!(isa == Isa::Portable || Isa::available().contains(&isa), "the processor lacks {isa:?}");
-    let x = to_words(x, w.k(), w.format());
-    let panels = w.n().div_ceil(PANEL);
-    let threads = rayon::current_num_threads();
-    let output = Output::new(y);
-    // Each thread takes one contiguous run of panels, so that it reads memory in one forward sweep.
-    (0..threads).into_par_iter().for_each(|thread| {
-        for panel_idx in thread * panels / threads..(thread + 1) * panels / threads {
-            multiply_panel(&x, m, w, panel_idx, &output, isa);
-        }
-    });
-}
 
 /// Base of an output whose columns are written by different threads.
 pub(super) struct Output(*mut f32, usize);
@@ -108,9 +83,26 @@ pub(super) fn multiply_panel(x: &[u32], m: usize, w: &PackedMatrix, panel_idx: u
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
+    use rayon::prelude::*;
 
     use super::*;
     use crate::kernels::cpu::testing::random;
+
+    /// The whole product, panels spread over threads as the linear does.
+    fn matmul_packed(x: &[f32], m: usize, w: &PackedMatrix, y: &mut [f32], isa: Isa) {
+        assert_eq!(x.len(), m * w.k(), "x is (m, k)");
+        assert_eq!(y.len(), m * w.n(), "y is (m, n)");
+        let x = to_words(x, w.k(), w.format());
+        let panels = w.n().div_ceil(PANEL);
+        let threads = rayon::current_num_threads();
+        let output = Output::new(y);
+        // Each thread takes one contiguous run of panels, so that it reads memory in one forward sweep.
+        (0..threads).into_par_iter().for_each(|thread| {
+            for panel_idx in thread * panels / threads..(thread + 1) * panels / threads {
+                multiply_panel(&x, m, w, panel_idx, &output, isa);
+            }
+        });
+    }
 
     /// The plain reference: rounds as the kernel does, sums in f64.
     fn reference(x: &[f32], w: &[f32], (m, n, k): (usize, usize, usize), format: WeightFormat) -> Vec<f64> {

@@ -5,16 +5,16 @@ mod dispatch;
 mod gemm;
 mod isa;
 mod linear;
+mod ops;
 mod packed;
 mod rows;
 #[cfg(test)]
 mod testing;
 mod tile;
 
-pub(crate) use attention::{CacheView, QuerySpan, paged_attention, write_keys, write_values};
-pub(crate) use gemm::matmul_packed;
+pub(crate) use attention::QuerySpan;
 pub use isa::Isa;
-pub(crate) use linear::linear_packed;
 pub use linear::{BaseLinear, PackedDelta, PackedSlots, SlotRun};
+pub(crate) use ops::{attention_op, linear_op, write_cache_op};
 pub use packed::{PackedMatrix, WeightFormat};
 pub use rows::RowMatrix;

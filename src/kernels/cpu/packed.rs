@@ -24,13 +24,27 @@ pub enum WeightFormat {
     F32,
 }
 
+/// From this size on a matrix gets a mapping of its own with huge pages.
+const MAPPED_BYTES_MIN: usize = 4 << 20;
+
 /// A weight matrix (n, k) in panels, immutable once packed.
 pub struct PackedMatrix {
-    words: MmapMut,
+    words: Words,
     format: WeightFormat,
     n: usize,
     k: usize,
 }
+
+/// Where the words lie; both start on a cache line.
+enum Words {
+    Mapped(MmapMut),
+    Lines(Vec<Line>),
+}
+
+/// One cache line of words.
+#[derive(Clone, Copy)]
+#[repr(C, align(64))]
+struct Line([u32; 16]);
 
 impl std::fmt::Debug for PackedMatrix {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -72,12 +86,8 @@ impl PackedMatrix {
     ) -> std::io::Result<Self> {
         assert!(n > 0 && k > 0, "a matrix has rows and columns");
         let panel_words = format.steps(k) * PANEL;
-        let mut words = MmapMut::map_anon(n.div_ceil(PANEL) * panel_words * size_of::<u32>())?;
-        // Huge pages spare most of the address translation of a matrix that is read end to end in every step; a
-        // kernel that has none to give answers with an error that changes nothing.
-        #[cfg(target_os = "linux")]
-        let _ = words.advise(memmap2::Advice::HugePage);
-        as_words_mut(&mut words).par_chunks_mut(panel_words).enumerate().for_each(|(panel_idx, panel)| {
+        let mut words = Words::zeros(n.div_ceil(PANEL) * panel_words)?;
+        words.as_mut_slice().par_chunks_mut(panel_words).enumerate().for_each(|(panel_idx, panel)| {
             for lane in 0..PANEL.min(n - panel_idx * PANEL) {
                 fill(panel_idx * PANEL + lane, &mut |step, word| panel[step * PANEL + lane] = word);
             }
@@ -102,7 +112,7 @@ impl PackedMatrix {
 
     /// Memory taken, padding included.
     pub fn bytes(&self) -> usize {
-        self.words.len()
+        std::mem::size_of_val(self.words.as_slice())
     }
 
     /// The matrix in row-major order (n, k), exact.
@@ -133,7 +143,7 @@ impl PackedMatrix {
     /// The words of one panel, `[steps][PANEL]`.
     pub(super) fn panel(&self, panel_idx: usize) -> &[u32] {
         let panel_words = self.format.steps(self.k) * PANEL;
-        &as_words(&self.words)[panel_idx * panel_words..][..panel_words]
+        &self.words.as_slice()[panel_idx * panel_words..][..panel_words]
     }
 }
 
@@ -147,14 +157,39 @@ impl WeightFormat {
     }
 }
 
-#[expect(unsafe_code, reason = "views mapped bytes as words")]
-fn as_words(map: &MmapMut) -> &[u32] {
-    // SAFETY: a mapping is page-aligned, its length is a multiple of 4, and every bit pattern is a u32.
-    unsafe { std::slice::from_raw_parts(map.as_ptr().cast(), map.len() / size_of::<u32>()) }
-}
+impl Words {
+    /// `len` zeros; `len` is a multiple of a line.
+    fn zeros(len: usize) -> std::io::Result<Self> {
+        if len * size_of::<u32>() < MAPPED_BYTES_MIN {
+            return Ok(Self::Lines(vec![Line([0; 16]); len / 16]));
+        }
+        let map = MmapMut::map_anon(len * size_of::<u32>())?;
+        // Huge pages spare most of the address translation of a matrix that is read end to end in every step; a
+        // kernel that has none to give answers with an error that changes nothing.
+        #[cfg(target_os = "linux")]
+        let _ = map.advise(memmap2::Advice::HugePage);
+        Ok(Self::Mapped(map))
+    }
 
-#[expect(unsafe_code, reason = "views mapped bytes as words")]
-fn as_words_mut(map: &mut MmapMut) -> &mut [u32] {
-    // SAFETY: as above, and the mutable borrow of the mapping makes the view unique.
-    unsafe { std::slice::from_raw_parts_mut(map.as_mut_ptr().cast(), map.len() / size_of::<u32>()) }
+    #[expect(unsafe_code, reason = "views memory as words")]
+    fn as_slice(&self) -> &[u32] {
+        match self {
+            // SAFETY: a mapping is page-aligned, its length is a multiple of 4, and every bit pattern is a u32.
+            Self::Mapped(map) => unsafe { std::slice::from_raw_parts(map.as_ptr().cast(), map.len() / 4) },
+            // SAFETY: a line is 16 words without padding.
+            Self::Lines(lines) => unsafe { std::slice::from_raw_parts(lines.as_ptr().cast(), lines.len() * 16) },
+        }
+    }
+
+    #[expect(unsafe_code, reason = "views memory as words")]
+    fn as_mut_slice(&mut self) -> &mut [u32] {
+        match self {
+            // SAFETY: as above, and the mutable borrow makes the view unique.
+            Self::Mapped(map) => unsafe { std::slice::from_raw_parts_mut(map.as_mut_ptr().cast(), map.len() / 4) },
+            // SAFETY: as above, and the mutable borrow makes the view unique.
+            Self::Lines(lines) => unsafe {
+                std::slice::from_raw_parts_mut(lines.as_mut_ptr().cast(), lines.len() * 16)
+            },
+        }
+    }
 }
