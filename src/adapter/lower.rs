@@ -1,20 +1,124 @@
 //! From files to the normal form.
 
-use super::{AdapterError, AdapterFiles, BaseWeights, LowerOptions, LowerReport, LoweredAdapter};
+use candle_core::{DType, Tensor};
+use half::{bf16, f16};
+use sha2::{Digest, Sha256};
+
+use super::config::Config;
+use super::lowering::Lowering;
+use super::tensor_file::TensorFile;
+use super::{
+    AdapterError, AdapterFiles, BaseWeights, LowerOptions, LowerReport, LoweredAdapter, SiteId, effect, kinds, merge,
+};
 
 /// Checks an adapter's files against the base model and lowers them to the normal form.
+///
+/// The result lies in host memory. Lowering computes in f32; the tensors are stored in `options.dtype`.
 ///
 /// # Errors
 /// Refuses whatever is not fully understood: see [`AdapterError`].
 pub fn lower(
-    _files: &AdapterFiles,
-    _base: &dyn BaseWeights,
-    _options: &LowerOptions,
+    files: &AdapterFiles,
+    base: &dyn BaseWeights,
+    options: &LowerOptions,
 ) -> Result<(LoweredAdapter, LowerReport), AdapterError> {
-    unimplemented!()
+    let config = Config::parse(&files.config)?;
+    let file = TensorFile::parse(&files.weights)?;
+    let kind = kinds::find(config.peft_type()?)?;
+    if let Some(fault) = config.faults(kind.fields).into_iter().next() {
+        return Err(fault);
+    }
+    (kind.check)(&config)?;
+    if file.len() == 0 {
+        return Err(AdapterError::Empty { reason: "the file holds no tensors".to_owned() });
+    }
+    let mut lowering = Lowering::new((config, kind, file), base, *options)?;
+    (kind.lower)(&mut lowering)?;
+    finish(lowering)
 }
 
 /// SHA-256 over the files' bytes and the options that change the adapter's effect.
-pub fn digest(_files: &AdapterFiles, _options: &LowerOptions) -> [u8; 32] {
-    unimplemented!()
+pub fn digest(files: &AdapterFiles, options: &LowerOptions) -> [u8; 32] {
+    let mut hasher = Sha256::new();
+    for bytes in [&files.config, &files.weights] {
+        hasher.update((bytes.len() as u64).to_le_bytes());
+        hasher.update(bytes);
+    }
+    hasher.update([u8::from(options.merge)]);
+    hasher.update(options.dtype.as_str());
+    hasher.finalize().into()
+}
+
+fn finish(mut lowering: Lowering<'_>) -> Result<(LoweredAdapter, LowerReport), AdapterError> {
+    lowering.check_complete()?;
+    let modules = lowering.num_modules();
+    if modules == 0 {
+        return Err(AdapterError::Empty { reason: "the config names none".to_owned() });
+    }
+    if effect::is_neutral(&lowering.out, lowering.base, lowering.options.dtype)? {
+        lowering.warnings.push("the adapter has no effect: it equals the base model".to_owned());
+    }
+    if lowering.options.merge {
+        merge::merge(&mut lowering)?;
+    }
+    store(&mut lowering)?;
+    let report = LowerReport {
+        kind: lowering.kind.peft_type.to_owned(),
+        merged: lowering.options.merge,
+        modules,
+        ranks: lowering.ranks.iter().copied().collect(),
+        bytes: lowering.out.bytes(),
+        own_weight_bytes: lowering.out.own_bytes(),
+        warnings: lowering.warnings,
+    };
+    Ok((lowering.out, report))
+}
+
+/// Converts every tensor to the serving format; refuses what does not fit into it.
+fn store(lowering: &mut Lowering<'_>) -> Result<(), AdapterError> {
+    let dtype = lowering.options.dtype;
+    for tensor in lowering.out.tensors_mut() {
+        *tensor = tensor.to_dtype(dtype)?.contiguous()?;
+    }
+    if let Some(site) = first_infinite(&lowering.out)? {
+        let path = &lowering.site(site).path;
+        let reason = format!("the lowered values are not finite in {}", dtype.as_str());
+        return Err(AdapterError::Tensor { tensor: path.clone(), reason });
+    }
+    Ok(())
+}
+
+/// A site with a value that is infinite or NaN.
+fn first_infinite(adapter: &LoweredAdapter) -> Result<Option<SiteId>, AdapterError> {
+    for (id, slots) in &adapter.linears {
+        for tensor in slots.tensors() {
+            if !is_finite(tensor)? {
+                return Ok(Some(*id));
+            }
+        }
+    }
+    for (id, norm) in &adapter.norms {
+        for tensor in norm.weight.iter().chain(&norm.shift) {
+            if !is_finite(tensor)? {
+                return Ok(Some(*id));
+            }
+        }
+    }
+    for (id, patch) in &adapter.embeddings {
+        for tensor in patch.tensors() {
+            if !is_finite(tensor)? {
+                return Ok(Some(*id));
+            }
+        }
+    }
+    Ok(None)
+}
+
+fn is_finite(tensor: &Tensor) -> candle_core::Result<bool> {
+    let flat = tensor.flatten_all()?;
+    Ok(match tensor.dtype() {
+        DType::F16 => flat.to_vec1::<f16>()?.iter().all(|value| value.is_finite()),
+        DType::BF16 => flat.to_vec1::<bf16>()?.iter().all(|value| value.is_finite()),
+        _ => flat.to_dtype(DType::F32)?.to_vec1::<f32>()?.iter().all(|value| value.is_finite()),
+    })
 }

@@ -5,14 +5,30 @@
 //! `kinds/`. This module does no IO, knows no path, no model family and nothing of the engine: files arrive as bytes
 //! ([`AdapterFiles`]) and the base model as a table of sites with readable weights ([`BaseWeights`]).
 
+mod config;
+mod effect;
 mod error;
+#[cfg(test)]
+mod fake_base;
 mod files;
+mod inspect;
+mod keys;
+mod kinds;
 mod lower;
+mod lowering;
+mod matching;
+mod merge;
 mod normal_form;
+mod replace;
 mod site;
+mod tensor_file;
+#[cfg(test)]
+mod tests;
 
 pub use error::AdapterError;
 pub use files::{AdapterFiles, LowerOptions, LowerReport};
+pub use inspect::{Inspection, inspect};
+pub use kinds::{KINDS, Kind};
 pub use lower::{digest, lower};
 pub use normal_form::{Delta, EmbeddingPatch, LinearSlots, LoadedAdapter, LoweredAdapter, NormOverride, Scale, Weight};
 pub use site::{BaseWeights, Site, SiteId, SiteKind, SiteTable};

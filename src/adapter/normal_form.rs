@@ -31,6 +31,8 @@ pub struct LoweredAdapter {
 pub struct LinearSlots {
     /// The weight to multiply with.
     pub weight: Weight,
+    /// Replaced rows of the weight: output indexes in ascending order, and their rows (n, in).
+    pub rows: Option<(Vec<u32>, Tensor)>,
     /// Additive terms.
     pub deltas: Vec<Delta>,
     /// Output scale; applies to the product and the deltas, not to `c`.
@@ -117,34 +119,85 @@ pub struct LoadedAdapter {
     pub bytes: usize,
 }
 
+impl LinearSlots {
+    /// Every tensor of the slots.
+    pub fn tensors(&self) -> Vec<&Tensor> {
+        let mut tensors = Vec::new();
+        if let Weight::Own(w) = &self.weight {
+            tensors.push(w);
+        }
+        tensors.extend(self.rows.iter().map(|(_, rows)| rows));
+        for delta in &self.deltas {
+            match delta {
+                Delta::LowRank { a, b } => tensors.extend([a, b]),
+                Delta::ShardSum { m } => tensors.push(m),
+            }
+        }
+        if let Scale::Diag(g) = &self.scale {
+            tensors.push(g);
+        }
+        tensors.extend(&self.c);
+        tensors
+    }
+}
+
+impl EmbeddingPatch {
+    /// Every tensor of the patch.
+    pub fn tensors(&self) -> Vec<&Tensor> {
+        let mut tensors: Vec<&Tensor> = self.table.iter().chain(&self.scale).chain(&self.shift).collect();
+        tensors.extend(self.rows.iter().map(|(_, rows)| rows));
+        tensors.extend(self.low_rank.iter().flat_map(|(a, b)| [a, b]));
+        tensors
+    }
+}
+
 impl LoweredAdapter {
     /// Every tensor of the adapter.
     pub fn tensors(&self) -> Vec<&Tensor> {
+        let linears = self.linears.values().flat_map(LinearSlots::tensors);
+        let norms = self.norms.values().flat_map(|norm| norm.weight.iter().chain(&norm.shift));
+        let embeddings = self.embeddings.values().flat_map(EmbeddingPatch::tensors);
+        linears.chain(norms).chain(embeddings).collect()
+    }
+
+    /// Every tensor of the adapter, to be replaced in place.
+    pub fn tensors_mut(&mut self) -> Vec<&mut Tensor> {
         let mut tensors = Vec::new();
-        for slots in self.linears.values() {
-            if let Weight::Own(w) = &slots.weight {
+        for slots in self.linears.values_mut() {
+            if let Weight::Own(w) = &mut slots.weight {
                 tensors.push(w);
             }
-            for delta in &slots.deltas {
+            tensors.extend(slots.rows.iter_mut().map(|(_, rows)| rows));
+            for delta in &mut slots.deltas {
                 match delta {
                     Delta::LowRank { a, b } => tensors.extend([a, b]),
                     Delta::ShardSum { m } => tensors.push(m),
                 }
             }
-            if let Scale::Diag(g) = &slots.scale {
+            if let Scale::Diag(g) = &mut slots.scale {
                 tensors.push(g);
             }
-            tensors.extend(&slots.c);
+            tensors.extend(&mut slots.c);
         }
-        for norm in self.norms.values() {
-            tensors.extend(norm.weight.iter().chain(&norm.shift));
+        for norm in self.norms.values_mut() {
+            tensors.extend(norm.weight.iter_mut().chain(&mut norm.shift));
         }
-        for patch in self.embeddings.values() {
-            tensors.extend(patch.table.iter().chain(&patch.scale).chain(&patch.shift));
-            tensors.extend(patch.rows.iter().map(|(_, rows)| rows));
-            tensors.extend(patch.low_rank.iter().flat_map(|(a, b)| [a, b]));
+        for patch in self.embeddings.values_mut() {
+            tensors.extend(patch.table.iter_mut().chain(&mut patch.scale).chain(&mut patch.shift));
+            tensors.extend(patch.rows.iter_mut().map(|(_, rows)| rows));
+            tensors.extend(patch.low_rank.iter_mut().flat_map(|(a, b)| [a, b]));
         }
         tensors
+    }
+
+    /// Bytes of dense weight copies and tables among the tensors.
+    pub fn own_bytes(&self) -> usize {
+        let weights = self.linears.values().filter_map(|slots| match &slots.weight {
+            Weight::Own(weight) => Some(weight),
+            Weight::Base => None,
+        });
+        let tables = self.embeddings.values().filter_map(|patch| patch.table.as_ref());
+        weights.chain(tables).map(|t| t.elem_count() * t.dtype().size_in_bytes()).sum()
     }
 
     /// Bytes of all tensors.

@@ -38,6 +38,17 @@ pub enum SiteKind {
     },
 }
 
+impl SiteKind {
+    /// What stands there, in words.
+    pub(super) fn noun(&self) -> &'static str {
+        match self {
+            Self::Linear { .. } => "a linear",
+            Self::Norm { .. } => "a norm",
+            Self::Embedding { .. } => "an embedding",
+        }
+    }
+}
+
 /// One place of the base model that an adapter can change.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Site {

@@ -81,7 +81,7 @@ fn push_tokens(batch: &mut Batch, sequence: &Sequence, layout: &Layout<'_>) {
         }
         batch.token_ids.push(sequence.tokens[position]);
         batch.positions.push(position as u32);
-        batch.rope_lens.push(sequence.prompt_len.max(position + 1) as u32);
+        batch.rope_lens.push(sequence.rope_prompt_len.max(position + 1) as u32);
         batch.slot_mapping.push(block * layout.block_tokens as u32 + offset as u32);
     }
     let num_blocks = context_len.div_ceil(layout.block_tokens);

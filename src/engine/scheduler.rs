@@ -94,6 +94,7 @@ impl Scheduler {
     /// Sets every sequence's `chunk_len`, with blocks and slots in place for it.
     pub(super) fn schedule(&mut self, blocks: &mut BlockManager, slots: &mut SlotManager) -> Schedule {
         let mut schedule = Schedule::default();
+        self.restart_switched(blocks, slots);
         let budget = self.divide_budget();
         schedule.num_preempted = self.grow_tables(blocks, slots);
         for sequence in &mut self.waiting {
@@ -128,6 +129,15 @@ impl Scheduler {
             ended.extend(gone);
         }
         ended
+    }
+
+    /// Sends the sequences that must be recomputed back to those that wait, in their old order.
+    fn restart_switched(&mut self, blocks: &mut BlockManager, slots: &mut SlotManager) {
+        let restarted: Vec<Sequence> = self.running.extract_if(.., |sequence| sequence.must_restart).collect();
+        for mut sequence in restarted {
+            leave(&mut sequence, blocks, slots);
+            self.push_waiting(sequence);
+        }
     }
 
     /// Sets the running sequences' chunks, decodes before prefills; returns what is left of the budget.

@@ -26,6 +26,10 @@ pub(super) struct Sequence {
     pub(super) tokens: Vec<u32>,
     /// Tokens of the prompt.
     pub(super) prompt_len: usize,
+    /// Tokens that count as the prompt for RoPE; more than `prompt_len` after a switch of frequencies.
+    pub(super) rope_prompt_len: usize,
+    /// What is cached was rotated with other frequencies than the context now has: all of it must be recomputed.
+    pub(super) must_restart: bool,
     /// Leading tokens whose keys and values are in the cache.
     pub(super) computed: usize,
     /// Tokens to compute in the current step; 0 when not scheduled.
@@ -59,6 +63,8 @@ pub(super) struct Sequence {
     /// Set once, when nothing more will be computed for it.
     pub(super) end: Option<End>,
     stop_token_ids: Vec<u32>,
+    cache_salt: Option<String>,
+    rope_length_rule: RopeLengthRule,
     prompt_reported: bool,
     events: mpsc::Sender<GenerationEvent>,
     _in_flight: InFlight,
@@ -117,6 +123,8 @@ impl Sequence {
             id: 0,
             adapter: request.adapter,
             prompt_len: request.prompt.len(),
+            rope_prompt_len: request.prompt.len(),
+            must_restart: false,
             computed: 0,
             chunk_len: 0,
             block_table: Vec::new(),
@@ -134,6 +142,8 @@ impl Sequence {
             times: Times { arrived: Instant::now(), scheduled: None, first_token: None, last_token: None },
             end: None,
             stop_token_ids: if request.ignore_eos { Vec::new() } else { request.stop_token_ids },
+            cache_salt: request.cache_salt,
+            rope_length_rule: setup.rope_length_rule,
             prompt_reported: false,
             events: setup.events,
             _in_flight: setup.in_flight,
@@ -190,6 +200,7 @@ impl Sequence {
     pub(super) fn take_blocks(&mut self) -> Vec<u32> {
         self.computed = 0;
         self.chunk_len = 0;
+        self.must_restart = false;
         std::mem::take(&mut self.block_table)
     }
 
@@ -219,12 +230,31 @@ impl Sequence {
     pub(super) fn push_token(&mut self, token: u32) -> Option<FinishReason> {
         self.tokens.push(token);
         self.sampler.record(token);
+        self.follow_rope_switch();
         if self.stop_token_ids.contains(&token) {
             Some(FinishReason::Stop)
         } else if self.generated() >= self.max_tokens {
             Some(FinishReason::Length)
         } else {
             None
+        }
+    }
+
+    /// Where the model has two sets of frequencies, a whole context uses one of them: when it grows past the threshold,
+    /// transformers forgets the cache and computes everything with the other set, and so do we. (Where frequencies
+    /// change with every token, transformers leaves the cached keys as they are.)
+    fn follow_rope_switch(&mut self) {
+        let rule = self.rope_length_rule;
+        let is_switch = matches!(rule, RopeLengthRule::Switch { .. });
+        if is_switch && rule.regime(self.rope_prompt_len) != rule.regime(self.tokens.len()) {
+            self.rope_prompt_len = self.tokens.len();
+            self.prefix = PrefixChain::new(PrefixKey {
+                adapter: self.digest(),
+                salt: self.cache_salt.as_deref(),
+                rope_length_rule: rule,
+                prompt_len: self.rope_prompt_len,
+            });
+            self.must_restart = true;
         }
     }
 
@@ -295,9 +325,9 @@ pub(super) mod tests {
         let check = |ignore_eos, tokens: &[u32], expected| {
             let settings = GenerationRequest { stop_token_ids: vec![9], ignore_eos, ..request(&[1], 3) };
             let (mut sequence, _receiver) = sequence(settings);
-            let mut ends = tokens.iter().map(|token| sequence.push_token(*token));
-            let end = ends.next_back().unwrap();
-            assert!(ends.all(|end| end.is_none()));
+            let mut ends: Vec<_> = tokens.iter().map(|token| sequence.push_token(*token)).collect();
+            let end = ends.pop().unwrap();
+            assert!(ends.iter().all(Option::is_none), "{tokens:?}");
             assert_eq!(end, expected, "{tokens:?}");
         };
         check(false, &[4, 9], Some(FinishReason::Stop));

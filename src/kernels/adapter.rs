@@ -13,6 +13,8 @@ pub struct SegmentTerms<'a> {
     pub len: usize,
     /// Weight (out, in) that these rows multiply with instead of the shared one.
     pub own_weight: Option<&'a Tensor>,
+    /// Rows (n, in) that take the place of the weight's, and their indexes in ascending order.
+    pub rows: Option<(&'a [u32], &'a Tensor)>,
     /// Additive terms.
     pub terms: Vec<Term<'a>>,
     /// Output scale (out) of product and terms.
@@ -24,7 +26,7 @@ pub struct SegmentTerms<'a> {
 impl SegmentTerms<'_> {
     /// Whether the rows keep the shared product, but for `c`.
     pub fn is_neutral(&self) -> bool {
-        self.own_weight.is_none() && self.terms.is_empty() && self.scale.is_none()
+        self.own_weight.is_none() && self.rows.is_none() && self.terms.is_empty() && self.scale.is_none()
     }
 }
 
@@ -74,6 +76,9 @@ fn apply_one(x: &Tensor, product: Option<&Tensor>, segment: &SegmentTerms<'_>) -
         (None, Some(product)) => product.narrow(0, segment.start, segment.len)?,
         (None, None) => panic!("a segment without a weight of its own needs the shared product"),
     };
+    if let Some((indexes, rows)) = segment.rows {
+        y = with_rows(&y, &x, indexes, rows)?;
+    }
     for term in &segment.terms {
         y = match *term {
             Term::LowRank { a, b } => (y + low_rank(&x, a, b)?)?,
@@ -87,6 +92,13 @@ fn apply_one(x: &Tensor, product: Option<&Tensor>, segment: &SegmentTerms<'_>) -
         y = y.broadcast_add(c)?;
     }
     Ok(y)
+}
+
+/// `y[:, indexes] = x rows^T`: the product with a weight whose rows `indexes` are replaced.
+fn with_rows(y: &Tensor, x: &Tensor, indexes: &[u32], rows: &Tensor) -> Result<Tensor> {
+    let replaced = linear(x, rows)?; // [rows of x, n]
+    let index = Tensor::new(indexes, y.device())?.broadcast_as(replaced.shape())?.contiguous()?;
+    y.contiguous()?.scatter(&index, &replaced, 1)
 }
 
 fn low_rank(x: &Tensor, a: &Tensor, b: &Tensor) -> Result<Tensor> {
@@ -122,6 +134,16 @@ mod tests {
         let y = add_shard_sum(&Tensor::zeros((1, 4), candle_core::DType::F32, &Device::Cpu).unwrap(), &x, &m).unwrap();
         // s = [1 + 3 + 5, 2 + 4 + 0] = [9, 6]
         assert_eq!(y.to_vec2::<f32>().unwrap(), [[609., 6090., 609., 6090.]]);
+    }
+
+    #[test]
+    fn replaced_rows_take_the_place_of_the_product() {
+        let x = matrix(&[1., 2., 3., 4.], (2, 2));
+        let product = matrix(&[5., 6., 7., 8., 9., 10.], (2, 3));
+        let rows = matrix(&[1., 0., 1., 1.], (2, 2));
+        let segment = SegmentTerms { len: 2, rows: Some((&[0, 2], &rows)), ..SegmentTerms::default() };
+        let y = apply_segments(&x, Some(&product), &[segment]).unwrap();
+        assert_eq!(y.to_vec2::<f32>().unwrap(), [[1., 6., 3.], [3., 9., 7.]]);
     }
 
     #[test]

@@ -15,12 +15,17 @@ use crate::kernels::cpu::{PackedDelta, PackedMatrix, PackedSlots, RowMatrix, Wei
 #[derive(Debug, Default)]
 pub struct DeviceAdapter {
     /// What is kept as tensors.
-    pub(super) tensors: LoweredAdapter,
+    pub tensors: LoweredAdapter,
     /// Linears in the CPU kernels' form.
     pub(super) packed: HashMap<SiteId, PackedSlots>,
 }
 
 impl DeviceAdapter {
+    /// An adapter that keeps the tensors it has: for a model whose weights are not packed, and for fakes of one.
+    pub fn from_tensors(tensors: LoweredAdapter) -> Self {
+        Self { tensors, packed: HashMap::new() }
+    }
+
     /// Places `adapter`; `packed_format` names the format of a site's base weight where that is packed.
     pub(super) fn new(
         adapter: &LoweredAdapter,
@@ -87,7 +92,15 @@ fn pack_slots(slots: &LinearSlots, format: WeightFormat) -> Result<PackedSlots> 
             Delta::ShardSum { m } => PackedDelta::ShardSum { m: pack_as(&m.t()?, format)? },
         });
     }
+    let rows = match &slots.rows {
+        Some((indexes, rows)) => {
+            let (n, k) = rows.dims2()?;
+            Some((indexes.clone(), RowMatrix::new(format, &host(rows)?, n, k)))
+        }
+        None => None,
+    };
     Ok(PackedSlots {
+        rows,
         own: match &slots.weight {
             Weight::Base => None,
             Weight::Own(w) => Some(pack_as(w, format)?),
@@ -129,7 +142,9 @@ impl Placement<'_> {
                 Delta::ShardSum { m } => Delta::ShardSum { m: self.tensor(m)? },
             });
         }
+        let rows = slots.rows.as_ref().map(|(indexes, rows)| Result::Ok((indexes.clone(), self.tensor(rows)?)));
         Ok(LinearSlots {
+            rows: rows.transpose()?,
             weight: match &slots.weight {
                 Weight::Base => Weight::Base,
                 Weight::Own(w) => Weight::Own(self.big(w)?),

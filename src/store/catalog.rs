@@ -1,18 +1,85 @@
-//! Names, generations and loaded adapters.
+//! Names, generations and loaded adapters: the store as the rest of the server sees it.
 
+use std::collections::HashMap;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use bytes::Bytes as Archive;
 use candle_core::DType;
+use futures::{StreamExt, stream};
+use object_store::local::LocalFileSystem;
 use serde::Serialize;
-use thiserror::Error;
 
-use super::StoreConfig;
-use crate::adapter::{AdapterError, AdapterFiles, BaseWeights, LoadedAdapter, LowerReport};
+use super::admission::{Admission, Permit};
+use super::load::{Flights, Loader};
+use super::local::{self, Roots};
+use super::memory::{Bytes, Generation, Memory};
+use super::name::{check_name, parse_reference};
+use super::objects::{DirectoryVersion, Objects};
+use super::record::{Current, NameState, Published, Record, Source};
+use super::{StoreConfig, StoreError, unpack};
+use crate::adapter::{AdapterFiles, BaseWeights, LoadedAdapter, LowerReport};
 use crate::metrics::Metrics;
 
+/// Names looked up at once when all are listed.
+const LOOKUPS_MAX: usize = 16;
+
 /// Adapters at rest and in host memory.
-pub struct Store {}
+pub struct Store {
+    pub(super) shared: Arc<Shared>,
+}
+
+/// What loads, which outlive the request that started them, share with the store.
+pub(super) struct Shared {
+    pub(super) config: StoreConfig,
+    pub(super) objects: Objects,
+    pub(super) roots: Roots,
+    pub(super) memory: Memory,
+    pub(super) loader: Loader,
+    pub(super) loads: Admission,
+    pub(super) uploads: Admission,
+    pub(super) flights: Flights,
+    pub(super) metrics: Arc<Metrics>,
+    known: Mutex<Known>,
+}
+
+/// What this process has read about names.
+#[derive(Default)]
+pub(super) struct Known {
+    /// The catalogue, as far as it was read. Only names that have a record.
+    pub(super) names: HashMap<String, NameState>,
+    /// Plain directories that were loaded once. Only names that have a directory.
+    pub(super) directories: HashMap<String, KnownDirectory>,
+    /// The last load per name. Only names that were loaded once and not removed since.
+    pub(super) facts: HashMap<String, LoadFacts>,
+}
+
+/// A plain directory as it was last loaded.
+#[derive(Clone, Debug)]
+pub(super) struct KnownDirectory {
+    pub(super) version: DirectoryVersion,
+    /// Whether an equal version means equal content.
+    pub(super) settled: bool,
+    /// What was loaded; its number counts the contents this process has seen.
+    pub(super) generation: Generation,
+}
+
+/// What a load found.
+#[derive(Clone, Debug)]
+pub(super) struct LoadFacts {
+    pub(super) generation: Generation,
+    pub(super) report: LowerReport,
+    pub(super) load_ms: f64,
+}
+
+/// What a reference means now.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub(super) enum Target {
+    /// A generation of the catalogue.
+    Published(Generation),
+    /// The plain directory of that name in this version.
+    Directory { name: String, version: DirectoryVersion },
+}
 
 /// How to publish or load an adapter.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -21,7 +88,7 @@ pub struct PublishOptions {
     pub merge: bool,
     /// Only when the name's current generation is this (0: only when the name is new).
     pub expected_generation: Option<u64>,
-    /// Only when the name is not yet taken.
+    /// Only when nothing is published under the name. A plain directory does not count: it is what was not published.
     pub must_be_new: bool,
 }
 
@@ -32,10 +99,12 @@ pub struct AdapterStatus {
     pub name: String,
     /// Current generation, counted from 1.
     pub generation: u64,
-    /// Content digest, hexadecimal.
+    /// Content digest, hexadecimal; empty for a plain directory that was not loaded since it last changed.
     pub digest: String,
-    /// Unix time of the generation's publication, seconds.
+    /// Unix time of the generation's publication, seconds; for a plain directory its modification time.
     pub created: u64,
+    /// Whether it is served merged into dense weights.
+    pub merge: bool,
     /// What lowering found; absent until the adapter was loaded once by this process.
     pub report: Option<LowerReport>,
     /// Milliseconds the last load took: reading, checking, lowering.
@@ -46,52 +115,10 @@ pub struct AdapterStatus {
     pub leases: usize,
 }
 
-/// Why a store operation was refused.
-#[derive(Debug, Error)]
-pub enum StoreError {
-    /// No such name or generation.
-    #[error("adapter `{0}` does not exist")]
-    NotFound(String),
-    /// The name cannot be one.
-    #[error("`{0}` is not an adapter name: 1 to 128 of A-Z a-z 0-9 . _ - are allowed, not starting with a dot")]
-    InvalidName(String),
-    /// The name is taken and the request does not allow replacing it.
-    #[error("adapter `{0}` is already loaded")]
-    AlreadyExists(String),
-    /// `expected_generation` does not hold.
-    #[error("adapter `{name}` is at generation {found}, expected {expected}")]
-    Conflict {
-        /// Name.
-        name: String,
-        /// Generation the request expected.
-        expected: u64,
-        /// Current generation.
-        found: u64,
-    },
-    /// A path outside the configured roots.
-    #[error("the path is not inside a configured adapter root")]
-    OutsideRoots,
-    /// The path holds no adapter.
-    #[error("{0}")]
-    FilesNotFound(String),
-    /// An upload that cannot be unpacked.
-    #[error("{0}")]
-    BadUpload(String),
-    /// An upload over the bound.
-    #[error("the adapter is larger than {limit} bytes (adapters.upload_bytes_max)")]
-    TooLarge {
-        /// The bound.
-        limit: usize,
-    },
-    /// Too many loads at once; try again later.
-    #[error("too many adapter loads are under way")]
-    Busy,
-    /// The adapter was read and refused.
-    #[error(transparent)]
-    Refused(#[from] AdapterError),
-    /// Storage failed; the text is for the log, not for clients.
-    #[error("adapter storage failed")]
-    Storage(#[source] Box<dyn std::error::Error + Send + Sync>),
+/// Leave to receive an upload; the memory of all uploads is bounded by their number.
+#[must_use]
+pub struct UploadSlot {
+    _permit: Permit,
 }
 
 impl Store {
@@ -100,20 +127,69 @@ impl Store {
     /// # Errors
     /// When the root cannot be read or created.
     pub async fn open(
-        _config: StoreConfig,
-        _base: Arc<dyn BaseWeights>,
-        _dtype: DType,
-        _metrics: Arc<Metrics>,
+        config: StoreConfig,
+        base: Arc<dyn BaseWeights>,
+        dtype: DType,
+        metrics: Arc<Metrics>,
     ) -> Result<Arc<Self>, StoreError> {
-        unimplemented!()
+        let (root, extra) = (config.root.clone(), config.extra_roots.clone());
+        let opened = tokio::task::spawn_blocking(move || -> Result<_, StoreError> {
+            if !root.is_dir() {
+                std::fs::create_dir_all(&root).map_err(StoreError::storage)?;
+            }
+            let roots = Roots::new(&root, &extra).map_err(StoreError::storage)?;
+            let objects = LocalFileSystem::new_with_prefix(roots.store_root())?.with_fsync(true);
+            Ok((roots, objects))
+        });
+        let (roots, objects) = opened.await.map_err(StoreError::storage)??;
+        let limit = Bytes { host: config.host_bytes_max, own: config.merged_bytes_max };
+        let memory = Memory::new(limit, metrics.clone());
+        let shared = Shared {
+            objects: Objects::new(Arc::new(objects), Some(roots.clone()), config.upload_bytes_max),
+            roots,
+            loader: Loader { base, dtype, memory: memory.clone() },
+            memory,
+            loads: Admission::new(config.loads_max, config.load_queue_max),
+            uploads: Admission::new(config.loads_max, config.load_queue_max),
+            flights: Flights::default(),
+            metrics,
+            known: Mutex::default(),
+            config,
+        };
+        let store = Arc::new(Self { shared: Arc::new(shared) });
+        let adapters = store.list().await?;
+        tracing::info!(root = %store.shared.roots.store_root().display(), adapters = adapters.len(), "adapter store");
+        Ok(store)
     }
 
     /// The adapter that `name` or `name@generation` means now, loaded; concurrent loads of one generation are one.
     ///
     /// # Errors
-    /// See [`StoreError`].
-    pub async fn resolve(&self, _name: &str) -> Result<Arc<LoadedAdapter>, StoreError> {
-        unimplemented!()
+    /// See [`StoreError`]. What cannot be a name is `NotFound`.
+    pub async fn resolve(&self, name: &str) -> Result<Arc<LoadedAdapter>, StoreError> {
+        let reference = parse_reference(name)?;
+        let target = self.shared.find(reference.name, reference.generation).await?;
+        let adapter = match self.shared.loaded(&target) {
+            Some(adapter) => adapter,
+            None => self.shared.load_once(&target).await?,
+        };
+        match reference.generation {
+            Some(generation) if generation != adapter.generation => Err(StoreError::NotFound(name.to_owned())),
+            _ => Ok(adapter),
+        }
+    }
+
+    /// Largest upload in bytes.
+    pub fn upload_bytes_max(&self) -> usize {
+        self.shared.config.upload_bytes_max
+    }
+
+    /// Waits for leave to receive an upload; to be taken before the body is read and kept until it is published.
+    ///
+    /// # Errors
+    /// `Busy`.
+    pub async fn upload_slot(&self) -> Result<UploadSlot, StoreError> {
+        Ok(UploadSlot { _permit: self.shared.uploads.admit().await? })
     }
 
     /// Checks, lowers and stores uploaded files as a new generation of `name`.
@@ -122,47 +198,238 @@ impl Store {
     /// See [`StoreError`]; the name's state is unchanged then.
     pub async fn publish(
         &self,
-        _name: &str,
-        _files: AdapterFiles,
-        _options: &PublishOptions,
+        name: &str,
+        files: AdapterFiles,
+        options: &PublishOptions,
     ) -> Result<AdapterStatus, StoreError> {
-        unimplemented!()
+        check_name(name)?;
+        self.shared.publish(name, files, options, Source::Upload).await
     }
 
-    /// Publishes the adapter directory at `path`, which must lie inside a configured root.
+    /// Unpacks a tar archive, plain or gzip, of a PEFT directory and publishes it.
+    ///
+    /// # Errors
+    /// See [`StoreError`]; the name's state is unchanged then.
+    pub async fn publish_archive(
+        &self,
+        name: &str,
+        archive: Archive,
+        options: &PublishOptions,
+    ) -> Result<AdapterStatus, StoreError> {
+        check_name(name)?;
+        let limit = self.shared.config.upload_bytes_max;
+        let files = tokio::task::spawn_blocking(move || unpack::unpack_tar(&archive, limit));
+        let files = files.await.map_err(StoreError::storage)?.inspect_err(|_| self.shared.count_error(name))?;
+        self.shared.publish(name, files, options, Source::Upload).await
+    }
+
+    /// Publishes the adapter directory at `path`, which must lie inside a configured root; its content is copied.
     ///
     /// # Errors
     /// See [`StoreError`]; the name's state is unchanged then.
     pub async fn load_path(
         &self,
-        _name: &str,
-        _path: &Path,
-        _options: &PublishOptions,
+        name: &str,
+        path: &Path,
+        options: &PublishOptions,
     ) -> Result<AdapterStatus, StoreError> {
-        unimplemented!()
+        check_name(name)?;
+        let (roots, path, limit) = (self.shared.roots.clone(), path.to_owned(), self.shared.config.upload_bytes_max);
+        let files = tokio::task::spawn_blocking(move || local::read_path(&roots, &path, limit));
+        let files = files.await.map_err(StoreError::storage)?.inspect_err(|_| self.shared.count_error(name))?;
+        self.shared.publish(name, files, options, Source::Path).await
     }
 
     /// Retires a name; running requests finish on what they hold.
     ///
     /// # Errors
     /// See [`StoreError`].
-    pub async fn remove(&self, _name: &str) -> Result<(), StoreError> {
-        unimplemented!()
+    pub async fn remove(&self, name: &str) -> Result<(), StoreError> {
+        check_name(name).map_err(|_| StoreError::NotFound(name.to_owned()))?;
+        self.shared.retire(name).await
     }
 
-    /// Every name's state, sorted by name.
+    /// Every name's state, sorted by name. A name whose state cannot be read is left out and logged.
     ///
     /// # Errors
     /// When storage fails.
     pub async fn list(&self) -> Result<Vec<AdapterStatus>, StoreError> {
-        unimplemented!()
+        let names = self.shared.objects.names().await?;
+        let found = stream::iter(names).map(|name| async move {
+            match self.shared.describe(&name).await {
+                Ok(status) => Some(status),
+                Err(StoreError::NotFound(_)) => None,
+                Err(error) => {
+                    let source = std::error::Error::source(&error).map(ToString::to_string);
+                    tracing::warn!(adapter = name, %error, source, "adapter left out of the list");
+                    None
+                }
+            }
+        });
+        Ok(found.buffered(LOOKUPS_MAX).filter_map(|status| async { status }).collect().await)
     }
 
     /// One name's state.
     ///
     /// # Errors
     /// See [`StoreError`].
-    pub async fn status(&self, _name: &str) -> Result<AdapterStatus, StoreError> {
-        unimplemented!()
+    pub async fn status(&self, name: &str) -> Result<AdapterStatus, StoreError> {
+        check_name(name).map_err(|_| StoreError::NotFound(name.to_owned()))?;
+        self.shared.describe(name).await
+    }
+}
+
+impl Shared {
+    /// What this process knows. Never held across an await.
+    pub(super) fn known(&self) -> MutexGuard<'_, Known> {
+        // Every change under the lock is one insertion or removal, complete before anything that could panic.
+        self.known.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Reads and folds every record of the name written so far, by whatever process; answers the last one's number and
+    /// what the name means.
+    pub(super) async fn refresh(&self, name: &str) -> Result<(u64, Current), StoreError> {
+        loop {
+            let (last, current) = {
+                let known = self.known();
+                known.names.get(name).map_or((0, Current::Directory), |state| (state.last, state.current))
+            };
+            let Some(record) = self.objects.record(name, last + 1).await? else { return Ok((last, current)) };
+            self.fold(name, last + 1, &record);
+        }
+    }
+
+    /// Folds a record in, unless another task has done so; adapters it supersedes leave memory.
+    pub(super) fn fold(&self, name: &str, number: u64, record: &Record) {
+        let keep = {
+            let mut known = self.known();
+            let state = known.names.entry(name.to_owned()).or_default();
+            if state.last + 1 != number {
+                return;
+            }
+            state.apply(record);
+            match state.current {
+                Current::Directory => return,
+                Current::Published(number) => {
+                    state.published.get(&number).map(|published| published.generation(name, number))
+                }
+                Current::Retired => {
+                    known.facts.remove(name);
+                    None
+                }
+            }
+        };
+        self.memory.supersede(name, keep.as_ref());
+        if keep.is_none() {
+            self.metrics.forget_adapter(name);
+        }
+    }
+
+    /// What a reference means now.
+    async fn find(&self, name: &str, generation: Option<u64>) -> Result<Target, StoreError> {
+        let not_found =
+            || StoreError::NotFound(generation.map_or(name.to_owned(), |number| format!("{name}@{number}")));
+        match self.refresh(name).await?.1 {
+            Current::Published(current) => {
+                let number = generation.unwrap_or(current);
+                let published = self.known().published(name, number).ok_or_else(not_found)?;
+                Ok(Target::Published(published.generation(name, number)))
+            }
+            Current::Retired => Err(not_found()),
+            Current::Directory => {
+                let version = self.objects.directory_version(name).await?.ok_or_else(not_found)?;
+                Ok(Target::Directory { name: name.to_owned(), version })
+            }
+        }
+    }
+
+    /// The generation a target surely is, without reading its files.
+    fn generation(&self, target: &Target) -> Option<Generation> {
+        match target {
+            Target::Published(generation) => Some(generation.clone()),
+            Target::Directory { name, version } => {
+                let known = self.known();
+                let directory = known.directories.get(name)?;
+                (directory.settled && directory.version == *version).then(|| directory.generation.clone())
+            }
+        }
+    }
+
+    /// The target's adapter if it is loaded.
+    fn loaded(&self, target: &Target) -> Option<Arc<LoadedAdapter>> {
+        self.memory.get(&self.generation(target)?)
+    }
+
+    /// One name's state.
+    pub(super) async fn describe(&self, name: &str) -> Result<AdapterStatus, StoreError> {
+        match self.find(name, None).await? {
+            Target::Published(generation) => {
+                let published = self.known().published(name, generation.number);
+                Ok(self.status_of(&generation, published.map_or(0, |published| published.created)))
+            }
+            Target::Directory { version, .. } => {
+                let directory = self.known().directories.get(name).cloned();
+                let number = directory.as_ref().map_or(1, |directory| directory.generation.number);
+                match directory.filter(|directory| directory.version == version) {
+                    Some(directory) => Ok(self.status_of(&directory.generation, version.modified())),
+                    None => Ok(AdapterStatus::unread(name, number, version.modified())),
+                }
+            }
+        }
+    }
+
+    /// The state of a generation that was read once.
+    pub(super) fn status_of(&self, generation: &Generation, created: u64) -> AdapterStatus {
+        let facts = self.known().facts.get(&generation.name).filter(|facts| facts.generation == *generation).cloned();
+        let leases = self.memory.leases(generation);
+        AdapterStatus {
+            generation: generation.number,
+            digest: generation.digest.to_string(),
+            merge: generation.merge,
+            report: facts.as_ref().map(|facts| facts.report.clone()),
+            load_ms: facts.map(|facts| facts.load_ms),
+            loaded: leases.is_some(),
+            leases: leases.unwrap_or_default(),
+            ..AdapterStatus::unread(&generation.name, generation.number, created)
+        }
+    }
+
+    /// Counts a failed load under the adapter's name, or under none where the name is not in use.
+    pub(super) fn count_error(&self, name: &str) {
+        let label = {
+            let known = self.known();
+            known.names.contains_key(name) || known.directories.contains_key(name)
+        };
+        let label = if label { self.metrics.adapter_label(Some(name)) } else { "other" };
+        self.metrics.adapter_errors.with_label_values(&[label]).inc();
+    }
+}
+
+impl Known {
+    fn published(&self, name: &str, number: u64) -> Option<Published> {
+        self.names.get(name)?.published.get(&number).copied()
+    }
+}
+
+impl Published {
+    fn generation(&self, name: &str, number: u64) -> Generation {
+        Generation { name: name.to_owned(), number, digest: self.digest, merge: self.merge }
+    }
+}
+
+impl AdapterStatus {
+    /// The state of an adapter that this process has not read.
+    fn unread(name: &str, generation: u64, created: u64) -> Self {
+        Self {
+            name: name.to_owned(),
+            generation,
+            digest: String::new(),
+            created,
+            merge: false,
+            report: None,
+            load_ms: None,
+            loaded: false,
+            leases: 0,
+        }
     }
 }

@@ -1,8 +1,21 @@
 //! Strings to token ids and back: tokenizer, chat template, incremental decoder, stop strings.
+//!
+//! This module knows Hugging Face's tokenizer files and nothing of HTTP or the engine. Text goes in at [`Text::encode`]
+//! and [`Text::render_chat`]; generated ids come back out through a [`Detokenizer`] and a [`StopMatcher`], one of each
+//! per sequence.
 
-use std::path::Path;
+mod detokenizer;
+mod python;
+mod stop;
+mod template;
+mod tokenizer;
 
 use thiserror::Error;
+
+pub use detokenizer::Detokenizer;
+pub use stop::{StopMatcher, StopStep};
+pub use template::ChatPrompt;
+pub use tokenizer::Text;
 
 /// Why text could not be turned into tokens or back.
 #[derive(Debug, Error)]
@@ -23,15 +36,8 @@ pub enum TextError {
     Input(String),
 }
 
-/// The model's tokenizer and chat template.
-pub struct Text {}
-
-impl Text {
-    /// Reads `tokenizer.json`, `tokenizer_config.json` and `chat_template.jinja` of a model directory.
-    ///
-    /// # Errors
-    /// When the tokenizer is missing, or a file is malformed. A missing chat template is an error only when used.
-    pub fn load(_dir: &Path) -> Result<Self, TextError> {
-        unimplemented!()
+impl TextError {
+    fn file(file: impl Into<String>, reason: impl ToString) -> Self {
+        Self::File { file: file.into(), reason: reason.to_string() }
     }
 }

@@ -18,7 +18,7 @@ use patchbay::engine::{
     GenerationRequest, SamplingParams, SubmitError, TokenLogprob,
 };
 use patchbay::metrics::{Metrics, MetricsConfig};
-use patchbay::model::{Batch, RopeLengthRule};
+use patchbay::model::{Batch, DeviceAdapter, RopeLengthRule};
 use rand::rngs::StdRng;
 use rand::seq::IndexedRandom;
 use rand::{Rng, SeedableRng};
@@ -44,7 +44,7 @@ enum Fault {
 struct Probe {
     fault: Mutex<Fault>,
     copies: AtomicUsize,
-    steps: AtomicUsize,
+    tokens: AtomicUsize,
 }
 
 impl Probe {
@@ -87,7 +87,7 @@ impl FakeModel {
         for segment in &batch.segments {
             assert_eq!(segment.start, adapters.len());
             assert!(segment.len > 0);
-            let adapter = segment.adapter.as_ref().map(|lowered| lowered.norms.keys().next().unwrap().0);
+            let adapter = segment.adapter.as_ref().map(|lowered| lowered.tensors.norms.keys().next().unwrap().0);
             assert!(seen.insert(adapter), "adapter {adapter:?} has two segments");
             adapters.extend(std::iter::repeat_n(adapter, segment.len));
         }
@@ -111,13 +111,17 @@ impl FakeModel {
     /// Hash of the context up to `position`, read back through the block table.
     fn read(&self, block_table: &[u32], position: usize, adapter: Option<usize>) -> u64 {
         let mut hash = mix(adapter.map_or(0, |adapter| adapter as u64 + 1));
+        let mut regimes = HashSet::new();
         for idx in 0..=position {
             let slot = block_table[idx / self.block_tokens] as usize * self.block_tokens + idx % self.block_tokens;
             let written = self.slots[slot].expect("a slot is read before it is written");
             assert_eq!(written.position as usize, idx, "a slot of another position is read");
             assert_eq!(written.adapter, adapter, "a slot of another adapter is read");
             hash = mix(hash ^ u64::from(written.token) ^ (written.regime << 32));
+            regimes.insert(written.regime);
         }
+        let is_switch = matches!(self.limits.rope_length_rule, RopeLengthRule::Switch { .. });
+        assert!(!is_switch || regimes.len() == 1, "a context mixes two sets of frequencies");
         hash
     }
 }
@@ -128,7 +132,7 @@ impl Forward for FakeModel {
     }
 
     fn forward(&mut self, batch: &Batch) -> Result<Tensor> {
-        self.probe.steps.fetch_add(1, Ordering::SeqCst);
+        self.probe.tokens.fetch_add(batch.token_ids.len(), Ordering::SeqCst);
         let adapters = Self::adapters(batch);
         self.write(batch, &adapters);
         let fault = self.probe.take_fault(&[Fault::Error, Fault::Panic, Fault::Nan]);
@@ -164,7 +168,7 @@ impl Forward for FakeModel {
         match self.probe.take_fault(&[Fault::Copy, Fault::CopyPanic]) {
             Fault::Copy => candle_core::bail!("injected"),
             Fault::CopyPanic => panic!("injected"),
-            _ => Ok(adapter.clone()),
+            _ => Ok(DeviceAdapter::from_tensors(adapter.clone())),
         }
     }
 }
@@ -674,6 +678,18 @@ fn preempted_sequences_go_on_with_the_same_random_numbers() {
     for (request, outcome) in requests.iter().zip(&sim.outcomes) {
         assert_eq!(*outcome, run_alone(request));
     }
+}
+
+#[test]
+fn a_context_that_outgrows_its_frequencies_is_recomputed_once() {
+    let world = World { rope_length_rule: RopeLengthRule::Switch { threshold: 8 }, prefix_cache: true, ..ROOMY };
+    let mut sim = Sim::new(&world);
+    sim.submit(request(prompt(4), 9)).unwrap();
+    sim.run();
+    assert_eq!(finish(&sim.outcomes[0]), (FinishReason::Length, 9));
+    assert_eq!(sim.probe.tokens.load(Ordering::SeqCst), 4 + 4 + 9 + 3, "prompt, decodes, recomputation, decodes");
+    assert_eq!(sim.metrics.preemptions.get(), 0);
+    assert_eq!(sim.metrics.prompt_tokens.get(), 4);
 }
 
 #[test]

@@ -19,7 +19,7 @@ const TASK_ROWS: usize = 64;
 
 /// One context's queries: `len` tokens from token `start` on, the last at position `context_len - 1`.
 #[derive(Clone, Copy, Debug)]
-pub struct QuerySpan<'a> {
+pub(crate) struct QuerySpan<'a> {
     /// First token.
     pub start: usize,
     /// Number of tokens.
@@ -32,7 +32,7 @@ pub struct QuerySpan<'a> {
 
 /// Keys and values of one layer.
 #[derive(Clone, Copy, Debug)]
-pub struct CacheView<'a> {
+pub(super) struct CacheView<'a> {
     /// `[blocks][kv_heads][head_dim][block_tokens]`.
     pub keys: &'a [f32],
     /// `[blocks][kv_heads][block_tokens][head_dim]`.
@@ -45,7 +45,7 @@ pub struct CacheView<'a> {
 ///
 /// # Panics
 /// When lengths do not fit or a block table is too short.
-pub(crate) fn paged_attention(
+pub(super) fn paged_attention(
     q: &[f32],
     cache: CacheView<'_>,
     spans: &[QuerySpan<'_>],
@@ -324,7 +324,7 @@ fn block<const R: usize, const FMA: bool>(p: &Product<'_>, row: usize, column: u
 ///
 /// # Panics
 /// When lengths do not fit.
-pub(crate) fn write_keys(k: &[f32], slots: &[u32], shape: AttentionShape, block_tokens: usize, keys: &mut [f32]) {
+pub(super) fn write_keys(k: &[f32], slots: &[u32], shape: AttentionShape, block_tokens: usize, keys: &mut [f32]) {
     for_each_head(k, slots, shape, block_tokens, |base, offset, k| {
         for (d, value) in k.iter().enumerate() {
             keys[base + d * block_tokens + offset] = *value;
@@ -337,7 +337,7 @@ pub(crate) fn write_keys(k: &[f32], slots: &[u32], shape: AttentionShape, block_
 ///
 /// # Panics
 /// When lengths do not fit.
-pub(crate) fn write_values(v: &[f32], slots: &[u32], shape: AttentionShape, block_tokens: usize, values: &mut [f32]) {
+pub(super) fn write_values(v: &[f32], slots: &[u32], shape: AttentionShape, block_tokens: usize, values: &mut [f32]) {
     for_each_head(v, slots, shape, block_tokens, |base, offset, v| {
         values[base + offset * v.len()..][..v.len()].copy_from_slice(v);
     });

@@ -22,6 +22,8 @@ use super::rows::{RowMatrix, append_row, dot_rows, row_words};
 pub struct PackedSlots {
     /// Weight of the adapter's own (n, k).
     pub own: Option<PackedMatrix>,
+    /// Rows (r, k) that take the place of the weight's, and their indexes in ascending order.
+    pub rows: Option<(Vec<u32>, RowMatrix)>,
     /// Additive terms.
     pub deltas: Vec<PackedDelta>,
     /// Output scale (n).
@@ -78,7 +80,7 @@ pub(crate) fn linear_packed(x: &[f32], base: BaseLinear<'_>, runs: &[SlotRun<'_>
     let m = x.len() / base.k;
     assert_eq!((x.len(), y.len()), (m * base.k, m * base.n), "x is (m, k) and y is (m, n)");
     let isa = Isa::best();
-    let shrunk: Vec<Vec<Vec<f32>>> = runs.par_iter().map(|run| shrink_run(x, base.k, run, isa)).collect();
+    let shrunk: Vec<Shrunk> = runs.par_iter().map(|run| shrink_run(x, base.k, run, isa)).collect();
     let products = products(base, runs);
     let words = Words::new(x, base.k, &products);
     let panels = base.n.div_ceil(PANEL);
@@ -137,29 +139,35 @@ impl Words {
     }
 }
 
-/// Per additive term the short vectors of a run's rows, (rows, r).
-fn shrink_run(x: &[f32], k: usize, run: &SlotRun<'_>, isa: Isa) -> Vec<Vec<f32>> {
-    let Some(slots) = run.slots else { return Vec::new() };
+/// What a run's rows have in few numbers, computed before the sweep.
+#[derive(Default)]
+struct Shrunk {
+    /// Per additive term the short vectors (rows, r).
+    terms: Vec<Vec<f32>>,
+    /// Outputs of the replaced weight rows (rows, r).
+    replaced: Vec<f32>,
+}
+
+fn shrink_run(x: &[f32], k: usize, run: &SlotRun<'_>, isa: Isa) -> Shrunk {
+    let Some(slots) = run.slots else { return Shrunk::default() };
     let x = &x[run.rows.start * k..run.rows.end * k];
     let mut words: Option<(WeightFormat, Vec<u32>)> = None;
-    slots
-        .deltas
-        .iter()
-        .map(|delta| match delta {
-            PackedDelta::LowRank { a, .. } => {
-                assert_eq!(a.k(), k, "the down projection takes rows of length k");
-                if words.as_ref().is_none_or(|(format, _)| *format != a.format()) {
-                    let mut rows = Vec::with_capacity(run.rows.len() * row_words(a.format(), k));
-                    x.chunks_exact(k).for_each(|row| append_row(a.format(), row, &mut rows));
-                    words = Some((a.format(), rows));
-                }
-                let mut h = vec![0.0; run.rows.len() * a.r()];
-                dot_rows(isa, words.as_ref().map_or(&[], |(_, rows)| rows), a, &mut h);
-                h
-            }
-            PackedDelta::ShardSum { m } => x.chunks_exact(k).flat_map(|row| shard_sum(row, m.k())).collect(),
-        })
-        .collect()
+    let mut dot = |a: &RowMatrix| {
+        assert_eq!(a.k(), k, "the rows are of the length of x");
+        if words.as_ref().is_none_or(|(format, _)| *format != a.format()) {
+            let mut rows = Vec::with_capacity(run.rows.len() * row_words(a.format(), k));
+            x.chunks_exact(k).for_each(|row| append_row(a.format(), row, &mut rows));
+            words = Some((a.format(), rows));
+        }
+        let mut h = vec![0.0; run.rows.len() * a.r()];
+        dot_rows(isa, words.as_ref().map_or(&[], |(_, rows)| rows), a, &mut h);
+        h
+    };
+    let terms = slots.deltas.iter().map(|delta| match delta {
+        PackedDelta::LowRank { a, .. } => dot(a),
+        PackedDelta::ShardSum { m } => x.chunks_exact(k).flat_map(|row| shard_sum(row, m.k())).collect(),
+    });
+    Shrunk { terms: terms.collect(), replaced: slots.rows.as_ref().map_or_else(Vec::new, |(_, rows)| dot(rows)) }
 }
 
 /// Sums the shards of width `r`, in ascending order.
@@ -176,7 +184,7 @@ fn shard_sum(row: &[f32], r: usize) -> Vec<f32> {
 /// Everything one run needs in one panel of columns, once the dense product is there.
 fn finish_run(
     base: BaseLinear<'_>,
-    (run, shrunk): (&SlotRun<'_>, &[Vec<f32>]),
+    (run, shrunk): (&SlotRun<'_>, &Shrunk),
     panel_idx: usize,
     output: &Output,
     isa: Isa,
@@ -187,7 +195,15 @@ fn finish_run(
     for (idx, row) in run.rows.clone().enumerate() {
         let y = output.columns(row * base.n + from, columns);
         if let Some(slots) = run.slots {
-            for (delta, h) in slots.deltas.iter().zip(shrunk) {
+            if let Some((indexes, _)) = &slots.rows {
+                let replaced = &shrunk.replaced[idx * indexes.len()..][..indexes.len()];
+                let first = indexes.partition_point(|index| (*index as usize) < from);
+                for (index, value) in indexes.iter().zip(replaced).skip(first) {
+                    let Some(y) = y.get_mut(*index as usize - from) else { break };
+                    *y = *value;
+                }
+            }
+            for (delta, h) in slots.deltas.iter().zip(&shrunk.terms) {
                 let b = match delta {
                     PackedDelta::LowRank { b, .. } => b,
                     PackedDelta::ShardSum { m } => m,
@@ -251,6 +267,7 @@ mod tests {
     /// An adapter's slots as plain f32 matrices.
     struct Plain {
         own: Option<Vec<f32>>,
+        rows: Option<(Vec<u32>, Vec<f32>)>,
         low_rank: Option<(usize, Vec<f32>, Vec<f32>)>,
         shard_sum: Option<(usize, usize, Vec<f32>)>,
         scale: Option<Vec<f32>>,
@@ -265,6 +282,11 @@ mod tests {
             let some = |bit: u64, len: usize| has(bit).then(|| random(len, seed ^ bit));
             Self {
                 own: some(0, n * k),
+                rows: has(6).then(|| {
+                    let indexes: Vec<u32> = (0..n as u32).filter(|i| seed >> (i % 60) & 1 == 1).collect();
+                    let rows = random(indexes.len() * k, seed ^ 6);
+                    (indexes, rows)
+                }),
                 low_rank: some(1, r * k).map(|a| (r, a, random(n * r, seed ^ 99))),
                 shard_sum: some(2, r * q).map(|m| (r, q, m)),
                 scale: some(3, n),
@@ -284,14 +306,22 @@ mod tests {
                 deltas.push(PackedDelta::ShardSum { m });
             }
             let own = self.own.as_ref().map(|w| PackedMatrix::from_f32(n, k, |i| &w[i * k..][..k]).expect("own"));
-            PackedSlots { own, deltas, scale: self.scale.clone(), c: self.c.clone() }
+            let rows = self
+                .rows
+                .as_ref()
+                .map(|(indexes, rows)| (indexes.clone(), RowMatrix::new(WeightFormat::F32, rows, indexes.len(), k)));
+            PackedSlots { own, rows, deltas, scale: self.scale.clone(), c: self.c.clone() }
         }
 
         /// One output in f64.
         fn output(&self, x: &[f32], w: &[f32], bias: &[f32], o: usize) -> f64 {
             let k = x.len();
             let dot = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum::<f64>();
-            let mut y = dot(x, &self.own.as_deref().unwrap_or(w)[o * k..][..k]);
+            let weight = &self.own.as_deref().unwrap_or(w)[o * k..][..k];
+            let replaced = self.rows.as_ref().and_then(|(indexes, rows)| {
+                indexes.binary_search(&(o as u32)).ok().map(|found| &rows[found * k..][..k])
+            });
+            let mut y = dot(x, replaced.unwrap_or(weight));
             if let Some((r, a, b)) = &self.low_rank {
                 y += (0..*r).map(|j| f64::from(b[o * r + j]) * dot(x, &a[j * k..][..k])).sum::<f64>();
             }

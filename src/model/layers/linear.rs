@@ -163,6 +163,7 @@ impl Linear {
                 Weight::Base => None,
                 Weight::Own(w) => Some(w),
             },
+            rows: slots.rows.as_ref().map(|(indexes, rows)| (indexes.as_slice(), rows)),
             terms: terms.collect(),
             scale: match &slots.scale {
                 Scale::One => None,

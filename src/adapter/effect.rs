@@ -1,0 +1,100 @@
+//! Whether an adapter changes anything at all.
+
+use candle_core::{DType, Result, Tensor};
+
+use super::{BaseWeights, Delta, EmbeddingPatch, LinearSlots, LoweredAdapter, NormOverride, Scale, SiteId, Weight};
+
+/// Whether the adapter equals the base exactly. `dtype` is the format of own weights and tables; the rest is f32.
+pub(super) fn is_neutral(adapter: &LoweredAdapter, base: &dyn BaseWeights, dtype: DType) -> Result<bool> {
+    for (id, slots) in &adapter.linears {
+        if !linear_is_neutral(slots, *id, base, dtype)? {
+            return Ok(false);
+        }
+    }
+    for (id, norm) in &adapter.norms {
+        if !norm_is_neutral(norm, *id, base)? {
+            return Ok(false);
+        }
+    }
+    for (id, patch) in &adapter.embeddings {
+        if !embedding_is_neutral(patch, *id, base, dtype)? {
+            return Ok(false);
+        }
+    }
+    Ok(true)
+}
+
+fn linear_is_neutral(slots: &LinearSlots, id: SiteId, base: &dyn BaseWeights, dtype: DType) -> Result<bool> {
+    for delta in &slots.deltas {
+        let vanishes = match delta {
+            Delta::LowRank { a, b } => all_equal(b, 0.0)? || all_equal(a, 0.0)?,
+            Delta::ShardSum { m } => all_equal(m, 0.0)?,
+        };
+        if !vanishes {
+            return Ok(false);
+        }
+    }
+    if let Scale::Diag(scale) = &slots.scale
+        && !all_equal(scale, 1.0)?
+    {
+        return Ok(false);
+    }
+    if let Some(c) = &slots.c
+        && !equals_bias(c, base.bias(id)?)?
+    {
+        return Ok(false);
+    }
+    if let Weight::Own(own) = &slots.weight
+        && !equal(own, &base.weight(id)?.to_dtype(dtype)?)?
+    {
+        return Ok(false);
+    }
+    rows_are_neutral(slots.rows.as_ref(), id, base)
+}
+
+fn norm_is_neutral(norm: &NormOverride, id: SiteId, base: &dyn BaseWeights) -> Result<bool> {
+    if let Some(weight) = &norm.weight
+        && !equal(weight, &base.weight(id)?)?
+    {
+        return Ok(false);
+    }
+    norm.shift.as_ref().map_or(Ok(true), |shift| equals_bias(shift, base.bias(id)?))
+}
+
+fn embedding_is_neutral(patch: &EmbeddingPatch, id: SiteId, base: &dyn BaseWeights, dtype: DType) -> Result<bool> {
+    if let Some((a, b)) = &patch.low_rank
+        && !all_equal(b, 0.0)?
+        && !all_equal(a, 0.0)?
+    {
+        return Ok(false);
+    }
+    for (vector, neutral) in patch.scale.iter().map(|scale| (scale, 1.0)).chain(patch.shift.iter().map(|s| (s, 0.0))) {
+        if !all_equal(vector, neutral)? {
+            return Ok(false);
+        }
+    }
+    if let Some(table) = &patch.table
+        && !equal(table, &base.weight(id)?.to_dtype(dtype)?)?
+    {
+        return Ok(false);
+    }
+    rows_are_neutral(patch.rows.as_ref(), id, base)
+}
+
+fn rows_are_neutral(rows: Option<&(Vec<u32>, Tensor)>, id: SiteId, base: &dyn BaseWeights) -> Result<bool> {
+    let Some((ids, rows)) = rows else { return Ok(true) };
+    let ids = Tensor::new(ids.as_slice(), rows.device())?;
+    equal(rows, &base.weight(id)?.index_select(&ids, 0)?)
+}
+
+fn equals_bias(vector: &Tensor, bias: Option<Tensor>) -> Result<bool> {
+    bias.map_or_else(|| all_equal(vector, 0.0), |bias| equal(vector, &bias))
+}
+
+fn all_equal(tensor: &Tensor, value: f64) -> Result<bool> {
+    equal(tensor, &Tensor::full(value as f32, tensor.shape(), tensor.device())?)
+}
+
+fn equal(x: &Tensor, y: &Tensor) -> Result<bool> {
+    Ok(x.ne(y)?.to_dtype(DType::U32)?.max_all()?.to_scalar::<u32>()? == 0)
+}

@@ -1,0 +1,83 @@
+//! The grammar of tensor keys: `base_model.model.<module path>.<suffix>`.
+
+use std::collections::BTreeMap;
+
+use super::tensor_file::TensorFile;
+use super::{AdapterError, SiteId, SiteTable};
+
+/// What PEFT puts before every module path.
+const PREFIX: &str = "base_model.model.";
+/// The adapter's own name, which some tools leave inside the keys.
+const ADAPTER_NAME: &str = "default";
+
+/// Suffixes that any kind's file may have, for modules and biases that are replaced as a whole.
+pub(super) const COMMON_SUFFIXES: &[&str] =
+    &["weight", "bias", "base_layer.weight", "base_layer.bias", "modules_to_save.weight", "modules_to_save.bias"];
+
+/// A file's keys by module and suffix.
+pub(super) type ModuleKeys<T> = BTreeMap<T, BTreeMap<String, String>>;
+
+/// Finds each key's site and suffix. Every suffix must be among `suffixes` or [`COMMON_SUFFIXES`].
+pub(super) fn group_by_site(
+    file: &TensorFile<'_>,
+    sites: &SiteTable,
+    suffixes: &[&str],
+) -> Result<ModuleKeys<SiteId>, AdapterError> {
+    let mut modules = ModuleKeys::new();
+    for key in file.keys() {
+        let components = components(key)?;
+        let place = (1..components.len()).rev().find_map(|at| Some((at, sites.find(&components[..at].join("."))?)));
+        let (at, site) = place.ok_or_else(|| refuse(key, "the base model has no such module"))?;
+        let suffix = suffix_of(&components[at..]);
+        if !is_known(&suffix, suffixes) {
+            return Err(refuse(key, &format!("`{suffix}` is not part of this kind of adapter")));
+        }
+        insert(&mut modules, site, suffix, key)?;
+    }
+    Ok(modules)
+}
+
+/// Finds each key's module path and suffix without a base model, from the suffixes alone.
+pub(super) fn group_by_path(file: &TensorFile<'_>, suffixes: &[&str]) -> (ModuleKeys<String>, Vec<AdapterError>) {
+    let (mut modules, mut faults) = (ModuleKeys::new(), Vec::new());
+    for key in file.keys() {
+        let place = components(key).and_then(|components| {
+            let known = |at: &usize| is_known(&suffix_of(&components[*at..]), suffixes);
+            let at = (1..components.len()).find(known);
+            let at = at.ok_or_else(|| refuse(key, "its suffix is not part of this kind of adapter"))?;
+            insert(&mut modules, components[..at].join("."), suffix_of(&components[at..]), key)
+        });
+        faults.extend(place.err());
+    }
+    (modules, faults)
+}
+
+/// The usual spelling of a key, for messages about tensors that are missing.
+pub(super) fn key_of(path: &str, suffix: &str) -> String {
+    format!("{PREFIX}{path}.{suffix}")
+}
+
+fn components(key: &str) -> Result<Vec<&str>, AdapterError> {
+    let rest = key.strip_prefix(PREFIX).ok_or_else(|| refuse(key, &format!("expected the prefix `{PREFIX}`")))?;
+    Ok(rest.split('.').collect())
+}
+
+fn suffix_of(components: &[&str]) -> String {
+    let kept: Vec<&str> = components.iter().copied().filter(|component| *component != ADAPTER_NAME).collect();
+    kept.join(".")
+}
+
+fn is_known(suffix: &str, suffixes: &[&str]) -> bool {
+    suffixes.iter().chain(COMMON_SUFFIXES).any(|known| *known == suffix)
+}
+
+fn insert<T: Ord>(modules: &mut ModuleKeys<T>, module: T, suffix: String, key: &str) -> Result<(), AdapterError> {
+    match modules.entry(module).or_default().insert(suffix, key.to_owned()) {
+        Some(other) => Err(refuse(key, &format!("means the same as `{other}`"))),
+        None => Ok(()),
+    }
+}
+
+fn refuse(key: &str, reason: &str) -> AdapterError {
+    AdapterError::Tensor { tensor: key.to_owned(), reason: reason.to_owned() }
+}

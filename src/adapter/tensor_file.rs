@@ -1,0 +1,176 @@
+//! Tensors of a safetensors file that is held as bytes. A header is believed only where the file bears it out.
+
+use std::collections::BTreeMap;
+
+use candle_core::{Device, Tensor};
+use half::{bf16, f16};
+use safetensors::tensor::TensorView;
+use safetensors::{Dtype, SafeTensors};
+
+use super::AdapterError;
+
+/// Name of the weights file, for messages.
+pub(super) const WEIGHTS_FILE: &str = "adapter_model.safetensors";
+/// More dimensions than any adapter tensor has.
+const DIMENSIONS_MAX: usize = 4;
+
+/// The tensors of a file by key, still as bytes.
+pub(super) struct TensorFile<'a> {
+    views: BTreeMap<String, TensorView<'a>>,
+}
+
+impl<'a> TensorFile<'a> {
+    /// Checks the header against the bytes. Nothing is allocated in proportion to what the header claims.
+    pub(super) fn parse(bytes: &'a [u8]) -> Result<Self, AdapterError> {
+        let malformed = |reason: String| AdapterError::Malformed { file: WEIGHTS_FILE, reason };
+        if bytes.is_empty() {
+            return Err(malformed("the file is missing or empty".to_owned()));
+        }
+        let file = SafeTensors::deserialize(bytes).map_err(|error| malformed(error.to_string()))?;
+        let views: BTreeMap<_, _> = file.tensors().into_iter().collect();
+        for (key, view) in &views {
+            check_shape(key, view.shape())?;
+        }
+        Ok(Self { views })
+    }
+
+    /// All keys in alphabetical order.
+    pub(super) fn keys(&self) -> impl Iterator<Item = &str> {
+        self.views.keys().map(String::as_str)
+    }
+
+    /// Shape of a tensor that the file has.
+    pub(super) fn shape(&self, key: &str) -> Option<&[usize]> {
+        self.views.get(key).map(TensorView::shape)
+    }
+
+    /// Number of tensors.
+    pub(super) fn len(&self) -> usize {
+        self.views.len()
+    }
+
+    /// Bytes of all tensors' data.
+    pub(super) fn num_bytes(&self) -> usize {
+        self.views.values().map(|view| view.data().len()).sum()
+    }
+
+    /// The tensor in f32 on the CPU, with the file's shape. Refuses integers, NaN and infinities.
+    pub(super) fn read_f32(&self, key: &str) -> Result<Tensor, AdapterError> {
+        let refuse = |reason: String| AdapterError::Tensor { tensor: key.to_owned(), reason };
+        let view = self.views.get(key).ok_or_else(|| refuse("is missing".to_owned()))?;
+        let values = floats(view.dtype(), view.data())
+            .ok_or_else(|| refuse(format!("expected floating point numbers, found {:?}", view.dtype())))?;
+        if let Some(idx) = values.iter().position(|value| !value.is_finite()) {
+            return Err(refuse(format!("value {idx} is {}", values[idx])));
+        }
+        Ok(Tensor::from_vec(values, view.shape(), &Device::Cpu)?)
+    }
+}
+
+fn check_shape(key: &str, shape: &[usize]) -> Result<(), AdapterError> {
+    let reason = if shape.len() > DIMENSIONS_MAX {
+        format!("expected at most {DIMENSIONS_MAX} dimensions, found {}", shape.len())
+    } else if shape.contains(&0) {
+        format!("has no values (shape {shape:?}); was it saved before its shards were gathered?")
+    } else {
+        return Ok(());
+    };
+    Err(AdapterError::Tensor { tensor: key.to_owned(), reason })
+}
+
+/// Little-endian numbers of any float format as f32; `None` for integers and packed formats.
+fn floats(dtype: Dtype, data: &[u8]) -> Option<Vec<f32>> {
+    let values = match dtype {
+        Dtype::F64 => chunks(data, |bytes| f64::from_le_bytes(bytes) as f32),
+        Dtype::F32 => chunks(data, f32::from_le_bytes),
+        Dtype::F16 => chunks(data, |bytes| f16::from_le_bytes(bytes).to_f32()),
+        Dtype::BF16 => chunks(data, |bytes| bf16::from_le_bytes(bytes).to_f32()),
+        Dtype::F8_E4M3 => chunks(data, |[byte]| e4m3(byte)),
+        // The same as the upper byte of an f16.
+        Dtype::F8_E5M2 => chunks(data, |[byte]| f16::from_bits(u16::from(byte) << 8).to_f32()),
+        _ => return None,
+    };
+    Some(values)
+}
+
+fn chunks<const N: usize>(data: &[u8], read: impl Fn([u8; N]) -> f32) -> Vec<f32> {
+    data.as_chunks::<N>().0.iter().map(|chunk| read(*chunk)).collect()
+}
+
+/// One sign bit, four exponent bits with bias 7, three of mantissa; no infinities, all ones is NaN (OCP 8-bit floating
+/// point specification 1.0, section 5).
+fn e4m3(byte: u8) -> f32 {
+    let sign = if byte & 0x80 == 0 { 1.0 } else { -1.0 };
+    let (exponent, mantissa) = (i32::from(byte >> 3 & 0xf), f32::from(byte & 7));
+    match (exponent, byte & 7) {
+        (0xf, 7) => f32::NAN,
+        (0, _) => sign * mantissa / 8.0 * 2f32.powi(-6),
+        _ => sign * (1.0 + mantissa / 8.0) * 2f32.powi(exponent - 7),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use safetensors::serialize;
+
+    fn file_of(dtype: Dtype, shape: &[usize], data: &[u8]) -> Vec<u8> {
+        let view = TensorView::new(dtype, shape.to_vec(), data).unwrap();
+        serialize([("x", view)], None).unwrap()
+    }
+
+    fn read(dtype: Dtype, data: &[u8], count: usize) -> Result<Vec<f32>, AdapterError> {
+        let bytes = file_of(dtype, &[count], data);
+        let tensor = TensorFile::parse(&bytes)?.read_f32("x")?;
+        Ok(tensor.to_vec1::<f32>().unwrap())
+    }
+
+    #[test]
+    fn every_float_format_is_read() {
+        let f64s: Vec<u8> = [1.5f64, -2.0].iter().flat_map(|v| v.to_le_bytes()).collect();
+        let bf16s: Vec<u8> = [1.5f32, -2.0].iter().flat_map(|v| bf16::from_f32(*v).to_le_bytes()).collect();
+        let f16s: Vec<u8> = [1.5f32, -2.0].iter().flat_map(|v| f16::from_f32(*v).to_le_bytes()).collect();
+        assert_eq!(read(Dtype::F64, &f64s, 2).unwrap(), [1.5, -2.0]);
+        assert_eq!(read(Dtype::BF16, &bf16s, 2).unwrap(), [1.5, -2.0]);
+        assert_eq!(read(Dtype::F16, &f16s, 2).unwrap(), [1.5, -2.0]);
+        assert_eq!(read(Dtype::F8_E4M3, &[0x3c, 0xc0, 0x01, 0x7e], 4).unwrap(), [1.5, -2.0, 2f32.powi(-9), 448.0]);
+        assert_eq!(read(Dtype::F8_E5M2, &[0x3e, 0xc0], 2).unwrap(), [1.5, -2.0]);
+    }
+
+    #[test]
+    fn integers_and_nan_are_refused_by_name() {
+        assert!(read(Dtype::I32, &[0; 8], 2).unwrap_err().to_string().contains("`x`: expected floating point"));
+        assert!(read(Dtype::F8_E4M3, &[0x7f], 1).unwrap_err().to_string().contains("value 0 is NaN"));
+        assert!(read(Dtype::F32, &f32::INFINITY.to_le_bytes(), 1).unwrap_err().to_string().contains("value 0 is inf"));
+    }
+
+    #[test]
+    fn a_lying_header_is_refused() {
+        let header = |json: &str, data: usize| {
+            let mut bytes = (json.len() as u64).to_le_bytes().to_vec();
+            bytes.extend(json.as_bytes());
+            bytes.resize(bytes.len() + data, 0);
+            bytes
+        };
+        let cases = [
+            header(
+                r#"{"x":{"dtype":"F32","shape":[1152921504606846976,1152921504606846976],"data_offsets":[0,8]}}"#,
+                8,
+            ),
+            header(r#"{"x":{"dtype":"F32","shape":[1000000000],"data_offsets":[0,4000000000]}}"#, 8),
+            header(
+                r#"{"x":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},"y":{"dtype":"F32","shape":[2],"data_offsets":[4,12]}}"#,
+                12,
+            ),
+            header(r#"{"x":{"dtype":"F32","shape":[2],"data_offsets":[8,0]}}"#, 8),
+            header(r#"{"x":{"dtype":"F32","shape":[0,1152921504606846976],"data_offsets":[0,0]}}"#, 0),
+            header(r#"{"x":{"dtype":"F32","shape":[1,1,1,1,2],"data_offsets":[0,8]}}"#, 8),
+            header(r#"{"x":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}"#, 9),
+            u64::MAX.to_le_bytes().to_vec(),
+            vec![1, 2, 3],
+        ];
+        for bytes in cases {
+            assert!(TensorFile::parse(&bytes).is_err());
+        }
+    }
+}

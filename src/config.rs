@@ -1,1 +1,0 @@
-//! Typed settings: file, then environment, then flags; unknown keys are errors.

@@ -1,0 +1,242 @@
+//! Loading: read, check, lower, account, make visible; one load per generation however many ask for it.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
+
+use candle_core::DType;
+use tokio::sync::oneshot;
+
+use super::StoreError;
+use super::admission::Permit;
+use super::catalog::{KnownDirectory, LoadFacts, Shared, Target};
+use super::memory::{Bytes, Generation, Memory, Reservation};
+use super::objects::DirectoryContent;
+use super::record::ContentDigest;
+use crate::adapter::{
+    AdapterError, AdapterFiles, BaseWeights, LoadedAdapter, LowerOptions, LowerReport, LoweredAdapter, digest, lower,
+};
+
+/// Times a load is started over because the one joined ended without an answer.
+const LOAD_TRIES: usize = 3;
+
+pub(super) type Answer = Result<Arc<LoadedAdapter>, StoreError>;
+
+/// Loads under way, and who waits for each; clones share them.
+#[derive(Clone, Default)]
+pub(super) struct Flights {
+    waiting: Arc<Mutex<HashMap<Target, Vec<oneshot::Sender<Answer>>>>>,
+}
+
+impl Flights {
+    /// Joins the load of `target`; with a `Flight` when the caller must run it.
+    fn join(&self, target: &Target) -> (oneshot::Receiver<Answer>, Option<Flight>) {
+        let (sender, receiver) = oneshot::channel();
+        let mut waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
+        let flight = (!waiting.contains_key(target)).then(|| self.flight(target));
+        waiting.entry(target.clone()).or_default().push(sender);
+        (receiver, flight)
+    }
+
+    /// Starts a load of `target` unless one is under way.
+    pub(super) fn claim(&self, target: &Target) -> Option<Flight> {
+        let mut waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
+        if waiting.contains_key(target) {
+            return None;
+        }
+        waiting.insert(target.clone(), Vec::new());
+        Some(self.flight(target))
+    }
+
+    fn flight(&self, target: &Target) -> Flight {
+        Flight { flights: self.clone(), target: target.clone(), landed: false }
+    }
+}
+
+/// A load under way. Dropping it without an answer lets whoever waits start over.
+pub(super) struct Flight {
+    flights: Flights,
+    target: Target,
+    landed: bool,
+}
+
+impl Flight {
+    /// Answers whoever waits; later requests start another load.
+    pub(super) fn land(mut self, answer: &Answer) {
+        self.landed = true;
+        for waiting in self.take() {
+            // Whoever went away meanwhile does not matter.
+            let _ = waiting.send(answer.clone());
+        }
+    }
+
+    fn take(&self) -> Vec<oneshot::Sender<Answer>> {
+        let mut waiting = self.flights.waiting.lock().unwrap_or_else(PoisonError::into_inner);
+        waiting.remove(&self.target).unwrap_or_default()
+    }
+}
+
+impl Drop for Flight {
+    fn drop(&mut self) {
+        if !self.landed {
+            drop(self.take());
+        }
+    }
+}
+
+/// What lowering needs beside the files.
+#[derive(Clone)]
+pub(super) struct Loader {
+    pub(super) base: Arc<dyn BaseWeights>,
+    pub(super) dtype: DType,
+    pub(super) memory: Memory,
+}
+
+/// A lowered adapter that is accounted for and not yet visible.
+pub(super) struct Prepared {
+    pub(super) files: AdapterFiles,
+    lowered: LoweredAdapter,
+    report: LowerReport,
+    digest: [u8; 32],
+    load_seconds: f64,
+    reservation: Reservation,
+}
+
+impl Loader {
+    /// Lowers the files, whose reading began at `started`, within the budgets. Blocks.
+    pub(super) fn prepare(&self, files: AdapterFiles, merge: bool, started: Instant) -> Result<Prepared, StoreError> {
+        let mut reservation = self.memory.reservation();
+        let mut options = LowerOptions { merge, dtype: self.dtype, own_bytes_max: 0 };
+        // Lowering refuses before it makes dense copies, and says what they would take; only then are those bytes
+        // reserved. So an adapter never takes more of the budget than it needs, not even while it loads.
+        let (lowered, report) = loop {
+            match lower(&files, self.base.as_ref(), &options) {
+                Err(AdapterError::OverBudget { needed, .. }) if needed > options.own_bytes_max => {
+                    // The bytes of dense copies are host memory too.
+                    reservation.resize(Bytes { host: needed, own: needed })?;
+                    options.own_bytes_max = needed;
+                }
+                lowered => break lowered?,
+            }
+        };
+        reservation.resize(Bytes { host: lowered.bytes(), own: report.own_weight_bytes })?;
+        let digest = digest(&files, &options);
+        let load_seconds = started.elapsed().as_secs_f64();
+        Ok(Prepared { files, lowered, report, digest, load_seconds, reservation })
+    }
+}
+
+impl Prepared {
+    /// Makes the adapter visible in memory.
+    fn commit(self, generation: &Generation) -> (Arc<LoadedAdapter>, LowerReport) {
+        let adapter = Arc::new(LoadedAdapter {
+            name: generation.name.clone(),
+            generation: generation.number,
+            digest: self.digest,
+            bytes: self.reservation.bytes().host,
+            lowered: self.lowered,
+        });
+        (self.reservation.commit(generation, adapter), self.report)
+    }
+}
+
+impl Shared {
+    /// Loads the target, or waits for the load of it that is under way.
+    pub(super) async fn load_once(self: &Arc<Self>, target: &Target) -> Answer {
+        for _ in 0..LOAD_TRIES {
+            let (receiver, flight) = self.flights.join(target);
+            if let Some(flight) = flight {
+                // A task of its own: the load goes on for the others when the request that started it goes away.
+                let (shared, target) = (self.clone(), target.clone());
+                tokio::spawn(async move { flight.land(&shared.load(&target).await) });
+            }
+            if let Ok(answer) = receiver.await {
+                return answer;
+            }
+        }
+        Err(StoreError::storage("loads of the adapter end without an answer"))
+    }
+
+    async fn load(&self, target: &Target) -> Answer {
+        let permit = self.loads.admit().await?;
+        let started = Instant::now();
+        let (name, loaded) = match target {
+            Target::Published(generation) => (&generation.name, self.load_published(generation, permit, started).await),
+            Target::Directory { name, .. } => (name, self.load_directory(name, permit, started).await),
+        };
+        loaded.inspect_err(|error| {
+            self.count_error(name);
+            tracing::warn!(adapter = name, error = error as &dyn std::error::Error, "adapter not loaded");
+        })
+    }
+
+    async fn load_published(&self, generation: &Generation, permit: Permit, started: Instant) -> Answer {
+        let files = self.objects.blob(&generation.digest).await?;
+        let (loader, expected) = (self.loader.clone(), generation.clone());
+        let prepared = blocking(permit, move || {
+            let found = ContentDigest::of(&files);
+            if found != expected.digest {
+                return Err(StoreError::storage(format!("blob {} holds content {found}", expected.digest)));
+            }
+            loader.prepare(files, expected.merge, started)
+        });
+        Ok(self.install(generation, prepared.await?))
+    }
+
+    async fn load_directory(&self, name: &str, permit: Permit, started: Instant) -> Answer {
+        let DirectoryContent { files, version, settled } = self.objects.read_directory(name).await?;
+        let known = self.known().directories.get(name).map(|directory| directory.generation.clone());
+        let last = self.known().names.get(name).map_or(0, |state| state.last);
+        let (loader, memory, owner) = (self.loader.clone(), self.memory.clone(), name.to_owned());
+        let loaded = blocking(permit, move || {
+            let digest = ContentDigest::of(&files);
+            let number = match &known {
+                None => last.max(1),
+                Some(known) if known.digest == digest => known.number.max(last),
+                Some(known) => (known.number + 1).max(last),
+            };
+            let generation = Generation { name: owner, number, digest, merge: false };
+            // A file that was touched and not changed is still the same generation.
+            match memory.get(&generation) {
+                Some(adapter) => Ok((generation, Ok(adapter))),
+                None => Ok((generation, Err(loader.prepare(files, false, started)?))),
+            }
+        });
+        let (generation, loaded) = loaded.await?;
+        let directory = KnownDirectory { version, settled, generation: generation.clone() };
+        self.known().directories.insert(name.to_owned(), directory);
+        match loaded {
+            Ok(adapter) => Ok(adapter),
+            Err(prepared) => {
+                let adapter = self.install(&generation, prepared);
+                self.memory.supersede(name, Some(&generation));
+                Ok(adapter)
+            }
+        }
+    }
+
+    /// Makes a prepared adapter visible and keeps what its load found.
+    pub(super) fn install(&self, generation: &Generation, prepared: Prepared) -> Arc<LoadedAdapter> {
+        let seconds = prepared.load_seconds;
+        let (adapter, report) = prepared.commit(generation);
+        let name = &generation.name;
+        let facts = LoadFacts { generation: generation.clone(), report, load_ms: seconds * 1e3 };
+        tracing::info!(adapter = name, generation = generation.number, load_ms = facts.load_ms, "adapter loaded");
+        self.known().facts.insert(name.clone(), facts);
+        let label = self.metrics.adapter_label(Some(name));
+        self.metrics.adapter_load_seconds.with_label_values(&[label]).observe(seconds);
+        adapter
+    }
+}
+
+/// Runs `work` on the blocking pool; the permit is held until it ends, even when nobody waits for it any more.
+pub(super) async fn blocking<T: Send + 'static>(
+    permit: Permit,
+    work: impl FnOnce() -> Result<T, StoreError> + Send + 'static,
+) -> Result<T, StoreError> {
+    let work = move || {
+        let _permit = permit;
+        work()
+    };
+    tokio::task::spawn_blocking(work).await.map_err(StoreError::storage)?
+}

@@ -1,0 +1,267 @@
+//! Adapter directories on the local disk: which paths may be opened, and reading them.
+//!
+//! A path is opened only after it was resolved, symbolic links included, and found inside a configured root. Only two
+//! files of a directory are ever read; a pickle file is refused by name and never opened.
+
+use std::fs;
+use std::io::{self, Read};
+use std::path::{Component, Path, PathBuf};
+
+use super::StoreError;
+use super::objects::{CONFIG_FILE, WEIGHTS_FILE};
+use crate::adapter::{AdapterError, AdapterFiles};
+
+/// PEFT's older weight file, a pickle.
+pub(super) const PICKLE_FILE: &str = "adapter_model.bin";
+
+/// The directories that adapters may be read from; the store's own comes first.
+#[derive(Clone, Debug)]
+pub(super) struct Roots {
+    /// As configured, made absolute, and as resolved.
+    roots: Vec<(PathBuf, PathBuf)>,
+}
+
+impl Roots {
+    /// Resolves the store's root, which must exist, and the extra ones; an extra root that does not exist is left out.
+    ///
+    /// # Errors
+    /// When the store's root cannot be resolved.
+    pub(super) fn new(root: &Path, extra: &[PathBuf]) -> io::Result<Self> {
+        let mut roots = vec![(std::path::absolute(root)?, root.canonicalize()?)];
+        for path in extra {
+            match path.canonicalize() {
+                Ok(resolved) => roots.push((std::path::absolute(path)?, resolved)),
+                Err(error) => tracing::warn!(path = %path.display(), %error, "extra adapter root left out"),
+            }
+        }
+        Ok(Self { roots })
+    }
+
+    /// The resolved form of the store's own root.
+    pub(super) fn store_root(&self) -> &Path {
+        &self.roots[0].1
+    }
+
+    /// The existing directory that a request's path means: absolute inside a root, or relative to one.
+    fn find(&self, path: &Path) -> Result<PathBuf, StoreError> {
+        if path.components().any(|part| part == Component::ParentDir) {
+            return Err(StoreError::OutsideRoots);
+        }
+        let candidates: Vec<PathBuf> = if path.is_absolute() {
+            let inside = |root: &Path| path.starts_with(root);
+            if !self.roots.iter().any(|(configured, resolved)| inside(configured) || inside(resolved)) {
+                return Err(StoreError::OutsideRoots);
+            }
+            vec![path.to_owned()]
+        } else {
+            self.roots.iter().map(|(_, root)| root.join(path)).collect()
+        };
+        for candidate in candidates {
+            match candidate.canonicalize() {
+                Ok(resolved) => return self.inside(&resolved).then_some(resolved).ok_or(StoreError::OutsideRoots),
+                Err(error) if is_absent(&error) => {}
+                Err(error) => {
+                    tracing::warn!(%error, "the path of a load request cannot be resolved");
+                    return Err(StoreError::FilesNotFound("the path cannot be resolved".to_owned()));
+                }
+            }
+        }
+        Err(StoreError::FilesNotFound("the path does not exist in any configured adapter root".to_owned()))
+    }
+
+    fn inside(&self, resolved: &Path) -> bool {
+        self.roots.iter().any(|(_, root)| resolved.starts_with(root))
+    }
+}
+
+/// Whether the store's root has a plain directory of that name whose files may be read.
+///
+/// # Errors
+/// `OutsideRoots` when a symbolic link leads out; a refusal when the weights are a pickle.
+pub(super) fn check_directory(roots: &Roots, name: &str) -> Result<bool, StoreError> {
+    let dir = roots.store_root().join(name);
+    if resolve_file(roots, &dir.join(CONFIG_FILE))?.is_none() {
+        return Ok(false);
+    }
+    if resolve_file(roots, &dir.join(WEIGHTS_FILE))?.is_none() && dir.join(PICKLE_FILE).exists() {
+        return Err(pickle_refusal());
+    }
+    Ok(true)
+}
+
+/// Reads the adapter directory that a request's path names.
+///
+/// # Errors
+/// `OutsideRoots`, `FilesNotFound`, `TooLarge`, or a refusal when the weights are a pickle.
+pub(super) fn read_path(roots: &Roots, path: &Path, bytes_max: usize) -> Result<AdapterFiles, StoreError> {
+    let dir = roots.find(path)?;
+    if !dir.is_dir() {
+        return Err(StoreError::FilesNotFound("the path is not a directory".to_owned()));
+    }
+    let missing = |file: &str| StoreError::FilesNotFound(format!("the directory has no {file}"));
+    let config = resolve_file(roots, &dir.join(CONFIG_FILE))?.ok_or_else(|| missing(CONFIG_FILE))?;
+    let Some(weights) = resolve_file(roots, &dir.join(WEIGHTS_FILE))? else {
+        return Err(if dir.join(PICKLE_FILE).exists() { pickle_refusal() } else { missing(WEIGHTS_FILE) });
+    };
+    let config = read_file(&config, bytes_max, bytes_max)?;
+    let weights = read_file(&weights, bytes_max - config.len(), bytes_max)?;
+    Ok(AdapterFiles { config, weights })
+}
+
+/// Why a pickle is not read.
+pub(super) fn pickle_refusal() -> StoreError {
+    let reason = format!("is a pickle file, which can run code and is never opened; convert it to {WEIGHTS_FILE}");
+    StoreError::from(AdapterError::Malformed { file: PICKLE_FILE, reason })
+}
+
+/// The resolved path of a regular file inside the roots; `None` where there is none.
+fn resolve_file(roots: &Roots, path: &Path) -> Result<Option<PathBuf>, StoreError> {
+    let resolved = match path.canonicalize() {
+        Ok(resolved) => resolved,
+        Err(error) if is_absent(&error) => return Ok(None),
+        Err(error) => return Err(StoreError::storage(error)),
+    };
+    if !roots.inside(&resolved) {
+        return Err(StoreError::OutsideRoots);
+    }
+    // Opening a pipe or a device could block for ever.
+    Ok(resolved.is_file().then_some(resolved))
+}
+
+/// Reads at most `left` bytes; `limit` is what the message names.
+fn read_file(path: &Path, left: usize, limit: usize) -> Result<Vec<u8>, StoreError> {
+    let file = fs::File::open(path).map_err(StoreError::storage)?;
+    let size = file.metadata().map_err(StoreError::storage)?.len();
+    if size > left as u64 {
+        return Err(StoreError::TooLarge { limit });
+    }
+    let mut bytes = Vec::with_capacity(usize::try_from(size).unwrap_or_default());
+    file.take(left as u64 + 1).read_to_end(&mut bytes).map_err(StoreError::storage)?;
+    if bytes.len() > left {
+        return Err(StoreError::TooLarge { limit });
+    }
+    Ok(bytes)
+}
+
+fn is_absent(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::symlink;
+
+    use super::*;
+
+    const LIMIT: usize = 100;
+
+    struct Dirs {
+        _temp: tempfile::TempDir,
+        base: PathBuf,
+        roots: Roots,
+    }
+
+    /// `root/good`, `extra/good` and `outside/good`, each an adapter, with the first two as roots.
+    fn dirs() -> Dirs {
+        let temp = tempfile::tempdir().unwrap();
+        let base = temp.path().canonicalize().unwrap();
+        for dir in ["root", "extra", "outside"] {
+            write_adapter(&base.join(dir).join("good"), dir);
+        }
+        let roots = Roots::new(&base.join("root"), &[base.join("extra"), base.join("absent")]).unwrap();
+        Dirs { _temp: temp, base, roots }
+    }
+
+    fn write_adapter(dir: &Path, content: &str) {
+        fs::create_dir_all(dir).unwrap();
+        fs::write(dir.join(CONFIG_FILE), content).unwrap();
+        fs::write(dir.join(WEIGHTS_FILE), "weights").unwrap();
+    }
+
+    #[test]
+    fn absolute_and_relative_paths_inside_the_roots_are_read() {
+        let Dirs { base, roots, _temp } = dirs();
+        write_adapter(&base.join("extra/second"), "second");
+        for (path, content) in [
+            (base.join("root/good"), "root"),
+            (base.join("extra/good"), "extra"),
+            (PathBuf::from("good"), "root"),
+            (PathBuf::from("./good/"), "root"),
+            (PathBuf::from("second"), "second"),
+        ] {
+            let files = read_path(&roots, &path, LIMIT).unwrap();
+            assert_eq!(files.config, content.as_bytes(), "{}", path.display());
+        }
+    }
+
+    #[test]
+    fn nothing_outside_the_roots_is_opened_or_told_about() {
+        let Dirs { base, roots, _temp } = dirs();
+        symlink(base.join("outside/good"), base.join("root/link")).unwrap();
+        fs::create_dir(base.join("root/linked-file")).unwrap();
+        symlink(base.join("outside/good").join(CONFIG_FILE), base.join("root/linked-file").join(CONFIG_FILE)).unwrap();
+        for path in [
+            base.join("outside/good"),
+            base.join("outside/absent"),
+            base.join("root/../outside/good"),
+            PathBuf::from("../outside/good"),
+            PathBuf::from("link"),
+            PathBuf::from("linked-file"),
+            PathBuf::from("/"),
+        ] {
+            let error = read_path(&roots, &path, LIMIT).unwrap_err();
+            assert!(matches!(error, StoreError::OutsideRoots), "{}: {error}", path.display());
+        }
+        assert!(matches!(check_directory(&roots, "link"), Err(StoreError::OutsideRoots)));
+    }
+
+    #[test]
+    fn links_that_stay_inside_are_followed() {
+        let Dirs { base, roots, _temp } = dirs();
+        symlink(base.join("extra/good"), base.join("root/link")).unwrap();
+        assert_eq!(read_path(&roots, Path::new("link"), LIMIT).unwrap().config, b"extra");
+        assert!(check_directory(&roots, "link").unwrap());
+    }
+
+    #[test]
+    fn what_is_missing_is_named() {
+        let Dirs { base, roots, _temp } = dirs();
+        fs::create_dir(base.join("root/empty")).unwrap();
+        fs::create_dir(base.join("root/half")).unwrap();
+        fs::write(base.join("root/half").join(CONFIG_FILE), "{}").unwrap();
+        fs::write(base.join("root/file"), "x").unwrap();
+        for (path, message) in [
+            ("absent", "does not exist"),
+            ("empty", "has no adapter_config.json"),
+            ("half", "has no adapter_model.safetensors"),
+            ("file", "not a directory"),
+            ("nul\0", "cannot be resolved"),
+        ] {
+            let error = read_path(&roots, Path::new(path), LIMIT).unwrap_err();
+            assert!(matches!(error, StoreError::FilesNotFound(_)) && error.to_string().contains(message), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_pickle_is_refused_with_advice() {
+        let Dirs { base, roots, _temp } = dirs();
+        fs::remove_file(base.join("root/good").join(WEIGHTS_FILE)).unwrap();
+        fs::write(base.join("root/good").join(PICKLE_FILE), "x").unwrap();
+        for error in [
+            read_path(&roots, Path::new("good"), LIMIT).map(drop).unwrap_err(),
+            check_directory(&roots, "good").map(drop).unwrap_err(),
+        ] {
+            assert!(error.to_string().contains("convert it to adapter_model.safetensors"), "{error}");
+        }
+    }
+
+    #[test]
+    fn reading_is_bounded_over_both_files() {
+        let Dirs { base, roots, _temp } = dirs();
+        assert!(read_path(&roots, Path::new("good"), "root".len() + "weights".len()).is_ok());
+        let error = read_path(&roots, Path::new("good"), "root".len() + "weights".len() - 1).unwrap_err();
+        assert!(matches!(error, StoreError::TooLarge { limit: 10 }), "{error}");
+        fs::write(base.join("root/good").join(CONFIG_FILE), "x".repeat(LIMIT + 1)).unwrap();
+        assert!(matches!(read_path(&roots, Path::new("good"), LIMIT), Err(StoreError::TooLarge { .. })));
+    }
+}

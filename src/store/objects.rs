@@ -1,0 +1,230 @@
+//! The layout on storage, over any object store.
+//!
+//! - `blobs/sha256/<digest>/adapter_config.json` and `.../adapter_model.safetensors`: immutable content
+//! - `catalog/<name>/<number>.json`: records, each written once with create-if-absent
+//! - `<name>/adapter_config.json` and `<name>/adapter_model.safetensors`: plain directories, only ever read
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use bytes::Bytes;
+use object_store::path::Path;
+use object_store::{Error, ObjectMeta, ObjectStore, ObjectStoreExt, PutMode, PutOptions};
+
+use super::StoreError;
+use super::local::{self, Roots};
+use super::name::check_name;
+use super::record::{ContentDigest, Record};
+use crate::adapter::AdapterFiles;
+
+pub(super) const BLOBS: &str = "blobs";
+pub(super) const CATALOG: &str = "catalog";
+pub(super) const CONFIG_FILE: &str = "adapter_config.json";
+pub(super) const WEIGHTS_FILE: &str = "adapter_model.safetensors";
+
+/// A record is some hundred bytes; a larger file is not one.
+const RECORD_BYTES_MAX: usize = 64 << 10;
+/// Times a directory is read again because it changed meanwhile.
+const READ_TRIES: usize = 5;
+/// Seconds within which a file may change again without its modification time showing it.
+const MTIME_RESOLUTION_S: u64 = 2;
+
+/// What tells, without reading them, whether a plain directory's files are the ones seen before.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub(super) struct DirectoryVersion {
+    config: FileVersion,
+    weights: FileVersion,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+struct FileVersion {
+    e_tag: Option<String>,
+    modified_ns: Option<i64>,
+    modified_s: u64,
+    size: u64,
+}
+
+impl FileVersion {
+    fn of(meta: &ObjectMeta) -> Self {
+        Self {
+            e_tag: meta.e_tag.clone(),
+            modified_ns: meta.last_modified.timestamp_nanos_opt(),
+            modified_s: u64::try_from(meta.last_modified.timestamp()).unwrap_or_default(),
+            size: meta.size,
+        }
+    }
+}
+
+impl DirectoryVersion {
+    /// Unix time of the later of the two files' modifications, seconds.
+    pub(super) fn modified(&self) -> u64 {
+        self.config.modified_s.max(self.weights.modified_s)
+    }
+
+    /// Whether a further change would surely change the version too: the files are not just being written.
+    fn settled(&self) -> bool {
+        self.modified().abs_diff(unix_now()) > MTIME_RESOLUTION_S
+    }
+}
+
+/// A plain directory's content.
+pub(super) struct DirectoryContent {
+    pub(super) files: AdapterFiles,
+    pub(super) version: DirectoryVersion,
+    /// Whether `version` can be trusted to tell later changes.
+    pub(super) settled: bool,
+}
+
+/// The store's objects.
+pub(super) struct Objects {
+    store: Arc<dyn ObjectStore>,
+    /// Where the objects are local files: what symbolic links are checked against.
+    roots: Option<Roots>,
+    adapter_bytes_max: usize,
+}
+
+impl Objects {
+    pub(super) fn new(store: Arc<dyn ObjectStore>, roots: Option<Roots>, adapter_bytes_max: usize) -> Self {
+        Self { store, roots, adapter_bytes_max }
+    }
+
+    /// The record with this number, if it exists.
+    pub(super) async fn record(&self, name: &str, number: u64) -> Result<Option<Record>, StoreError> {
+        let path = record_path(name, number);
+        let Some(bytes) = self.read(&path, RECORD_BYTES_MAX).await? else { return Ok(None) };
+        let record = serde_json::from_slice(&bytes).map_err(|error| StoreError::storage(format!("{path}: {error}")))?;
+        Ok(Some(record))
+    }
+
+    /// Writes a record unless its number is taken; whether it was written.
+    pub(super) async fn create_record(&self, name: &str, number: u64, record: &Record) -> Result<bool, StoreError> {
+        let text = serde_json::to_vec(record).map_err(StoreError::storage)?;
+        let options = PutOptions { mode: PutMode::Create, ..PutOptions::default() };
+        match self.store.put_opts(&record_path(name, number), text.into(), options).await {
+            Ok(_) => Ok(true),
+            Err(Error::AlreadyExists { .. }) => Ok(false),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// Every name that has a record or a plain directory, sorted.
+    pub(super) async fn names(&self) -> Result<BTreeSet<String>, StoreError> {
+        let mut names = BTreeSet::new();
+        for prefix in [None, Some(Path::from(CATALOG))] {
+            let listed = match self.store.list_with_delimiter(prefix.as_ref()).await {
+                Err(Error::NotFound { .. }) => continue,
+                listed => listed?,
+            };
+            let found = listed.common_prefixes.iter().filter_map(Path::filename);
+            names.extend(found.filter(|name| check_name(name).is_ok()).map(str::to_owned));
+        }
+        Ok(names)
+    }
+
+    /// Stores content under its digest. Writing it again changes nothing, and repairs what a power cut tore.
+    pub(super) async fn put_blob(&self, digest: &ContentDigest, files: AdapterFiles) -> Result<(), StoreError> {
+        self.store.put(&blob_path(digest, CONFIG_FILE), files.config.into()).await?;
+        self.store.put(&blob_path(digest, WEIGHTS_FILE), files.weights.into()).await?;
+        Ok(())
+    }
+
+    /// The content with this digest, not yet checked against it.
+    pub(super) async fn blob(&self, digest: &ContentDigest) -> Result<AdapterFiles, StoreError> {
+        let missing = |file: &str| StoreError::storage(format!("{} is missing", blob_path(digest, file)));
+        let config = self.read(&blob_path(digest, CONFIG_FILE), self.adapter_bytes_max).await?;
+        let weights = self.read(&blob_path(digest, WEIGHTS_FILE), self.adapter_bytes_max).await?;
+        Ok(AdapterFiles {
+            config: config.ok_or_else(|| missing(CONFIG_FILE))?.into(),
+            weights: weights.ok_or_else(|| missing(WEIGHTS_FILE))?.into(),
+        })
+    }
+
+    /// Whether there is a plain directory of that name, usable or not.
+    pub(super) async fn directory_exists(&self, name: &str) -> Result<bool, StoreError> {
+        match self.check_local(name).await {
+            Ok(true) => Ok(self.head(&directory_path(name, CONFIG_FILE)).await?.is_some()),
+            Ok(false) => Ok(false),
+            Err(StoreError::Refused(_)) => Ok(true),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// The plain directory's version, if there is a plain directory of that name.
+    pub(super) async fn directory_version(&self, name: &str) -> Result<Option<DirectoryVersion>, StoreError> {
+        if !self.check_local(name).await? {
+            return Ok(None);
+        }
+        let Some(config) = self.head(&directory_path(name, CONFIG_FILE)).await? else { return Ok(None) };
+        let Some(weights) = self.head(&directory_path(name, WEIGHTS_FILE)).await? else {
+            return Err(StoreError::FilesNotFound(format!("the directory of adapter `{name}` has no {WEIGHTS_FILE}")));
+        };
+        Ok(Some(DirectoryVersion { config: FileVersion::of(&config), weights: FileVersion::of(&weights) }))
+    }
+
+    /// Whether local files of that name may be opened, if they are there; object stores have no links to check.
+    async fn check_local(&self, name: &str) -> Result<bool, StoreError> {
+        let Some(roots) = &self.roots else { return Ok(true) };
+        let (roots, name) = (roots.clone(), name.to_owned());
+        let checked = tokio::task::spawn_blocking(move || local::check_directory(&roots, &name));
+        checked.await.map_err(StoreError::storage)?
+    }
+
+    /// Reads the plain directory of that name; both files are of one version.
+    pub(super) async fn read_directory(&self, name: &str) -> Result<DirectoryContent, StoreError> {
+        let not_found = || StoreError::NotFound(name.to_owned());
+        for _ in 0..READ_TRIES {
+            let version = self.directory_version(name).await?.ok_or_else(not_found)?;
+            let settled = version.settled();
+            if version.config.size.saturating_add(version.weights.size) > self.adapter_bytes_max as u64 {
+                return Err(StoreError::TooLarge { limit: self.adapter_bytes_max });
+            }
+            let config = self.read(&directory_path(name, CONFIG_FILE), self.adapter_bytes_max).await?;
+            let weights = self.read(&directory_path(name, WEIGHTS_FILE), self.adapter_bytes_max).await?;
+            if let (Some(config), Some(weights)) = (config, weights)
+                && self.directory_version(name).await?.as_ref() == Some(&version)
+            {
+                let files = AdapterFiles { config: config.into(), weights: weights.into() };
+                return Ok(DirectoryContent { files, version, settled });
+            }
+        }
+        Err(StoreError::FilesNotFound(format!("the directory of adapter `{name}` changes while it is read")))
+    }
+
+    async fn head(&self, path: &Path) -> Result<Option<ObjectMeta>, StoreError> {
+        match self.store.head(path).await {
+            Ok(meta) => Ok(Some(meta)),
+            Err(Error::NotFound { .. }) => Ok(None),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    async fn read(&self, path: &Path, bytes_max: usize) -> Result<Option<Bytes>, StoreError> {
+        let object = match self.store.get(path).await {
+            Ok(object) => object,
+            Err(Error::NotFound { .. }) => return Ok(None),
+            Err(error) => return Err(error.into()),
+        };
+        if object.meta.size > bytes_max as u64 {
+            return Err(StoreError::TooLarge { limit: bytes_max });
+        }
+        Ok(Some(object.bytes().await?))
+    }
+}
+
+/// Unix time in seconds.
+pub(super) fn unix_now() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |elapsed| elapsed.as_secs())
+}
+
+fn record_path(name: &str, number: u64) -> Path {
+    Path::from_iter([CATALOG, name, &format!("{number}.json")])
+}
+
+fn blob_path(digest: &ContentDigest, file: &str) -> Path {
+    Path::from_iter([BLOBS, "sha256", &digest.to_string(), file])
+}
+
+fn directory_path(name: &str, file: &str) -> Path {
+    Path::from_iter([name, file])
+}

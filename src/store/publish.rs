@@ -1,0 +1,154 @@
+//! Changing what a name means: check everything, then blob, then record, then visible.
+
+use std::time::Instant;
+
+use super::StoreError;
+use super::catalog::{AdapterStatus, PublishOptions, Shared, Target};
+use super::load::{Flight, blocking};
+use super::memory::Generation;
+use super::objects::unix_now;
+use super::record::{ContentDigest, Current, Record, RecordedOptions, Source};
+use crate::adapter::AdapterFiles;
+
+/// Times a record is written again because another process took its number.
+const RECORD_TRIES: usize = 1000;
+
+/// The state of a name that a change starts from.
+struct Found {
+    /// Number of the last record.
+    last: u64,
+    current: Current,
+    /// Current generation; 0 where the name is not in use.
+    generation: u64,
+}
+
+impl Shared {
+    /// Publishes files as the next generation of `name`.
+    pub(super) async fn publish(
+        &self,
+        name: &str,
+        files: AdapterFiles,
+        options: &PublishOptions,
+        source: Source,
+    ) -> Result<AdapterStatus, StoreError> {
+        let limit = self.config.upload_bytes_max;
+        if files.config.len().saturating_add(files.weights.len()) > limit {
+            return Err(StoreError::TooLarge { limit });
+        }
+        // Checked again when the record is written; here it spares the work.
+        check_expectations(name, &self.found(name).await?, options)?;
+        let permit = self.loads.admit().await?;
+        let started = Instant::now();
+        let (loader, merge) = (self.loader.clone(), options.merge);
+        let prepared = blocking(permit, move || {
+            let content = ContentDigest::of(&files);
+            Ok((content, loader.prepare(files, merge, started)?))
+        });
+        let (digest, mut prepared) = prepared.await.inspect_err(|_| self.count_error(name))?;
+        self.objects.put_blob(&digest, std::mem::take(&mut prepared.files)).await?;
+        let created = unix_now();
+        let record = Record::Publish { digest, options: RecordedOptions { merge }, created, source };
+        let (number, flight) = self.append(name, &record, |found| check_expectations(name, found, options)).await?;
+        let generation = Generation { name: name.to_owned(), number, digest, merge };
+        let adapter = self.install(&generation, prepared);
+        match flight {
+            Some(flight) => flight.land(&Ok(adapter)),
+            None => drop(adapter),
+        }
+        let status = self.status_of(&generation, created);
+        self.drop_if_superseded(&generation);
+        Ok(status)
+    }
+
+    /// Retires `name`.
+    pub(super) async fn retire(&self, name: &str) -> Result<(), StoreError> {
+        let record = Record::Retire { created: unix_now() };
+        let in_use = |found: &Found| match found.generation {
+            0 => Err(StoreError::NotFound(name.to_owned())),
+            _ => Ok(()),
+        };
+        let (number, _) = self.append(name, &record, in_use).await?;
+        tracing::info!(adapter = name, record = number, "adapter removed");
+        Ok(())
+    }
+
+    /// Writes the name's next record and folds it in, if `check` allows it in the state that the record follows.
+    /// Answers the record's number and, for a publication, the flight that requests for it wait on: whoever sees the
+    /// record before the adapter is in memory waits for it instead of loading it a second time.
+    async fn append(
+        &self,
+        name: &str,
+        record: &Record,
+        check: impl Fn(&Found) -> Result<(), StoreError>,
+    ) -> Result<(u64, Option<Flight>), StoreError> {
+        for _ in 0..RECORD_TRIES {
+            let found = self.found(name).await?;
+            check(&found)?;
+            let number = found.last + 1;
+            if found.current == Current::Directory && number <= found.generation {
+                // The generations of a directory count too.
+                let marker = Record::Directory { created: unix_now() };
+                if self.objects.create_record(name, number, &marker).await? {
+                    self.fold(name, number, &marker);
+                }
+                continue;
+            }
+            let target = record.generation(name, number).map(Target::Published);
+            let flight = target.and_then(|target| self.flights.claim(&target));
+            // Create-if-absent decides between processes; the loser looks again.
+            if self.objects.create_record(name, number, record).await? {
+                self.fold(name, number, record);
+                return Ok((number, flight));
+            }
+        }
+        Err(StoreError::Busy)
+    }
+
+    async fn found(&self, name: &str) -> Result<Found, StoreError> {
+        let (last, current) = self.refresh(name).await?;
+        let generation = match current {
+            Current::Published(number) => number,
+            Current::Retired => 0,
+            Current::Directory => match self.objects.directory_exists(name).await? {
+                false => 0,
+                true => {
+                    let known = self.known().directories.get(name).map(|directory| directory.generation.number);
+                    known.unwrap_or(1).max(last)
+                }
+            },
+        };
+        Ok(Found { last, current, generation })
+    }
+
+    /// Takes a generation out of memory again when the name moved on before it got there.
+    fn drop_if_superseded(&self, generation: &Generation) {
+        let current = self.known().names.get(&generation.name).map(|state| state.current);
+        if current != Some(Current::Published(generation.number)) {
+            self.memory.release(generation);
+        }
+    }
+}
+
+fn check_expectations(name: &str, found: &Found, options: &PublishOptions) -> Result<(), StoreError> {
+    if options.must_be_new && matches!(found.current, Current::Published(_)) {
+        return Err(StoreError::AlreadyExists(name.to_owned()));
+    }
+    match options.expected_generation {
+        Some(expected) if expected != found.generation => {
+            Err(StoreError::Conflict { name: name.to_owned(), expected, found: found.generation })
+        }
+        _ => Ok(()),
+    }
+}
+
+impl Record {
+    /// The generation that the record publishes as number `number` of `name`.
+    fn generation(&self, name: &str, number: u64) -> Option<Generation> {
+        match self {
+            Self::Publish { digest, options, .. } => {
+                Some(Generation { name: name.to_owned(), number, digest: *digest, merge: options.merge })
+            }
+            Self::Directory { .. } | Self::Retire { .. } => None,
+        }
+    }
+}

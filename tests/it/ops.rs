@@ -1,0 +1,195 @@
+//! The program as an operator meets it: it starts with no arguments, says what it serves, answers, drains and ends.
+//! The README's tables are compared with the code's.
+
+use std::fs;
+use std::io::{BufRead as _, BufReader, Read as _, Write as _};
+use std::net::{TcpListener, TcpStream};
+use std::process::{Child, ChildStderr, Command, Stdio};
+
+use patchbay::adapter::KINDS;
+use patchbay::model::supported_architectures;
+use serde_json::{Value, json};
+
+/// A server on a free port, over the sample model and adapters. Dropping it ends the process.
+struct Server {
+    child: Child,
+    log: BufReader<ChildStderr>,
+    /// Everything logged until the server listened.
+    start: String,
+    url: String,
+}
+
+impl Server {
+    fn start(arguments: &[&str]) -> Self {
+        let mut child = Command::new(env!("CARGO_BIN_EXE_patchbay"))
+            .args(["serve", "--port", "0", "--set", "log.format=json", "--set", "engine.kv_cache_bytes=16MiB"])
+            .args(arguments)
+            .env_clear()
+            .current_dir(env!("CARGO_MANIFEST_DIR"))
+            .stderr(Stdio::piped())
+            .spawn()
+            .expect("the program starts");
+        let mut log = BufReader::new(child.stderr.take().expect("piped"));
+        let mut start = String::new();
+        let url = loop {
+            let at = start.len();
+            assert!(log.read_line(&mut start).expect("UTF-8") > 0, "the server ended:\n{start}");
+            let message = &serde_json::from_str::<Value>(&start[at..]).expect("a JSON line")["message"];
+            if let Some((_, url)) = message.as_str().and_then(|m| m.split_once("listening on ")) {
+                break url.to_owned();
+            }
+        };
+        Self { child, log, start, url }
+    }
+
+    fn chat(&self, model: &str, text: &str) -> String {
+        let body = json!({"model": model, "messages": [{"role": "user", "content": text}], "temperature": 0});
+        let answer: Value = ureq::post(&format!("{}/v1/chat/completions", self.url))
+            .send_json(body)
+            .expect("an answer")
+            .into_json()
+            .expect("JSON");
+        answer["choices"][0]["message"]["content"].as_str().expect("text").to_owned()
+    }
+
+    fn signal(&self, name: &str) {
+        let status = Command::new("kill").args([name, &self.child.id().to_string()]).status().expect("kill");
+        assert!(status.success());
+    }
+
+    /// Waits for the end; returns the exit code and the rest of the log.
+    fn end(mut self) -> (Option<i32>, String) {
+        let mut rest = String::new();
+        self.log.read_to_string(&mut rest).expect("UTF-8");
+        (self.child.wait().expect("it ends").code(), rest)
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        // Fails when the process has ended already, which is as good.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+#[test]
+fn the_default_server_answers_from_base_and_samples_and_stops_with_0() {
+    let server = Server::start(&[]);
+    for fact in ["LlamaForCausalLM", "\"dtype\":\"f32\"", "KV cache", "adapter bounds", env!("CARGO_PKG_VERSION")] {
+        assert!(server.start.contains(fact), "the log at start lacks {fact}:\n{}", server.start);
+    }
+    let sentence = "the cat is under the table";
+    assert_eq!(server.chat("sample-model", sentence), sentence);
+    assert_eq!(server.chat("reverse", sentence), "table the under is cat the");
+    assert_eq!(server.chat("shout", sentence), sentence.to_uppercase());
+    let json: Value = serde_json::from_str(&server.chat("json", sentence)).expect("the adapter answers in JSON");
+    assert_eq!(json["count"], 6);
+    server.signal("-TERM");
+    let (code, rest) = server.end();
+    assert_eq!(code, Some(0), "{rest}");
+    assert!(rest.contains("\"draining\"") && rest.contains("\"stopped\""), "{rest}");
+}
+
+#[test]
+fn a_stop_lets_running_requests_finish() {
+    let server = Server::start(&[]);
+    let mut stream = TcpStream::connect(server.url.trim_start_matches("http://")).expect("a connection");
+    let tokens = 900;
+    let body = json!({
+        "model": "sample-model", "prompt": "the cat", "max_tokens": tokens, "ignore_eos": true, "stream": true,
+        "stream_options": {"include_usage": true}, "temperature": 0,
+    });
+    let body = body.to_string();
+    let head = format!(
+        "POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n",
+        body.len()
+    );
+    stream.write_all((head + &body).as_bytes()).expect("sent");
+    let mut answer = BufReader::new(stream);
+    let mut line = String::new();
+    while !line.starts_with("data: ") {
+        line.clear();
+        assert!(answer.read_line(&mut line).expect("UTF-8") > 0, "the stream ended early");
+    }
+    server.signal("-INT");
+    let mut rest = String::new();
+    answer.read_to_string(&mut rest).expect("the whole stream");
+    assert!(rest.contains(&format!("\"completion_tokens\":{tokens}")) && rest.contains("data: [DONE]"), "{rest}");
+    let (code, log) = server.end();
+    assert_eq!(code, Some(0), "{log}");
+}
+
+#[test]
+fn a_taken_port_is_told_before_the_model_loads() {
+    let taken = TcpListener::bind("127.0.0.1:0").expect("a free port");
+    let port = taken.local_addr().expect("bound").port().to_string();
+    let output = Command::new(env!("CARGO_BIN_EXE_patchbay"))
+        .args(["serve", "--port", &port, "--model", "no-such-model"])
+        .env_clear()
+        .output()
+        .expect("the program starts");
+    let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!(output.status.code(), Some(1), "{stderr}");
+    assert!(stderr.contains(&format!("listening on 127.0.0.1:{port} (server.host, server.port)")), "{stderr}");
+}
+
+#[test]
+fn an_open_address_without_an_admin_key_is_told_and_closed() {
+    let server = Server::start(&["--host", "0.0.0.0"]);
+    assert!(server.start.contains("routes that change adapters are off"), "{}", server.start);
+    let url = server.url.replace("0.0.0.0", "127.0.0.1");
+    let status = match ureq::delete(&format!("{url}/v1/adapters/shout")).call() {
+        Err(ureq::Error::Status(status, _)) => status,
+        other => panic!("{other:?}"),
+    };
+    assert_eq!(status, 403);
+}
+
+#[test]
+fn keys_do_not_reach_the_log() {
+    let server = Server::start(&["--api-key", "hunter2", "--admin-key", "hunter3", "--log-level", "debug"]);
+    let authorised = ureq::get(&format!("{}/v1/models", server.url)).set("authorization", "Bearer hunter2").call();
+    assert_eq!(authorised.expect("an answer").status(), 200);
+    assert!(ureq::get(&format!("{}/v1/models", server.url)).call().is_err());
+    server.signal("-TERM");
+    let start = server.start.clone();
+    let (_, rest) = server.end();
+    assert!(!(start + &rest).contains("hunter"));
+}
+
+fn readme() -> String {
+    fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/README.md")).expect("README.md")
+}
+
+/// First cells of the table below a heading, without quotes.
+fn first_cells(text: &str, heading: &str) -> Vec<String> {
+    let section = text.split(&format!("\n## {heading}\n")).nth(1).expect(heading);
+    let section = section.split("\n## ").next().expect("never empty");
+    let rows = section.lines().filter(|line| line.starts_with("| ")).skip(1).filter(|line| !line.starts_with("|-"));
+    rows.map(|row| row.trim_matches('|').split('|').next().expect("a cell").trim().replace('`', "")).collect()
+}
+
+#[test]
+fn readme_lists_every_adapter_kind() {
+    let table: Vec<_> = KINDS.iter().map(|kind| kind.peft_type.to_owned()).collect();
+    assert_eq!(first_cells(&readme(), "Adapter kinds"), table);
+    for kind in KINDS {
+        let row = format!("| `{}` | {} | {} | {} |", kind.peft_type, kind.title, kind.served_as, kind.merged_as);
+        assert!(readme().contains(&row), "README.md lacks the row\n{row}");
+    }
+}
+
+#[test]
+fn readme_lists_every_model_family() {
+    let table: Vec<_> = supported_architectures().map(str::to_owned).collect();
+    assert_eq!(first_cells(&readme(), "Model families"), table);
+}
+
+#[test]
+fn readme_gives_the_two_commands() {
+    let readme = readme();
+    for command in ["\ncargo run --release -- serve\n", "\ncargo test\n"] {
+        assert!(readme.contains(command), "README.md lacks{command}");
+    }
+}

@@ -1,0 +1,76 @@
+//! Adapters that must be refused, each with a message that names the fault.
+
+use candle_core::DType;
+use patchbay::adapter::{AdapterFiles, LowerOptions, inspect, lower};
+
+use crate::fixtures;
+
+fn read(dir: &str) -> AdapterFiles {
+    // A missing file is what an upload without it looks like: no bytes.
+    let read = |name: &str| std::fs::read(fixtures::dir().join(dir).join(name)).unwrap_or_default();
+    AdapterFiles { config: read("adapter_config.json"), weights: read("adapter_model.safetensors") }
+}
+
+#[test]
+fn faulty_adapters_are_refused_by_name() {
+    let mut failures = Vec::new();
+    for case in fixtures::manifest().refused {
+        let model = fixtures::load_model(&case.model);
+        for merge in [false, true] {
+            let options = LowerOptions { merge, dtype: DType::F32, own_bytes_max: 1 << 30 };
+            match lower(&read(&case.dir), &model, &options) {
+                Ok(_) => failures.push(format!("{}: accepted", case.dir)),
+                Err(error) if error.to_string().contains(&case.names) => {}
+                Err(error) => failures.push(format!("{}: expected `{}` in: {error}", case.dir, case.names)),
+            }
+        }
+    }
+    assert!(failures.is_empty(), "{}", failures.join("\n"));
+}
+
+#[test]
+fn sound_adapters_pass_the_check_without_a_model() {
+    for case in fixtures::manifest().cases {
+        let inspection = inspect(&read(&case.dir)).unwrap_or_else(|error| panic!("{}: {error}", case.dir));
+        assert!(inspection.problems.is_empty(), "{}: {:?}", case.dir, inspection.problems);
+        assert_eq!(inspection.kind, case.peft_type);
+        assert!(!inspection.modules.is_empty() && inspection.tensors > 0 && inspection.bytes > 0, "{}", case.dir);
+    }
+}
+
+#[test]
+fn faults_that_show_without_a_model_are_found_without_one() {
+    let visible = [
+        "unknown_suffix",
+        "nan",
+        "inf",
+        "integer_dtype",
+        "missing_b",
+        "missing_a",
+        "rank_mismatch",
+        "empty",
+        "pissa",
+        "alora",
+        "kasa",
+        "fan_in_fan_out",
+        "type_mismatch",
+        "type_unknown",
+        "type_absent",
+        "ssf_site_number",
+        "truncated",
+        "config_not_json",
+        "no_weights",
+        "no_config",
+    ];
+    for case in fixtures::manifest().refused {
+        let name = case.dir.rsplit('/').next().unwrap_or_default();
+        if !visible.contains(&name) {
+            continue;
+        }
+        let problems = match inspect(&read(&case.dir)) {
+            Ok(inspection) => inspection.problems,
+            Err(error) => vec![error.to_string()],
+        };
+        assert!(!problems.is_empty(), "{name}");
+    }
+}
