@@ -381,13 +381,16 @@ mod tests {
         (0..q.len()).map(|d| weights.iter().zip(values).map(|(w, v)| w * f64::from(v[d])).sum::<f64>() / sum).collect()
     }
 
+    /// Keys and values in the cache, the block table, and the plain keys and values.
+    type Cached = (Vec<f32>, Vec<f32>, Vec<u32>, Vec<f32>, Vec<f32>);
+
     /// A context of `len` positions in shuffled blocks, and its cache.
     fn cache(
         shape: AttentionShape,
         block_tokens: usize,
         len: usize,
         seed: u64,
-    ) -> (Vec<f32>, Vec<f32>, Vec<u32>, Vec<f32>, Vec<f32>) {
+    ) -> Cached {
         let blocks = len.div_ceil(block_tokens);
         let table: Vec<u32> = (0..blocks as u32).map(|b| (b * 7 + 3) % (blocks as u32 * 2)).collect();
         let table = if table.iter().collect::<std::collections::HashSet<_>>().len() == blocks {

@@ -22,7 +22,7 @@ impl Output {
     }
 
     /// The output from row `row` of `n` elements on.
-    pub(super) fn from_row(&self, row: usize, n: usize) -> Self {
+    pub(super) fn at_row(&self, row: usize, n: usize) -> Self {
         assert!(row * n <= self.1, "the row lies in the output");
         Self(self.0.wrapping_add(row * n), self.1 - row * n)
     }

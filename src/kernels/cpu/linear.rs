@@ -91,7 +91,7 @@ pub(crate) fn linear_packed(x: &[f32], base: BaseLinear<'_>, runs: &[SlotRun<'_>
             for (rows, w) in &products {
                 let x_stride = w.format().steps(base.k);
                 let x = &words.of(w.format())[rows.start * x_stride..rows.end * x_stride];
-                multiply_panel(x, rows.len(), w, panel_idx, &output.from_row(rows.start, base.n), isa);
+                multiply_panel(x, rows.len(), w, panel_idx, &output.at_row(rows.start, base.n), isa);
             }
             for (run, shrunk) in runs.iter().zip(&shrunk) {
                 finish_run(base, (run, shrunk), panel_idx, &output, isa);
