@@ -44,7 +44,7 @@ pub(super) const FAMILIES: &[Family] = &[
     Family { architecture: "Phi3ForCausalLM", build: phi3::build },
 ];
 
-/// Architectures of [`FAMILIES`], as config.json spells them.
+/// Architectures of the supported families, as config.json spells them.
 pub fn supported_architectures() -> impl Iterator<Item = &'static str> {
     FAMILIES.iter().map(|family| family.architecture)
 }
