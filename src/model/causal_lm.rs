@@ -30,7 +30,7 @@ impl Model {
     ///
     /// Weights are read once, tensor by tensor, from the mapped files. With `quant`, the decoder layers' linears are
     /// quantised as they are read; embedding, norms, biases and the output head are not. A linear whose rows the
-    /// format's blocks do not fill takes the next finer format with blocks of 32, or stays as it is.
+    /// format's blocks do not fill takes the next finer format with smaller blocks, or stays as it is.
     ///
     /// # Errors
     /// See [`ModelError`].
@@ -108,8 +108,8 @@ impl BaseWeights for Model {
 }
 
 fn read_json(dir: &Path, file: &str) -> std::result::Result<Value, ModelError> {
-    let text = std::fs::read(dir.join(file)).map_err(|error| ModelError::file(file, error))?;
-    serde_json::from_slice(&text).map_err(|error| ModelError::file(file, error))
+    let text = std::fs::read(dir.join(file)).map_err(|error| ModelError::file(file, &error))?;
+    serde_json::from_slice(&text).map_err(|error| ModelError::file(file, &error))
 }
 
 /// The format weights are kept in: the one asked for, or the checkpoint's (`dtype`, older `torch_dtype`).

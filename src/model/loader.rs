@@ -172,13 +172,36 @@ fn ggml_dtype(quant: QuantChoice) -> GgmlDType {
 }
 
 /// The format for rows of `in_features` elements: the one asked for where its blocks fill the row, else the next finer
-/// one with blocks of 32, else none (the weight stays dense).
+/// one with smaller blocks, else none (the weight stays dense).
 fn quant_for_rows(quant: GgmlDType, in_features: usize) -> Option<GgmlDType> {
-    let finer = match quant {
-        GgmlDType::Q3K => GgmlDType::Q4_0,
-        GgmlDType::Q4K => GgmlDType::Q5_0,
-        GgmlDType::Q5K | GgmlDType::Q6K => GgmlDType::Q8_0,
-        other => other,
+    let choices: &[GgmlDType] = match quant {
+        GgmlDType::Q3K => &[GgmlDType::Q3K, GgmlDType::Q4_0],
+        GgmlDType::Q4K => &[GgmlDType::Q4K, GgmlDType::Q5_0, GgmlDType::Q8_0],
+        GgmlDType::Q5K => &[GgmlDType::Q5K, GgmlDType::Q8_0],
+        GgmlDType::Q6K => &[GgmlDType::Q6K, GgmlDType::Q8_0],
+        GgmlDType::Q5_0 => &[GgmlDType::Q5_0, GgmlDType::Q8_0],
+        GgmlDType::Q4_0 => &[GgmlDType::Q4_0],
+        _ => &[GgmlDType::Q8_0],
     };
-    [quant, finer].into_iter().find(|quant| in_features.is_multiple_of(quant.block_size()))
+    // candle's q5_0 product asserts pairs of blocks.
+    let row_multiple = |quant: GgmlDType| match quant {
+        GgmlDType::Q5_0 => 2 * quant.block_size(),
+        quant => quant.block_size(),
+    };
+    choices.iter().copied().find(|quant| in_features.is_multiple_of(row_multiple(*quant)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rows_take_the_first_format_whose_blocks_fill_them() {
+        let check = |quant, in_features, expected| assert_eq!(quant_for_rows(quant, in_features), expected);
+        check(GgmlDType::Q4K, 512, Some(GgmlDType::Q4K));
+        check(GgmlDType::Q4K, 192, Some(GgmlDType::Q5_0));
+        check(GgmlDType::Q4K, 96, Some(GgmlDType::Q8_0));
+        check(GgmlDType::Q3K, 96, Some(GgmlDType::Q4_0));
+        check(GgmlDType::Q8_0, 48, None);
+    }
 }

@@ -139,6 +139,13 @@ impl Runner {
     }
 }
 
+impl Context {
+    /// Tokens not run yet.
+    pub(crate) fn remaining(&self) -> usize {
+        self.tokens.len() - self.cached
+    }
+}
+
 /// Largest absolute difference over the largest absolute value of `expected`.
 pub(crate) fn relative_difference(found: &Tensor, expected: &Tensor) -> f32 {
     let scalar = |tensor: Tensor| tensor.abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap();

@@ -84,7 +84,7 @@ fn layer(
         k_norm: None,
         o_proj: loader.linear(&format!("{path}.self_attn.o_proj"), heads.q_size(), hidden, false)?,
         heads,
-        window: window,
+        window,
     };
     let post_attention_layernorm =
         loader.rms_norm(&format!("{path}.post_attention_layernorm"), hidden, config.rms_norm_eps)?;

@@ -93,7 +93,7 @@ fn layer(
         k_norm: Some(loader.rms_norm(&format!("{path}.self_attn.k_norm"), heads.head_dim, config.rms_norm_eps)?),
         o_proj: loader.linear(&format!("{path}.self_attn.o_proj"), heads.q_size(), hidden, config.attention_bias)?,
         heads,
-        window: window,
+        window,
     };
     let post_attention_layernorm =
         loader.rms_norm(&format!("{path}.post_attention_layernorm"), hidden, config.rms_norm_eps)?;
