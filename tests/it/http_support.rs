@@ -3,6 +3,8 @@
 //! The fake model counts: behind a byte comes the next one, with an adapter the one after that. So `a` goes on as
 //! `bcd...` from the base and as `ceg...` from the adapter. Behind `z` comes the end token, behind `=` the bytes of `é`.
 
+#![allow(clippy::unwrap_used, reason = "a test stops at any surprise")]
+
 use std::collections::HashMap;
 use std::path::Path;
 use std::sync::atomic::AtomicBool;
