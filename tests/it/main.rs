@@ -14,4 +14,6 @@ mod metrics;
 mod ops;
 mod refusals;
 mod runner;
+mod store;
+mod store_support;
 mod tidy;
