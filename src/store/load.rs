@@ -107,14 +107,13 @@ impl Loader {
     pub(super) fn prepare(&self, files: AdapterFiles, merge: bool, started: Instant) -> Result<Prepared, StoreError> {
         let mut reservation = self.memory.reservation();
         let mut options = LowerOptions { merge, dtype: self.dtype, own_bytes_max: 0 };
-        // Lowering refuses before it makes dense copies, and says what they would take; only then are those bytes
-        // reserved. So an adapter never takes more of the budget than it needs, not even while it loads.
+        // What an adapter needs is only known once it is understood, so dense copies start without a budget: lowering
+        // stops before it makes one that is not reserved, and says what it needs so far. Reserving twice as much as
+        // the last time keeps the number of rounds small; where that is not to be had, exactly what is needed.
         let (lowered, report) = loop {
             match lower(&files, self.base.as_ref(), &options) {
                 Err(AdapterError::OverBudget { needed, .. }) if needed > options.own_bytes_max => {
-                    // The bytes of dense copies are host memory too.
-                    reservation.resize(Bytes { host: needed, own: needed })?;
-                    options.own_bytes_max = needed;
+                    options.own_bytes_max = reserve_own(&mut reservation, needed, 2 * options.own_bytes_max)?;
                 }
                 lowered => break lowered?,
             }
@@ -124,6 +123,16 @@ impl Loader {
         let load_seconds = started.elapsed().as_secs_f64();
         Ok(Prepared { files, lowered, report, digest, load_seconds, reservation })
     }
+}
+
+/// Reserves `wish` bytes for dense copies or, where they are not to be had, the `needed` ones; answers how many.
+fn reserve_own(reservation: &mut Reservation, needed: usize, wish: usize) -> Result<usize, StoreError> {
+    // The bytes of dense copies are host memory too.
+    if wish > needed && reservation.resize(Bytes { host: wish, own: wish }).is_ok() {
+        return Ok(wish);
+    }
+    reservation.resize(Bytes { host: needed, own: needed })?;
+    Ok(needed)
 }
 
 impl Prepared {

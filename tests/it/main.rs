@@ -18,4 +18,6 @@ mod ops;
 mod quantized_base;
 mod refusals;
 mod runner;
+mod store;
+mod store_support;
 mod tidy;

@@ -1,0 +1,153 @@
+//! A store over a small fake base, and adapters that carry one number each.
+
+use std::collections::HashMap;
+use std::path::Path;
+use std::sync::{Arc, Condvar, Mutex};
+
+use candle_core::{DType, Device, Result, Tensor};
+use patchbay::adapter::{AdapterFiles, BaseWeights, Delta, LoadedAdapter, Site, SiteId, SiteKind, SiteTable, Weight};
+use patchbay::metrics::{Metrics, MetricsConfig};
+use patchbay::store::{PublishOptions, Store, StoreConfig};
+use serde_json::json;
+
+/// In and out features of the one linear there is.
+pub(crate) const FEATURES: usize = 4;
+/// Bytes that an unmerged adapter of rank 1 takes in f32.
+pub(crate) const LOW_RANK_BYTES: usize = 2 * FEATURES * 4;
+/// Bytes that a merged adapter takes in f32.
+pub(crate) const DENSE_BYTES: usize = FEATURES * FEATURES * 4;
+
+/// A base with one linear of zeros. Reading its weight, which only merging does, waits while the gate is closed.
+pub(crate) struct Base {
+    sites: SiteTable,
+    gate: Mutex<Gate>,
+    changed: Condvar,
+}
+
+#[derive(Default)]
+struct Gate {
+    closed: bool,
+    waiting: usize,
+}
+
+impl Base {
+    pub(crate) fn new() -> Arc<Self> {
+        let mut sites = SiteTable::default();
+        let kind = SiteKind::Linear { in_features: FEATURES, out_features: FEATURES, bias: false, output_head: false };
+        sites.push(Site { path: "model.layers.0.self_attn.q_proj".to_owned(), kind });
+        Arc::new(Self { sites, gate: Mutex::default(), changed: Condvar::new() })
+    }
+
+    pub(crate) fn close(&self) {
+        self.gate.lock().unwrap().closed = true;
+    }
+
+    pub(crate) fn open(&self) {
+        self.gate.lock().unwrap().closed = false;
+        self.changed.notify_all();
+    }
+
+    /// Blocks until a load waits at the gate.
+    pub(crate) fn wait_for_load(&self) {
+        let gate = self.gate.lock().unwrap();
+        drop(self.changed.wait_while(gate, |gate| gate.waiting == 0).unwrap());
+    }
+}
+
+impl BaseWeights for Base {
+    fn sites(&self) -> &SiteTable {
+        &self.sites
+    }
+
+    fn tied_embeddings(&self) -> bool {
+        false
+    }
+
+    fn weight(&self, _: SiteId) -> Result<Tensor> {
+        let mut gate = self.gate.lock().unwrap();
+        gate.waiting += 1;
+        self.changed.notify_all();
+        let mut gate = self.changed.wait_while(gate, |gate| gate.closed).unwrap();
+        gate.waiting -= 1;
+        Tensor::zeros((FEATURES, FEATURES), DType::F32, &Device::Cpu)
+    }
+
+    fn bias(&self, _: SiteId) -> Result<Option<Tensor>> {
+        Ok(None)
+    }
+}
+
+/// A store and what it reports to.
+pub(crate) struct Opened {
+    pub(crate) store: Arc<Store>,
+    pub(crate) base: Arc<Base>,
+    pub(crate) metrics: Arc<Metrics>,
+}
+
+/// Opens a store on `root`, as a process of its own would.
+pub(crate) async fn open(root: &Path) -> Opened {
+    open_with(StoreConfig { root: root.to_owned(), ..StoreConfig::default() }).await
+}
+
+pub(crate) async fn open_with(config: StoreConfig) -> Opened {
+    let (base, metrics) = (Base::new(), Arc::new(Metrics::new("base", &MetricsConfig::default())));
+    let store = Store::open(config, base.clone(), DType::F32, metrics.clone()).await.expect("opens");
+    Opened { store, base, metrics }
+}
+
+/// An adapter that carries `value`: a rank-1 product whose up projection is filled with it.
+pub(crate) fn adapter(value: f32) -> AdapterFiles {
+    let config = json!({"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 1, "lora_alpha": 1, "lora_dropout": 0.0,
+        "bias": "none", "fan_in_fan_out": false, "target_modules": ["q_proj"]});
+    let filled = |value: f32, shape| Tensor::full(value, shape, &Device::Cpu).unwrap();
+    let key = |part: &str| format!("base_model.model.model.layers.0.self_attn.q_proj.{part}.weight");
+    let tensors =
+        HashMap::from([(key("lora_A"), filled(1.0, (1, FEATURES))), (key("lora_B"), filled(value, (FEATURES, 1)))]);
+    let weights = safetensors::serialize(&tensors, None).unwrap();
+    AdapterFiles { config: config.to_string().into_bytes(), weights }
+}
+
+/// Writes an adapter directory as PEFT does.
+pub(crate) fn write_directory(dir: &Path, files: &AdapterFiles) {
+    std::fs::create_dir_all(dir).unwrap();
+    std::fs::write(dir.join("adapter_config.json"), &files.config).unwrap();
+    std::fs::write(dir.join("adapter_model.safetensors"), &files.weights).unwrap();
+}
+
+/// The number that a loaded adapter carries, in whatever form it was lowered to.
+pub(crate) fn value(adapter: &LoadedAdapter) -> f32 {
+    let slots = adapter.lowered.linears.values().next().expect("one linear");
+    let tensor = match (&slots.weight, slots.deltas.as_slice()) {
+        (Weight::Own(weight), []) => weight,
+        (Weight::Base, [Delta::LowRank { b, .. }]) => b,
+        other => panic!("unexpected form {other:?}"),
+    };
+    let values = tensor.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+    assert!(values.iter().all(|value| *value == values[0]), "a torn adapter: {values:?}");
+    values[0]
+}
+
+/// No conditions, unmerged.
+pub(crate) fn plain() -> PublishOptions {
+    PublishOptions::default()
+}
+
+pub(crate) fn merged() -> PublishOptions {
+    PublishOptions { merge: true, ..PublishOptions::default() }
+}
+
+/// Every file below `dir`, relative to it, sorted.
+pub(crate) fn files_below(dir: &Path) -> Vec<String> {
+    let mut files = Vec::new();
+    let mut dirs = vec![dir.to_owned()];
+    while let Some(next) = dirs.pop() {
+        for entry in std::fs::read_dir(next).unwrap().map(|entry| entry.unwrap().path()) {
+            match entry.is_dir() {
+                true => dirs.push(entry),
+                false => files.push(entry.strip_prefix(dir).unwrap().to_string_lossy().into_owned()),
+            }
+        }
+    }
+    files.sort();
+    files
+}
