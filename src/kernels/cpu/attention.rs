@@ -385,12 +385,7 @@ mod tests {
     type Cached = (Vec<f32>, Vec<f32>, Vec<u32>, Vec<f32>, Vec<f32>);
 
     /// A context of `len` positions in shuffled blocks, and its cache.
-    fn cache(
-        shape: AttentionShape,
-        block_tokens: usize,
-        len: usize,
-        seed: u64,
-    ) -> Cached {
+    fn cache(shape: AttentionShape, block_tokens: usize, len: usize, seed: u64) -> Cached {
         let blocks = len.div_ceil(block_tokens);
         let table: Vec<u32> = (0..blocks as u32).map(|b| (b * 7 + 3) % (blocks as u32 * 2)).collect();
         let table = if table.iter().collect::<std::collections::HashSet<_>>().len() == blocks {
