@@ -3,7 +3,7 @@
 use candle_core::{Result, Tensor};
 
 use crate::adapter::LoweredAdapter;
-use crate::model::{Batch, RopeLengthRule};
+use crate::model::{Batch, DeviceAdapter, RopeLengthRule};
 
 /// What the engine needs of a model; the real one, or a fake in simulations.
 pub trait Forward: Send {
@@ -20,7 +20,7 @@ pub trait Forward: Send {
     ///
     /// # Errors
     /// When the device is out of memory.
-    fn adapter_to_device(&self, adapter: &LoweredAdapter) -> Result<LoweredAdapter>;
+    fn adapter_to_device(&self, adapter: &LoweredAdapter) -> Result<DeviceAdapter>;
 }
 
 /// Sizes of the model and its KV cache that bound scheduling.

@@ -4,8 +4,7 @@ use std::sync::Arc;
 
 use super::block_manager::BlockManager;
 use super::sequence::Sequence;
-use crate::adapter::LoweredAdapter;
-use crate::model::{AdapterSegment, AttentionSpan, Batch};
+use crate::model::{AdapterSegment, AttentionSpan, Batch, DeviceAdapter};
 
 /// What the logits of one row are for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -32,7 +31,7 @@ pub(super) struct Layout<'a> {
     /// Tokens per KV block.
     pub(super) block_tokens: usize,
     /// The adapter in each slot.
-    pub(super) residents: &'a [Option<Arc<LoweredAdapter>>],
+    pub(super) residents: &'a [Option<Arc<DeviceAdapter>>],
     /// For the check that only blocks of one's own are written.
     pub(super) blocks: &'a BlockManager,
 }
@@ -128,7 +127,7 @@ mod tests {
         sequence
     }
 
-    fn layout<'a>(blocks: &'a BlockManager, residents: &'a [Option<Arc<LoweredAdapter>>]) -> Layout<'a> {
+    fn layout<'a>(blocks: &'a BlockManager, residents: &'a [Option<Arc<DeviceAdapter>>]) -> Layout<'a> {
         Layout { block_tokens: BLOCK_TOKENS, residents, blocks }
     }
 
@@ -156,7 +155,7 @@ mod tests {
     #[test]
     fn equal_adapters_make_one_segment_over_several_spans() {
         let mut blocks = BlockManager::new(8);
-        let residents = [Some(Arc::new(LoweredAdapter::default())), Some(Arc::new(LoweredAdapter::default()))];
+        let residents = [Some(Arc::new(DeviceAdapter::default())), Some(Arc::new(DeviceAdapter::default()))];
         let mut sequences: Vec<Sequence> = (0..4).map(|_| running(&mut blocks, request(&[1, 2], 1), 0, 2)).collect();
         for (sequence, slot) in sequences.iter_mut().zip([None, Some(0), Some(0), Some(1)]) {
             sequence.slot = slot;

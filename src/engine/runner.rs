@@ -8,7 +8,7 @@ use thiserror::Error;
 use super::config::EngineConfigError;
 use super::{EngineConfig, Forward, ForwardLimits};
 use crate::adapter::LoweredAdapter;
-use crate::model::{Batch, KvCache, Model, ModelInfo};
+use crate::model::{Batch, DeviceAdapter, KvCache, Model, ModelInfo};
 
 /// A loaded base model with its KV cache.
 pub struct ModelRunner {
@@ -78,7 +78,7 @@ impl Forward for ModelRunner {
         self.model.forward(batch, &mut self.cache)
     }
 
-    fn adapter_to_device(&self, adapter: &LoweredAdapter) -> Result<LoweredAdapter> {
+    fn adapter_to_device(&self, adapter: &LoweredAdapter) -> Result<DeviceAdapter> {
         self.model.adapter_to_device(adapter)
     }
 }

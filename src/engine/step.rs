@@ -20,9 +20,8 @@ use super::sequence::{End, Sequence};
 use super::slot_manager::SlotManager;
 use super::status::Status;
 use super::{EngineConfig, FinishReason, Forward, GenerationEvent, TokenEvent, TokenLogprob};
-use crate::adapter::LoweredAdapter;
 use crate::metrics::Metrics;
-use crate::model::Batch;
+use crate::model::{Batch, DeviceAdapter};
 
 /// Clients see these; the log has the cause.
 const STEP_FAILED: &str = "the model failed to compute this request";
@@ -40,7 +39,7 @@ pub struct Engine {
     blocks: BlockManager,
     slots: SlotManager,
     /// The adapter in each slot, and the name it was last asked for by.
-    residents: Vec<Option<Arc<LoweredAdapter>>>,
+    residents: Vec<Option<Arc<DeviceAdapter>>>,
     resident_names: Vec<Option<String>>,
     observer: Observer,
     status: Arc<Status>,

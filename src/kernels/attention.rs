@@ -7,7 +7,7 @@ const SCORE_ELEMENTS_MAX: usize = 1 << 24;
 
 /// One context's share of a step: which rows ask, and where the keys lie.
 #[derive(Clone, Debug)]
-pub struct KvSpan {
+pub(super) struct KvSpan {
     /// First query row.
     pub start: usize,
     /// Number of query rows, at least 1; they are the last `len` tokens of the context.
@@ -48,7 +48,7 @@ fn first_visible(context_len: usize, len: usize, window: Option<usize>) -> usize
 ///
 /// # Errors
 /// When the device fails.
-pub fn causal_mask(context_len: usize, len: usize, window: Option<usize>, device: &Device) -> Result<Tensor> {
+pub(super) fn causal_mask(context_len: usize, len: usize, window: Option<usize>, device: &Device) -> Result<Tensor> {
     let first_key = first_visible(context_len, len, window);
     let first_query = context_len - len;
     let visible = context_len - first_key;
@@ -69,7 +69,7 @@ pub fn causal_mask(context_len: usize, len: usize, window: Option<usize>, device
 ///
 /// # Errors
 /// When the shapes do not fit or the device fails.
-pub fn paged_attention(
+pub(super) fn paged_attention(
     q: &Tensor,
     k_cache: &Tensor,
     v_cache: &Tensor,

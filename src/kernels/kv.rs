@@ -6,7 +6,7 @@ use candle_core::{Device, Result, Tensor};
 ///
 /// # Errors
 /// When the device fails.
-pub fn slot_index(slots: &[u32], width: usize, device: &Device) -> Result<Tensor> {
+pub(super) fn slot_index(slots: &[u32], width: usize, device: &Device) -> Result<Tensor> {
     let column = Tensor::from_slice(slots, (slots.len(), 1), device)?;
     column.broadcast_as((slots.len(), width))?.contiguous()
 }
@@ -18,7 +18,7 @@ pub fn slot_index(slots: &[u32], width: usize, device: &Device) -> Result<Tensor
 ///
 /// # Errors
 /// When a slot lies outside the cache or the device fails.
-pub fn write_kv(cache: &Tensor, index: &Tensor, rows: &Tensor) -> Result<()> {
+pub(super) fn write_kv(cache: &Tensor, index: &Tensor, rows: &Tensor) -> Result<()> {
     cache.scatter_set(index, &rows.contiguous()?, 0)
 }
 

@@ -5,10 +5,12 @@
 
 mod adapter;
 mod attention;
+pub mod cpu;
 mod kv;
 mod linear;
+mod paged;
 
 pub use adapter::{SegmentTerms, Term, apply_segments};
-pub use attention::{AttentionShape, KvSpan, causal_mask, paged_attention};
-pub use kv::{slot_index, write_kv};
+pub use attention::AttentionShape;
 pub use linear::linear;
+pub use paged::{AttentionPlan, KvLayout, PagedKv, PagedSpan};

@@ -2,19 +2,19 @@
 
 use std::sync::Arc;
 
-use crate::adapter::LoweredAdapter;
+use super::DeviceAdapter;
 
 /// One step's tokens, flat: all spans laid end to end. A prefill is a span of n tokens, a decode a span of one.
 #[derive(Clone, Debug, Default)]
 pub struct Batch {
-    /// Token ids, [tokens].
+    /// Token ids, (tokens).
     pub token_ids: Vec<u32>,
-    /// Position of each token in its context, counted from 0, [tokens].
+    /// Position of each token in its context, counted from 0, (tokens).
     pub positions: Vec<u32>,
-    /// Context length that a length-dependent RoPE scaling sees for each token, [tokens]:
+    /// Context length that a length-dependent RoPE scaling sees for each token, (tokens):
     /// `max(prompt length, position + 1)`. Other scalings ignore it.
     pub rope_lens: Vec<u32>,
-    /// KV slot each token's key and value are written to, [tokens]: `block * block_size + offset`.
+    /// KV slot each token's key and value are written to, (tokens): `block * block_size + offset`.
     pub slot_mapping: Vec<u32>,
     /// Runs of tokens that belong to one context; they tile the tokens in order.
     pub spans: Vec<AttentionSpan>,
@@ -45,5 +45,5 @@ pub struct AdapterSegment {
     /// Number of tokens, at least 1.
     pub len: usize,
     /// The adapter on the model's device; `None` is the bare base.
-    pub adapter: Option<Arc<LoweredAdapter>>,
+    pub adapter: Option<Arc<DeviceAdapter>>,
 }

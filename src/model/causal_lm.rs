@@ -2,17 +2,16 @@
 
 use std::path::Path;
 
-use candle_core::{DType, Device, Result, Tensor};
+use candle_core::{DType, Result, Tensor};
 use serde_json::Value;
 
 use super::checkpoint::Checkpoint;
 use super::families::{self, Built};
 use super::layers::{Decoder, Matrix};
 use super::loader::{Loaded, Loader, Parameters};
-use super::{Batch, DtypeChoice, KvCache, ModelConfig, ModelError, ModelInfo, generation, open_device};
-use crate::adapter::{
-    BaseWeights, Delta, EmbeddingPatch, LinearSlots, LoweredAdapter, NormOverride, Scale, SiteId, SiteTable, Weight,
-};
+use super::{Batch, DeviceAdapter, DtypeChoice, KvCache, ModelConfig, ModelError, ModelInfo, generation, open_device};
+use crate::adapter::{BaseWeights, LoweredAdapter, SiteId, SiteTable};
+use crate::kernels::KvLayout;
 
 const CONFIG_FILE: &str = "config.json";
 
@@ -31,7 +30,7 @@ impl Model {
     ///
     /// Weights are read once, tensor by tensor, from the mapped files. With `quant`, the decoder layers' linears are
     /// quantised as they are read; embedding, norms, biases and the output head are not. A linear whose rows the
-    /// format's blocks do not fill takes the next finer format with blocks of 32, or stays as it is.
+    /// format's blocks do not fill takes the next finer format with smaller blocks, or stays as it is.
     ///
     /// # Errors
     /// See [`ModelError`].
@@ -45,7 +44,7 @@ impl Model {
         let device = open_device(config.device)?;
         let checkpoint = Checkpoint::open(dir)?;
         let weight_dtype = weight_dtype(config.dtype, &json, &checkpoint)?;
-        let mut loader = Loader::new(checkpoint, device, weight_dtype, config.quant);
+        let mut loader = Loader::new(checkpoint, device, weight_dtype, config);
         let built = (family.build)(&json, &mut loader)?;
         let loaded = loader.finish();
         let info = info(architecture, &built, &loaded, config, generation::read(dir, &json)?)?;
@@ -74,26 +73,15 @@ impl Model {
         self.decoder.forward(batch, cache)
     }
 
-    /// Copies an adapter to the model's device (shares the tensors where it is there already) in the activations'
-    /// format. On the CPU, weights and embedding tables of its own keep their format: half-precision ones are
-    /// converted as they are used, as the base's are.
+    /// Copies an adapter to the model's device, in the form that its layers work with.
     ///
     /// # Errors
     /// When the device is out of memory.
-    pub fn adapter_to_device(&self, adapter: &LoweredAdapter) -> Result<LoweredAdapter> {
-        let place = Placement { device: &self.info.device, dtype: self.info.dtype };
-        let mut placed = LoweredAdapter::default();
-        for (site, slots) in &adapter.linears {
-            placed.linears.insert(*site, place.linear(slots)?);
-        }
-        for (site, norm) in &adapter.norms {
-            let norm = NormOverride { weight: place.option(&norm.weight)?, shift: place.option(&norm.shift)? };
-            placed.norms.insert(*site, norm);
-        }
-        for (site, patch) in &adapter.embeddings {
-            placed.embeddings.insert(*site, place.embedding(patch)?);
-        }
-        Ok(placed)
+    pub fn adapter_to_device(&self, adapter: &LoweredAdapter) -> Result<DeviceAdapter> {
+        DeviceAdapter::new(adapter, &self.info.device, self.info.dtype, |site| match &self.parameters(site).weight {
+            Matrix::Packed(w) => Some(w.format()),
+            Matrix::Dense(_) | Matrix::Quantized { .. } => None,
+        })
     }
 
     fn parameters(&self, site: SiteId) -> &Parameters {
@@ -119,66 +107,9 @@ impl BaseWeights for Model {
     }
 }
 
-/// Where an adapter's tensors go.
-struct Placement<'a> {
-    device: &'a Device,
-    dtype: DType,
-}
-
-impl Placement<'_> {
-    fn tensor(&self, tensor: &Tensor) -> Result<Tensor> {
-        tensor.to_device(self.device)?.to_dtype(self.dtype)?.contiguous()
-    }
-
-    fn option(&self, tensor: &Option<Tensor>) -> Result<Option<Tensor>> {
-        tensor.as_ref().map(|tensor| self.tensor(tensor)).transpose()
-    }
-
-    fn big(&self, tensor: &Tensor) -> Result<Tensor> {
-        let kept = self.device.is_cpu() && matches!(tensor.dtype(), DType::BF16 | DType::F16);
-        if kept { tensor.to_device(self.device)?.contiguous() } else { self.tensor(tensor) }
-    }
-
-    fn linear(&self, slots: &LinearSlots) -> Result<LinearSlots> {
-        let mut deltas = Vec::with_capacity(slots.deltas.len());
-        for delta in &slots.deltas {
-            deltas.push(match delta {
-                Delta::LowRank { a, b } => Delta::LowRank { a: self.tensor(a)?, b: self.tensor(b)? },
-                Delta::ShardSum { m } => Delta::ShardSum { m: self.tensor(m)? },
-            });
-        }
-        let rows = slots.rows.as_ref().map(|(indexes, rows)| Result::Ok((indexes.clone(), self.tensor(rows)?)));
-        Ok(LinearSlots {
-            rows: rows.transpose()?,
-            weight: match &slots.weight {
-                Weight::Base => Weight::Base,
-                Weight::Own(w) => Weight::Own(self.big(w)?),
-            },
-            deltas,
-            scale: match &slots.scale {
-                Scale::One => Scale::One,
-                Scale::Diag(scale) => Scale::Diag(self.tensor(scale)?),
-            },
-            c: self.option(&slots.c)?,
-        })
-    }
-
-    fn embedding(&self, patch: &EmbeddingPatch) -> Result<EmbeddingPatch> {
-        let rows = patch.rows.as_ref().map(|(ids, rows)| Result::Ok((ids.clone(), self.tensor(rows)?)));
-        let low_rank = patch.low_rank.as_ref().map(|(a, b)| Result::Ok((self.tensor(a)?, self.tensor(b)?)));
-        Ok(EmbeddingPatch {
-            table: patch.table.as_ref().map(|table| self.big(table)).transpose()?,
-            rows: rows.transpose()?,
-            low_rank: low_rank.transpose()?,
-            scale: self.option(&patch.scale)?,
-            shift: self.option(&patch.shift)?,
-        })
-    }
-}
-
 fn read_json(dir: &Path, file: &str) -> std::result::Result<Value, ModelError> {
-    let text = std::fs::read(dir.join(file)).map_err(|error| ModelError::file(file, error))?;
-    serde_json::from_slice(&text).map_err(|error| ModelError::file(file, error))
+    let text = std::fs::read(dir.join(file)).map_err(|error| ModelError::file(file, &error))?;
+    serde_json::from_slice(&text).map_err(|error| ModelError::file(file, &error))
 }
 
 /// The format weights are kept in: the one asked for, or the checkpoint's (`dtype`, older `torch_dtype`).
@@ -212,7 +143,7 @@ fn info(
     config: &ModelConfig,
     generation: super::GenerationDefaults,
 ) -> std::result::Result<ModelInfo, ModelError> {
-    let (vocab_size, hidden_size) = built.decoder.embed_tokens.table.dims2()?;
+    let (vocab_size, hidden_size) = built.decoder.embed_tokens.table.dims()?;
     let heads = built.decoder.heads();
     let supported = built.context_tokens_max;
     let context_tokens_max = config.context_tokens_max.unwrap_or(supported);
@@ -233,6 +164,7 @@ fn info(
         context_tokens_max,
         dtype: loaded.dtype,
         device: loaded.device.clone(),
+        kv_layout: if loaded.packed { KvLayout::Heads } else { KvLayout::Rows },
         weight_bytes: loaded.weight_bytes,
         rope_length_rule: built.decoder.rope.length_rule(),
         generation,

@@ -44,14 +44,14 @@ impl Checkpoint {
             checkpoint.add_indexed_shards(dir)?;
         } else {
             let reason = format!("neither it nor {INDEX_FILE} exists; other weight formats are not read");
-            return Err(ModelError::file(SINGLE_FILE, reason));
+            return Err(ModelError::file(SINGLE_FILE, &reason));
         }
         Ok(checkpoint)
     }
 
     fn add_indexed_shards(&mut self, dir: &Path) -> Result<(), ModelError> {
-        let text = std::fs::read(dir.join(INDEX_FILE)).map_err(|error| ModelError::file(INDEX_FILE, error))?;
-        let index: Index = serde_json::from_slice(&text).map_err(|error| ModelError::file(INDEX_FILE, error))?;
+        let text = std::fs::read(dir.join(INDEX_FILE)).map_err(|error| ModelError::file(INDEX_FILE, &error))?;
+        let index: Index = serde_json::from_slice(&text).map_err(|error| ModelError::file(INDEX_FILE, &error))?;
         let mut files: Vec<&String> = index.weight_map.values().collect();
         files.sort();
         files.dedup();
@@ -61,7 +61,7 @@ impl Checkpoint {
             if !plain {
                 return Err(ModelError::file(
                     INDEX_FILE,
-                    format!("{file:?} is not a file name in the model directory"),
+                    &format!("{file:?} is not a file name in the model directory"),
                 ));
             }
             self.add_shard(dir, file)?;
@@ -76,11 +76,12 @@ impl Checkpoint {
 
     #[expect(unsafe_code, reason = "mapping a file is unsafe in itself")]
     fn add_shard(&mut self, dir: &Path, file: &str) -> Result<(), ModelError> {
-        let handle = File::open(dir.join(file)).map_err(|error| ModelError::file(file, error))?;
+        let handle = File::open(dir.join(file)).map_err(|error| ModelError::file(file, &error))?;
         // SAFETY: the map is read only. Model files are not changed in place while the server loads them; if one
         // were truncated meanwhile the process would stop with SIGBUS, as any reader of a mapped model does.
-        let map = unsafe { Mmap::map(&handle) }.map_err(|error| ModelError::file(file, error))?;
-        let (header_len, metadata) = SafeTensors::read_metadata(&map).map_err(|error| ModelError::file(file, error))?;
+        let map = unsafe { Mmap::map(&handle) }.map_err(|error| ModelError::file(file, &error))?;
+        let (header_len, metadata) =
+            SafeTensors::read_metadata(&map).map_err(|error| ModelError::file(file, &error))?;
         let data_start = header_len + 8;
         for (name, info) in metadata.tensors() {
             let bytes = data_start + info.data_offsets.0..data_start + info.data_offsets.1;

@@ -18,6 +18,8 @@ pub struct ModelConfig {
     pub dtype: DtypeChoice,
     /// Quantise the base weights on load (adapters stay unquantised).
     pub quant: Option<QuantChoice>,
+    /// Which implementation of the arithmetic runs.
+    pub kernels: KernelChoice,
     /// Longest context in tokens; by default what the model supports.
     pub context_tokens_max: Option<usize>,
 }
@@ -30,6 +32,16 @@ pub enum DeviceChoice {
     Cpu,
     /// The first NVIDIA GPU; needs a build with the feature `cuda`.
     Cuda,
+}
+
+/// Which implementation of the arithmetic runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum KernelChoice {
+    /// The fastest there is for the device.
+    Auto,
+    /// Plain tensor operations: slow, the reference that the fast kernels are tested against.
+    Plain,
 }
 
 /// Number format of weights and activations.
@@ -84,6 +96,7 @@ impl Default for ModelConfig {
             device: DeviceChoice::Cpu,
             dtype: DtypeChoice::Auto,
             quant: None,
+            kernels: KernelChoice::Auto,
             context_tokens_max: None,
         }
     }

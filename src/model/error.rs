@@ -75,7 +75,7 @@ impl ModelError {
     }
 
     /// A wrong file.
-    pub(crate) fn file(file: impl Into<String>, reason: impl ToString) -> Self {
+    pub(crate) fn file(file: impl Into<String>, reason: &dyn std::fmt::Display) -> Self {
         Self::File { file: file.into(), reason: reason.to_string() }
     }
 

@@ -12,8 +12,8 @@ const FILE: &str = "generation_config.json";
 pub(super) fn read(dir: &Path, config: &Value) -> Result<GenerationDefaults, ModelError> {
     let path = dir.join(FILE);
     let file: Value = if path.is_file() {
-        let text = std::fs::read(path).map_err(|error| ModelError::file(FILE, error))?;
-        serde_json::from_slice(&text).map_err(|error| ModelError::file(FILE, error))?
+        let text = std::fs::read(path).map_err(|error| ModelError::file(FILE, &error))?;
+        serde_json::from_slice(&text).map_err(|error| ModelError::file(FILE, &error))?
     } else {
         Value::Null
     };

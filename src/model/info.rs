@@ -2,6 +2,8 @@
 
 use candle_core::{DType, Device};
 
+use crate::kernels::KvLayout;
+
 /// Facts about the loaded base model.
 #[derive(Clone, Debug)]
 pub struct ModelInfo {
@@ -23,6 +25,8 @@ pub struct ModelInfo {
     pub dtype: DType,
     /// Where the weights lie.
     pub device: Device,
+    /// How the KV cache is laid out.
+    pub kv_layout: KvLayout,
     /// Bytes of all base weights in memory.
     pub weight_bytes: usize,
     /// How RoPE depends on the context length.

@@ -8,8 +8,9 @@ use mistralrs_quant::{GgufMatMul, QuantMethod, QuantMethodConfig};
 
 use super::checkpoint::Checkpoint;
 use super::device::activation_dtype;
+use super::device_adapter::pack_matrix;
 use super::layers::{Embedding, Linear, Matrix, RmsNorm};
-use super::{ModelError, QuantChoice};
+use super::{KernelChoice, ModelConfig, ModelError, QuantChoice};
 use crate::adapter::{Site, SiteId, SiteKind, SiteTable};
 
 /// Makes layers by module path. A family calls it in forward order, so the site table is in that order too.
@@ -21,6 +22,8 @@ pub(super) struct Loader {
     /// Format of activations, norms and biases.
     dtype: DType,
     quant: Option<GgmlDType>,
+    /// Whether dense weights are packed for the CPU's kernels.
+    pack: bool,
     sites: SiteTable,
     parameters: Vec<Parameters>,
     weight_bytes: usize,
@@ -40,17 +43,21 @@ pub(super) struct Loaded {
     pub(super) weight_bytes: usize,
     pub(super) dtype: DType,
     pub(super) device: Device,
+    /// Whether the CPU's kernels run the layers.
+    pub(super) packed: bool,
 }
 
 impl Loader {
-    pub(super) fn new(checkpoint: Checkpoint, device: Device, weight_dtype: DType, quant: Option<QuantChoice>) -> Self {
+    pub(super) fn new(checkpoint: Checkpoint, device: Device, weight_dtype: DType, config: &ModelConfig) -> Self {
         let dtype = activation_dtype(&device, weight_dtype);
+        let pack = device.is_cpu() && config.kernels == KernelChoice::Auto;
         Self {
             checkpoint,
             device,
             weight_dtype,
             dtype,
-            quant: quant.map(ggml_dtype),
+            quant: config.quant.map(ggml_dtype),
+            pack,
             sites: SiteTable::default(),
             parameters: Vec::new(),
             weight_bytes: 0,
@@ -69,26 +76,31 @@ impl Loader {
         let shape = [out_features, in_features];
         let weight = match self.quant.and_then(|quant| quant_for_rows(quant, in_features)) {
             Some(quant) => self.quantized(&format!("{path}.weight"), &shape, quant)?,
-            None => Matrix::Dense(self.tensor(&format!("{path}.weight"), &shape, self.weight_dtype)?),
+            None => self.weight(&format!("{path}.weight"), &shape)?,
         };
         let bias = if bias { Some(self.tensor(&format!("{path}.bias"), &[out_features], self.dtype)?) } else { None };
         let kind = SiteKind::Linear { in_features, out_features, bias: bias.is_some(), output_head: false };
         let site = self.push(path, kind, weight.clone(), bias.clone());
-        Ok(Linear { site, weight, bias })
+        Ok(Linear::new(site, weight, bias)?)
     }
 
     /// The output head: its own weight (vocab, hidden), or the embedding's where they are tied. Never quantised: its
     /// rows decide between tokens, and it is often the embedding.
-    pub(super) fn lm_head(&mut self, embedding: &Embedding, tied: bool) -> Result<Linear, ModelError> {
-        let (vocab, hidden) = embedding.table.dims2()?;
-        let weight = Matrix::Dense(if tied {
+    pub(super) fn lm_head(&mut self, embedding: &mut Embedding, tied: bool) -> Result<Linear, ModelError> {
+        let (vocab, hidden) = embedding.table.dims()?;
+        let weight = if tied {
+            // The embedding then reads its rows from the packed form, so that there is one copy.
+            if let (true, Matrix::Dense(table)) = (self.pack, &embedding.table) {
+                embedding.table = Matrix::Packed(Arc::new(pack_matrix(table)?));
+                self.parameters[embedding.site.0].weight = embedding.table.clone();
+            }
             embedding.table.clone()
         } else {
-            self.tensor("lm_head.weight", &[vocab, hidden], self.weight_dtype)?
-        });
+            self.weight("lm_head.weight", &[vocab, hidden])?
+        };
         let kind = SiteKind::Linear { in_features: hidden, out_features: vocab, bias: false, output_head: true };
         let site = self.push("lm_head", kind, weight.clone(), None);
-        Ok(Linear { site, weight, bias: None })
+        Ok(Linear::new(site, weight, None)?)
     }
 
     /// The norm at `path` with weight `path.weight` (dim).
@@ -100,8 +112,8 @@ impl Loader {
 
     /// The embedding at `path` with table `path.weight` (vocab, dim).
     pub(super) fn embedding(&mut self, path: &str, vocab: usize, dim: usize) -> Result<Embedding, ModelError> {
-        let table = self.tensor(&format!("{path}.weight"), &[vocab, dim], self.weight_dtype)?;
-        let site = self.push(path, SiteKind::Embedding { vocab, dim }, Matrix::Dense(table.clone()), None);
+        let table = Matrix::Dense(self.tensor(&format!("{path}.weight"), &[vocab, dim], self.weight_dtype)?);
+        let site = self.push(path, SiteKind::Embedding { vocab, dim }, table.clone(), None);
         Ok(Embedding { site, table, dtype: self.dtype })
     }
 
@@ -117,7 +129,14 @@ impl Loader {
             weight_bytes: self.weight_bytes,
             dtype: self.dtype,
             device: self.device,
+            packed: self.pack,
         }
+    }
+
+    /// A dense weight in the form that its layer multiplies with.
+    fn weight(&mut self, name: &str, shape: &[usize]) -> Result<Matrix, ModelError> {
+        let dense = self.tensor(name, shape, self.weight_dtype)?;
+        Ok(if self.pack { Matrix::Packed(Arc::new(pack_matrix(&dense)?)) } else { Matrix::Dense(dense) })
     }
 
     fn tensor(&mut self, name: &str, shape: &[usize], dtype: DType) -> Result<Tensor, ModelError> {
@@ -153,13 +172,36 @@ fn ggml_dtype(quant: QuantChoice) -> GgmlDType {
 }
 
 /// The format for rows of `in_features` elements: the one asked for where its blocks fill the row, else the next finer
-/// one with blocks of 32, else none (the weight stays dense).
+/// one with smaller blocks, else none (the weight stays dense).
 fn quant_for_rows(quant: GgmlDType, in_features: usize) -> Option<GgmlDType> {
-    let finer = match quant {
-        GgmlDType::Q3K => GgmlDType::Q4_0,
-        GgmlDType::Q4K => GgmlDType::Q5_0,
-        GgmlDType::Q5K | GgmlDType::Q6K => GgmlDType::Q8_0,
-        other => other,
+    let choices: &[GgmlDType] = match quant {
+        GgmlDType::Q3K => &[GgmlDType::Q3K, GgmlDType::Q4_0],
+        GgmlDType::Q4K => &[GgmlDType::Q4K, GgmlDType::Q5_0, GgmlDType::Q8_0],
+        GgmlDType::Q5K => &[GgmlDType::Q5K, GgmlDType::Q8_0],
+        GgmlDType::Q6K => &[GgmlDType::Q6K, GgmlDType::Q8_0],
+        GgmlDType::Q5_0 => &[GgmlDType::Q5_0, GgmlDType::Q8_0],
+        GgmlDType::Q4_0 => &[GgmlDType::Q4_0],
+        _ => &[GgmlDType::Q8_0],
     };
-    [quant, finer].into_iter().find(|quant| in_features.is_multiple_of(quant.block_size()))
+    // candle's q5_0 product asserts pairs of blocks.
+    let row_multiple = |quant: GgmlDType| match quant {
+        GgmlDType::Q5_0 => 2 * quant.block_size(),
+        quant => quant.block_size(),
+    };
+    choices.iter().copied().find(|quant| in_features.is_multiple_of(row_multiple(*quant)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rows_take_the_first_format_whose_blocks_fill_them() {
+        let check = |quant, in_features, expected| assert_eq!(quant_for_rows(quant, in_features), expected);
+        check(GgmlDType::Q4K, 512, Some(GgmlDType::Q4K));
+        check(GgmlDType::Q4K, 192, Some(GgmlDType::Q5_0));
+        check(GgmlDType::Q4K, 96, Some(GgmlDType::Q8_0));
+        check(GgmlDType::Q3K, 96, Some(GgmlDType::Q4_0));
+        check(GgmlDType::Q8_0, 48, None);
+    }
 }

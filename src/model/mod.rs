@@ -9,6 +9,7 @@ mod causal_lm;
 mod checkpoint;
 mod config;
 mod device;
+mod device_adapter;
 mod error;
 mod families;
 mod generation;
@@ -21,8 +22,9 @@ mod step;
 
 pub use batch::{AdapterSegment, AttentionSpan, Batch};
 pub use causal_lm::Model;
-pub use config::{DeviceChoice, DtypeChoice, ModelConfig, QuantChoice};
+pub use config::{DeviceChoice, DtypeChoice, KernelChoice, ModelConfig, QuantChoice};
 pub use device::open_device;
+pub use device_adapter::DeviceAdapter;
 pub use error::ModelError;
 pub use families::supported_architectures;
 pub use info::{GenerationDefaults, ModelInfo, RopeLengthRule};

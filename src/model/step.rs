@@ -1,11 +1,11 @@
 //! What all layers need to know of one step, prepared once.
 
-use candle_core::{Result, Tensor};
+use candle_core::Result;
 
 use super::layers::{Rope, Rotation};
 
-use super::{AdapterSegment, Batch, KvCache};
-use crate::kernels::{self, KvSpan};
+use super::{AdapterSegment, AttentionSpan, Batch, KvCache};
+use crate::kernels::{AttentionPlan, PagedSpan};
 
 /// One step on the device.
 pub(super) struct Step<'a> {
@@ -13,10 +13,8 @@ pub(super) struct Step<'a> {
     pub(super) segments: &'a [AdapterSegment],
     /// The tokens' rotation.
     pub(super) rope: Rotation,
-    /// Where the tokens' keys and values go, from `kernels::slot_index`.
-    pub(super) slots: Tensor,
-    /// Runs of tokens of one context.
-    pub(super) spans: Vec<KvSpan>,
+    /// Where keys and values go, and which contexts attend.
+    pub(super) attention: AttentionPlan<'a>,
 }
 
 impl<'a> Step<'a> {
@@ -24,27 +22,18 @@ impl<'a> Step<'a> {
     pub(super) fn new(batch: &'a Batch, cache: &KvCache, rope: &Rope, windows: &[Option<usize>]) -> Result<Self> {
         check(batch, cache);
         let device = cache.device();
-        let mut spans = Vec::with_capacity(batch.spans.len());
-        for span in &batch.spans {
-            let mut masks = Vec::new();
-            if span.len > 1 {
-                for window in windows {
-                    masks.push((*window, kernels::causal_mask(span.context_len, span.len, *window, device)?));
-                }
-            }
-            spans.push(KvSpan {
-                start: span.start,
-                len: span.len,
-                context_len: span.context_len,
-                blocks: Tensor::new(span.block_table.as_slice(), device)?,
-                masks,
-            });
-        }
+        let span = |span: &'a AttentionSpan| PagedSpan {
+            start: span.start,
+            len: span.len,
+            context_len: span.context_len,
+            block_table: &span.block_table,
+        };
+        let spans: Vec<PagedSpan<'_>> = batch.spans.iter().map(span).collect();
+        let rows = (cache.width, device);
         Ok(Self {
             segments: &batch.segments,
             rope: rope.rotation(&batch.positions, &batch.rope_lens, device, cache.dtype())?,
-            slots: kernels::slot_index(&batch.slot_mapping, cache.width(), device)?,
-            spans,
+            attention: AttentionPlan::new(cache.layout(), &batch.slot_mapping, &spans, windows, rows)?,
         })
     }
 }

@@ -232,7 +232,7 @@ struct ChatShape {
 }
 
 impl ChatShape {
-    fn choice(&self, step: &Step, content: (&str, Json)) -> Json {
+    fn choice(&self, step: &Step, key: &str, content: &Json) -> Json {
         let logprobs = match self.num_top.filter(|_| !step.tokens.is_empty()) {
             None => Json::Null,
             Some(num_top) => {
@@ -242,7 +242,7 @@ impl ChatShape {
             }
         };
         let mut choice = json!({
-            "index": step.index, content.0: content.1, "logprobs": logprobs,
+            "index": step.index, key: content, "logprobs": logprobs,
             "finish_reason": step.end.as_ref().map(|end| end.reason),
             "stop_reason": step.end.as_ref().map_or(Json::Null, |end| end.stop_reason.clone()),
         });
@@ -257,19 +257,19 @@ impl Shape for ChatShape {
     const OBJECTS: (&'static str, &'static str) = ("chat.completion", "chat.completion.chunk");
 
     fn whole(&mut self, step: &Step) -> Json {
-        self.choice(step, ("message", json!({"role": "assistant", "content": step.text, "refusal": null})))
+        self.choice(step, "message", &json!({"role": "assistant", "content": step.text, "refusal": null}))
     }
 
     fn chunks(&mut self, step: &Step) -> Vec<Json> {
         let mut chunks = Vec::new();
         if !std::mem::replace(&mut self.begun[step.index], true) {
             let opening = Step { index: step.index, ..Step::default() };
-            chunks.push(self.choice(&opening, ("delta", json!({"role": "assistant", "content": ""}))));
+            chunks.push(self.choice(&opening, "delta", &json!({"role": "assistant", "content": ""})));
         }
         let tokens_shown = (self.num_top.is_some() || self.with_ids) && !step.tokens.is_empty();
         if !step.text.is_empty() || step.end.is_some() || tokens_shown {
             let delta = if step.text.is_empty() { json!({}) } else { json!({"content": step.text}) };
-            chunks.push(self.choice(step, ("delta", delta)));
+            chunks.push(self.choice(step, "delta", &delta));
         }
         chunks
     }

@@ -48,7 +48,7 @@ mod tests {
     #[test]
     fn beyond_running_and_waiting_is_busy() {
         let admission = Admission::new(1, 1);
-        let first = admission.admit().now_or_never().expect("does not wait").ok().expect("admitted");
+        let Ok(first) = admission.admit().now_or_never().expect("does not wait") else { panic!("admitted") };
         let mut second = Box::pin(admission.admit());
         assert!((&mut second).now_or_never().is_none(), "waits");
         assert!(matches!(admission.admit().now_or_never(), Some(Err(StoreError::Busy))));

@@ -37,7 +37,7 @@ pub enum TextError {
 }
 
 impl TextError {
-    fn file(file: impl Into<String>, reason: impl ToString) -> Self {
-        Self::File { file: file.into(), reason: reason.to_string() }
+    fn file(file: &str, reason: &dyn std::fmt::Display) -> Self {
+        Self::File { file: file.to_owned(), reason: reason.to_string() }
     }
 }

@@ -145,6 +145,7 @@ fn without_generation_tags(source: &str) -> String {
 }
 
 /// transformers' `tojson`: `json.dumps` without escapes for HTML or beyond ASCII.
+#[expect(clippy::needless_pass_by_value, reason = "filters are called with owned arguments")]
 fn tojson(value: &Value, kwargs: Kwargs) -> Result<String, Error> {
     let given = |name: &str| -> Result<Option<Value>, Error> {
         let value: Option<Value> = kwargs.get(name)?;

@@ -39,10 +39,10 @@ impl Text {
     /// When the tokenizer is missing, or a file is malformed. A missing chat template is an error only when used.
     pub fn load(dir: &Path) -> Result<Self, TextError> {
         let file = "tokenizer.json";
-        let bytes = fs::read(dir.join(file)).map_err(|e| TextError::file(file, e))?;
-        let tokenizer = Tokenizer::from_bytes(bytes).map_err(|e| TextError::file(file, e))?;
+        let bytes = fs::read(dir.join(file)).map_err(|e| TextError::file(file, &e))?;
+        let tokenizer = Tokenizer::from_bytes(bytes).map_err(|e| TextError::file(file, &e))?;
         let config = match read_optional(dir, "tokenizer_config.json")? {
-            Some(text) => serde_json::from_str(&text).map_err(|e| TextError::file("tokenizer_config.json", e))?,
+            Some(text) => serde_json::from_str(&text).map_err(|e| TextError::file("tokenizer_config.json", &e))?,
             None => Json::Null,
         };
         let mut sources = named_templates(&config);
@@ -193,7 +193,7 @@ fn read_optional(dir: &Path, file: &str) -> Result<Option<String>, TextError> {
     match fs::read_to_string(dir.join(file)) {
         Ok(text) => Ok(Some(text)),
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
-        Err(e) => Err(TextError::file(file, e)),
+        Err(e) => Err(TextError::file(file, &e)),
     }
 }
 

@@ -33,7 +33,8 @@ fn write(dir: &Path, content: &str) -> String {
 #[test]
 fn config_prints_each_value_with_its_origin_and_no_secret() {
     let dir = tempfile::tempdir().expect("a directory");
-    let file = write(dir.path(), "[engine]\nblock_tokens = 32\nqueue_max = 7\n[server]\nport = 1\napi_key = \"s3cret\"\n");
+    let file =
+        write(dir.path(), "[engine]\nblock_tokens = 32\nqueue_max = 7\n[server]\nport = 1\napi_key = \"s3cret\"\n");
     let environment = [("PATCHBAY_SERVER_PORT", "2"), ("PATCHBAY_ENGINE_QUEUE_MAX", "8")];
     let output = patchbay(&["config", "--config", &file, "--port", "3", "--set", "log.level=warn"], &environment);
     assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
@@ -83,7 +84,10 @@ fn what_fails_later_is_a_failure_told_in_one_line() {
 #[test]
 fn version_and_help_are_no_errors() {
     let version = patchbay(&["--version"], &[]);
-    assert_eq!((version.status.code(), text(&version.stdout)), (Some(0), format!("patchbay {}\n", env!("CARGO_PKG_VERSION"))));
+    assert_eq!(
+        (version.status.code(), text(&version.stdout)),
+        (Some(0), format!("patchbay {}\n", env!("CARGO_PKG_VERSION")))
+    );
     assert_eq!(patchbay(&["serve", "--help"], &[]).status.code(), Some(0));
     assert_eq!(patchbay(&[], &[]).status.code(), Some(2));
 }

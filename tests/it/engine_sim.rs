@@ -18,7 +18,7 @@ use patchbay::engine::{
     GenerationRequest, SamplingParams, SubmitError, TokenLogprob,
 };
 use patchbay::metrics::{Metrics, MetricsConfig};
-use patchbay::model::{Batch, RopeLengthRule};
+use patchbay::model::{Batch, DeviceAdapter, RopeLengthRule};
 use rand::rngs::StdRng;
 use rand::seq::IndexedRandom;
 use rand::{Rng, SeedableRng};
@@ -87,7 +87,7 @@ impl FakeModel {
         for segment in &batch.segments {
             assert_eq!(segment.start, adapters.len());
             assert!(segment.len > 0);
-            let adapter = segment.adapter.as_ref().map(|lowered| lowered.norms.keys().next().unwrap().0);
+            let adapter = segment.adapter.as_ref().map(|lowered| lowered.tensors.norms.keys().next().unwrap().0);
             assert!(seen.insert(adapter), "adapter {adapter:?} has two segments");
             adapters.extend(std::iter::repeat_n(adapter, segment.len));
         }
@@ -163,12 +163,12 @@ impl Forward for FakeModel {
         Tensor::from_vec(logits, (batch.logit_rows.len(), VOCAB), &Device::Cpu)
     }
 
-    fn adapter_to_device(&self, adapter: &LoweredAdapter) -> Result<LoweredAdapter> {
+    fn adapter_to_device(&self, adapter: &LoweredAdapter) -> Result<DeviceAdapter> {
         self.probe.copies.fetch_add(1, Ordering::SeqCst);
         match self.probe.take_fault(&[Fault::Copy, Fault::CopyPanic]) {
             Fault::Copy => candle_core::bail!("injected"),
             Fault::CopyPanic => panic!("injected"),
-            _ => Ok(adapter.clone()),
+            _ => Ok(DeviceAdapter::from_tensors(adapter.clone())),
         }
     }
 }
@@ -874,7 +874,7 @@ impl Forward for Gated {
         self.model.forward(batch)
     }
 
-    fn adapter_to_device(&self, adapter: &LoweredAdapter) -> Result<LoweredAdapter> {
+    fn adapter_to_device(&self, adapter: &LoweredAdapter) -> Result<DeviceAdapter> {
         self.model.adapter_to_device(adapter)
     }
 }

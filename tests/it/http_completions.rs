@@ -1,5 +1,7 @@
 //! `POST /v1/completions`.
 
+#![allow(clippy::unwrap_used, reason = "a test stops at any surprise")]
+
 use axum::http::StatusCode;
 use serde_json::{Value as Json, json};
 

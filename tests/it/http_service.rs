@@ -1,5 +1,7 @@
 //! What is around the answers: models, probes, keys, limits, ids, overload, failures, shutdown.
 
+#![allow(clippy::unwrap_used, reason = "a test stops at any surprise")]
+
 use std::sync::atomic::Ordering;
 
 use axum::body::Body;

@@ -3,6 +3,8 @@
 //! The fake model counts: behind a byte comes the next one, with an adapter the one after that. So `a` goes on as
 //! `bcd...` from the base and as `ceg...` from the adapter. Behind `z` comes the end token, behind `=` the bytes of `é`.
 
+#![allow(clippy::unwrap_used, reason = "a test stops at any surprise")]
+
 use std::collections::HashMap;
 use std::path::Path;
 use std::sync::atomic::AtomicBool;
@@ -16,7 +18,7 @@ use http_body_util::BodyExt;
 use patchbay::adapter::{BaseWeights, LoweredAdapter, Site, SiteId, SiteKind, SiteTable};
 use patchbay::engine::{EngineConfig, EngineHandle, Forward, ForwardLimits};
 use patchbay::metrics::{Metrics, MetricsConfig};
-use patchbay::model::{Batch, GenerationDefaults, RopeLengthRule};
+use patchbay::model::{Batch, DeviceAdapter, GenerationDefaults, RopeLengthRule};
 use patchbay::server::{AppState, ServedModel, ServerConfig, router};
 use patchbay::store::{Store, StoreConfig};
 use patchbay::text::Text;
@@ -89,8 +91,8 @@ impl Forward for Counting {
         Tensor::from_vec(logits, (batch.logit_rows.len(), VOCAB), &Device::Cpu)
     }
 
-    fn adapter_to_device(&self, adapter: &LoweredAdapter) -> Result<LoweredAdapter> {
-        Ok(adapter.clone())
+    fn adapter_to_device(&self, adapter: &LoweredAdapter) -> Result<DeviceAdapter> {
+        Ok(DeviceAdapter::from_tensors(adapter.clone()))
     }
 }
 

@@ -1,4 +1,5 @@
 //! All integration tests, in one binary.
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on panics, in helpers too")]
 
 mod cli_adapter;
 mod config;
@@ -13,7 +14,10 @@ mod http_malformed;
 mod http_service;
 mod http_support;
 mod metrics;
+mod mixed_adapters;
+mod model_load;
 mod ops;
+mod quantized_base;
 mod refusals;
 mod runner;
 mod store;

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use candle_core::Tensor;
 use patchbay::adapter::LoweredAdapter;
-use patchbay::model::{AdapterSegment, AttentionSpan, Batch, KvCache, Model, RopeLengthRule};
+use patchbay::model::{AdapterSegment, AttentionSpan, Batch, DeviceAdapter, KvCache, Model, RopeLengthRule};
 use rand::SeedableRng;
 use rand::seq::SliceRandom;
 use rand_chacha::ChaCha8Rng;
@@ -31,7 +31,7 @@ pub(crate) struct Context {
     cached: usize,
     blocks: Vec<u32>,
     /// The adapter on the model's device.
-    adapter: Option<Arc<LoweredAdapter>>,
+    adapter: Option<Arc<DeviceAdapter>>,
 }
 
 impl Runner {
@@ -136,6 +136,13 @@ impl Runner {
         batch.spans.push(AttentionSpan { start, len, context_len: end, block_table: context.blocks.clone() });
         batch.segments.push(AdapterSegment { start, len, adapter: context.adapter.clone() });
         context.cached = end;
+    }
+}
+
+impl Context {
+    /// Tokens not run yet.
+    pub(crate) fn remaining(&self) -> usize {
+        self.tokens.len() - self.cached
     }
 }
 

@@ -15,7 +15,7 @@ use crate::store_support::{
 };
 
 async fn served(store: &Store, reference: &str) -> f32 {
-    value(&*store.resolve(reference).await.expect(reference))
+    value(&store.resolve(reference).await.expect(reference))
 }
 
 async fn check_absent(store: &Store, reference: &str) {

@@ -44,7 +44,7 @@ pub(super) const FAMILIES: &[Family] = &[
     Family { architecture: "Phi3ForCausalLM", build: phi3::build },
 ];
 
-/// Architectures of [`FAMILIES`], as config.json spells them.
+/// Architectures of the supported families, as config.json spells them.
 pub fn supported_architectures() -> impl Iterator<Item = &'static str> {
     FAMILIES.iter().map(|family| family.architecture)
 }
@@ -61,7 +61,7 @@ pub(super) fn find(architecture: &str) -> Result<&'static Family, ModelError> {
 
 /// Reads a family's `Config`; unknown keys are ignored, as transformers writes many that change nothing.
 fn parse<C: DeserializeOwned>(config: &Value) -> Result<C, ModelError> {
-    C::deserialize(config).map_err(|error| ModelError::file("config.json", error))
+    C::deserialize(config).map_err(|error| ModelError::file("config.json", &error))
 }
 
 /// Sizes of the heads, checked against each other. Absent `num_key_value_heads` means one per query head, absent

@@ -59,13 +59,13 @@ pub(super) fn build(config: &Value, loader: &mut Loader) -> Result<Built, ModelE
     let window = checked_window(config.sliding_window.filter(|_| config.use_sliding_window))?;
     let windows = layer_windows(num_layers, window, config.max_window_layers, config.layer_types.as_deref())?;
     let rope = Rope::new(&config.rope, heads.head_dim, DEFAULTS)?;
-    let embed_tokens = loader.embedding("model.embed_tokens", config.vocab_size, config.hidden_size)?;
+    let mut embed_tokens = loader.embedding("model.embed_tokens", config.vocab_size, config.hidden_size)?;
     let mut layers = Vec::with_capacity(num_layers);
     for (idx, window) in windows.into_iter().enumerate() {
         layers.push(layer(&config, heads, window, &format!("model.layers.{idx}"), loader)?);
     }
     let norm = loader.rms_norm("model.norm", config.hidden_size, config.rms_norm_eps)?;
-    let lm_head = loader.lm_head(&embed_tokens, config.tie_word_embeddings)?;
+    let lm_head = loader.lm_head(&mut embed_tokens, config.tie_word_embeddings)?;
     Ok(Built {
         decoder: Decoder { embed_tokens, layers, norm, lm_head, rope },
         context_tokens_max: config.rope.context_tokens_max(DEFAULTS.max_position_embeddings),
@@ -93,7 +93,7 @@ fn layer(
         k_norm: Some(loader.rms_norm(&format!("{path}.self_attn.k_norm"), heads.head_dim, config.rms_norm_eps)?),
         o_proj: loader.linear(&format!("{path}.self_attn.o_proj"), heads.q_size(), hidden, config.attention_bias)?,
         heads,
-        window: window,
+        window,
     };
     let post_attention_layernorm =
         loader.rms_norm(&format!("{path}.post_attention_layernorm"), hidden, config.rms_norm_eps)?;

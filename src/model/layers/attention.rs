@@ -3,8 +3,7 @@
 use candle_core::{Result, Tensor};
 
 use super::{Linear, RmsNorm};
-use crate::kernels::{self, AttentionShape};
-use crate::model::kv_cache::LayerCache;
+use crate::kernels::{AttentionShape, PagedKv};
 use crate::model::step::Step;
 
 /// `y = o(attention(rope(norm(q(x))), rope(norm(k(x))), v(x)))`, grouped-query, causal.
@@ -65,7 +64,7 @@ impl Heads {
 
 impl Attention {
     /// Writes the keys and values of `x` (tokens, hidden) into `cache` and attends: (tokens, hidden).
-    pub(in crate::model) fn forward(&self, x: &Tensor, step: &Step<'_>, cache: &LayerCache) -> Result<Tensor> {
+    pub(in crate::model) fn forward(&self, x: &Tensor, step: &Step<'_>, cache: &PagedKv) -> Result<Tensor> {
         let Heads { num_heads, num_kv_heads, head_dim } = self.heads;
         let tokens = x.dim(0)?;
         let (q, k, v) = self.project(x, step)?;
@@ -73,7 +72,6 @@ impl Attention {
         let k = k.reshape((tokens, num_kv_heads, head_dim))?;
         let q = step.rope.apply(&normed(self.q_norm.as_ref(), q, step)?)?;
         let k = step.rope.apply(&normed(self.k_norm.as_ref(), k, step)?)?;
-        cache.write(&step.slots, &k.reshape((tokens, num_kv_heads * head_dim))?, &v)?;
         let shape = AttentionShape {
             num_heads,
             num_kv_heads,
@@ -81,7 +79,8 @@ impl Attention {
             scale: 1. / (head_dim as f64).sqrt(),
             window: self.window,
         };
-        let y = kernels::paged_attention(&q, &cache.k, &cache.v, &step.spans, &shape)?;
+        cache.write(&step.attention, &k.reshape((tokens, num_kv_heads * head_dim))?, &v, &shape)?;
+        let y = cache.attend(&q, &step.attention, &shape)?;
         self.o_proj.forward(&y, step.segments)
     }
 

@@ -3,7 +3,8 @@
 use candle_core::{DType, Result, Tensor};
 
 use super::{Attention, Embedding, Heads, Linear, Mlp, RmsNorm, Rope};
-use crate::model::kv_cache::{KvCache, LayerCache};
+use crate::kernels::PagedKv;
+use crate::model::kv_cache::KvCache;
 use crate::model::step::Step;
 use crate::model::{AdapterSegment, Batch};
 
@@ -57,7 +58,7 @@ impl Decoder {
 
     /// Norm and head of the wanted rows only, (rows, vocab) in f32.
     fn logits(&self, x: &Tensor, batch: &Batch) -> Result<Tensor> {
-        let vocab = self.embed_tokens.table.dim(0)?;
+        let (vocab, _) = self.embed_tokens.table.dims()?;
         if batch.logit_rows.is_empty() {
             return Tensor::zeros((0, vocab), DType::F32, x.device());
         }
@@ -70,7 +71,7 @@ impl Decoder {
 }
 
 impl DecoderLayer {
-    fn forward(&self, x: &Tensor, step: &Step<'_>, cache: &LayerCache) -> Result<Tensor> {
+    fn forward(&self, x: &Tensor, step: &Step<'_>, cache: &PagedKv) -> Result<Tensor> {
         let normed = self.input_layernorm.forward(x, step.segments)?;
         let x = (x + self.self_attn.forward(&normed, step, cache)?)?;
         let normed = self.post_attention_layernorm.forward(&x, step.segments)?;

@@ -2,6 +2,7 @@
 
 use candle_core::{DType, Result, Tensor};
 
+use super::Matrix;
 use crate::adapter::{EmbeddingPatch, SiteId};
 use crate::kernels;
 use crate::model::AdapterSegment;
@@ -13,7 +14,7 @@ pub(in crate::model) struct Embedding {
     /// Where it stands.
     pub(in crate::model) site: SiteId,
     /// The base's table (vocab, dim).
-    pub(in crate::model) table: Tensor,
+    pub(in crate::model) table: Matrix,
     /// Format of the activations.
     pub(in crate::model) dtype: DType,
 }
@@ -22,31 +23,33 @@ impl Embedding {
     /// The rows of `token_ids` under `segments`, which tile the tokens: (tokens, dim) in the activations' format.
     pub(in crate::model) fn forward(&self, token_ids: &[u32], segments: &[AdapterSegment]) -> Result<Tensor> {
         let patch = |segment: &AdapterSegment| -> bool {
-            segment.adapter.as_ref().is_some_and(|adapter| adapter.embeddings.contains_key(&self.site))
+            segment.adapter.as_ref().is_some_and(|adapter| adapter.tensors.embeddings.contains_key(&self.site))
         };
         if !segments.iter().any(patch) {
-            return self.rows(&self.table, token_ids);
+            return self.base_rows(token_ids);
         }
         let mut pieces = Vec::with_capacity(segments.len());
         for segment in segments {
             let token_ids = &token_ids[segment.start..segment.start + segment.len];
-            let patch = segment.adapter.as_ref().and_then(|adapter| adapter.embeddings.get(&self.site));
+            let patch = segment.adapter.as_ref().and_then(|adapter| adapter.tensors.embeddings.get(&self.site));
             pieces.push(match patch {
                 Some(patch) => self.patched(token_ids, patch)?,
-                None => self.rows(&self.table, token_ids)?,
+                None => self.base_rows(token_ids)?,
             });
         }
         Tensor::cat(&pieces, 0)
     }
 
-    fn rows(&self, table: &Tensor, token_ids: &[u32]) -> Result<Tensor> {
-        let ids = Tensor::new(token_ids, table.device())?;
-        table.index_select(&ids, 0)?.to_dtype(self.dtype)
+    fn base_rows(&self, token_ids: &[u32]) -> Result<Tensor> {
+        self.table.rows(token_ids)?.to_dtype(self.dtype)
     }
 
     /// Replaced rows go over the adapter's own table where it has both.
     fn patched(&self, token_ids: &[u32], patch: &EmbeddingPatch) -> Result<Tensor> {
-        let mut e = self.rows(patch.table.as_ref().unwrap_or(&self.table), token_ids)?; // [tokens, dim]
+        let mut e = match &patch.table {
+            Some(table) => Matrix::Dense(table.clone()).rows(token_ids)?.to_dtype(self.dtype)?,
+            None => self.base_rows(token_ids)?,
+        }; // [tokens, dim]
         if let Some((replaced, rows)) = &patch.rows {
             e = with_replaced_rows(&e, token_ids, replaced, rows)?;
         }

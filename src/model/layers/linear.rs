@@ -7,6 +7,7 @@ use candle_core::{DType, Device, Result, Tensor};
 use mistralrs_quant::{GgufMatMul, QuantMethod};
 
 use crate::adapter::{Delta, LinearSlots, Scale, SiteId, Weight};
+use crate::kernels::cpu::{BaseLinear, PackedMatrix, SlotRun, linear_op};
 use crate::kernels::{self, SegmentTerms, Term};
 use crate::model::AdapterSegment;
 
@@ -15,6 +16,8 @@ use crate::model::AdapterSegment;
 pub(in crate::model) enum Matrix {
     /// Dense, (out, in).
     Dense(Tensor),
+    /// Packed for the CPU's kernels.
+    Packed(Arc<PackedMatrix>),
     /// Quantised in GGUF blocks: the blocks, and what multiplies with them.
     Quantized {
         /// The blocks.
@@ -33,6 +36,8 @@ pub(in crate::model) struct Linear {
     pub(in crate::model) weight: Matrix,
     /// The base's bias (out).
     pub(in crate::model) bias: Option<Tensor>,
+    /// The bias on the host, where the weight is packed.
+    bias_values: Option<Arc<[f32]>>,
 }
 
 impl Matrix {
@@ -40,7 +45,35 @@ impl Matrix {
     fn product(&self, x: &Tensor) -> Result<Tensor> {
         match self {
             Self::Dense(w) => kernels::linear(x, w),
+            Self::Packed(w) => {
+                let base = BaseLinear { weight: Some(w.as_ref()), bias: None, n: w.n(), k: w.k() };
+                linear_op(x, base, &[SlotRun { rows: 0..x.dim(0)?, slots: None }])
+            }
             Self::Quantized { product, .. } => product.forward_autocast(x),
+        }
+    }
+
+    /// (out, in).
+    pub(in crate::model) fn dims(&self) -> Result<(usize, usize)> {
+        match self {
+            Self::Dense(w) => w.dims2(),
+            Self::Packed(w) => Ok((w.n(), w.k())),
+            Self::Quantized { blocks, .. } => blocks.shape().dims2(),
+        }
+    }
+
+    /// Rows `ids` of the matrix, (ids, in): in the matrix's format when dense, in f32 when packed.
+    pub(in crate::model) fn rows(&self, ids: &[u32]) -> Result<Tensor> {
+        match self {
+            Self::Dense(w) => w.index_select(&Tensor::new(ids, w.device())?, 0),
+            Self::Packed(w) => {
+                let mut values = vec![0.0; ids.len() * w.k()];
+                for (row, id) in values.chunks_exact_mut(w.k()).zip(ids) {
+                    w.read_row(*id as usize, row);
+                }
+                Tensor::from_vec(values, (ids.len(), w.k()), &Device::Cpu)
+            }
+            Self::Quantized { .. } => unreachable!("embeddings are not quantised"),
         }
     }
 
@@ -48,14 +81,27 @@ impl Matrix {
     pub(in crate::model) fn to_f32(&self) -> Result<Tensor> {
         match self {
             Self::Dense(w) => w.to_device(&Device::Cpu)?.to_dtype(DType::F32),
+            Self::Packed(w) => Tensor::from_vec(w.unpack(), (w.n(), w.k()), &Device::Cpu),
             Self::Quantized { blocks, .. } => blocks.dequantize(&Device::Cpu)?.to_dtype(DType::F32),
         }
     }
 }
 
 impl Linear {
+    /// The linear at `site`.
+    pub(in crate::model) fn new(site: SiteId, weight: Matrix, bias: Option<Tensor>) -> Result<Self> {
+        let bias_values = match (&weight, &bias) {
+            (Matrix::Packed(_), Some(bias)) => Some(bias.to_dtype(DType::F32)?.to_vec1::<f32>()?.into()),
+            _ => None,
+        };
+        Ok(Self { site, weight, bias, bias_values })
+    }
+
     /// Applies the linear to `x` (tokens, in) under `segments`, which tile the tokens: (tokens, out).
     pub(in crate::model) fn forward(&self, x: &Tensor, segments: &[AdapterSegment]) -> Result<Tensor> {
+        if let Matrix::Packed(w) = &self.weight {
+            return self.forward_packed(w, x, segments);
+        }
         let terms = self.terms(segments);
         if let [only] = terms.as_slice()
             && only.is_neutral()
@@ -71,12 +117,25 @@ impl Linear {
         kernels::apply_segments(x, product.as_ref(), &terms)
     }
 
+    fn forward_packed(&self, w: &PackedMatrix, x: &Tensor, segments: &[AdapterSegment]) -> Result<Tensor> {
+        let mut runs: Vec<SlotRun<'_>> = Vec::with_capacity(segments.len());
+        for segment in segments {
+            let slots = segment.adapter.as_ref().and_then(|adapter| adapter.packed.get(&self.site));
+            match runs.last_mut() {
+                Some(last) if last.slots.is_none() && slots.is_none() => last.rows.end += segment.len,
+                _ => runs.push(SlotRun { rows: segment.start..segment.start + segment.len, slots }),
+            }
+        }
+        let base = BaseLinear { weight: Some(w), bias: self.bias_values.as_deref(), n: w.n(), k: w.k() };
+        linear_op(x, base, &runs)
+    }
+
     /// What each segment does here; neighbours that leave the base as it is are one.
     fn terms<'a>(&'a self, segments: &'a [AdapterSegment]) -> Vec<SegmentTerms<'a>> {
         let mut all: Vec<SegmentTerms<'a>> = Vec::with_capacity(segments.len());
         let mut last_is_base = false;
         for segment in segments {
-            let slots = segment.adapter.as_ref().and_then(|adapter| adapter.linears.get(&self.site));
+            let slots = segment.adapter.as_ref().and_then(|adapter| adapter.tensors.linears.get(&self.site));
             match (slots, all.last_mut()) {
                 (None, Some(last)) if last_is_base => last.len += segment.len,
                 (None, _) => all.push(SegmentTerms {

@@ -41,6 +41,6 @@ impl RmsNorm {
     }
 
     fn overrides<'a>(&self, segment: &'a AdapterSegment) -> Option<&'a crate::adapter::NormOverride> {
-        segment.adapter.as_ref()?.norms.get(&self.site)
+        segment.adapter.as_ref()?.tensors.norms.get(&self.site)
     }
 }

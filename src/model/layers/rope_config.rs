@@ -92,7 +92,7 @@ impl RopeConfig {
         self.original_max_position_embeddings.or(parameters.original_max_position_embeddings).unwrap_or(max)
     }
 
-    /// The frequencies for heads of `head_dim`. `max_default` and `theta_default` stand in for absent fields.
+    /// The frequencies for heads of `head_dim`. `defaults` stand in for absent fields.
     pub(super) fn frequencies(&self, head_dim: usize, defaults: Defaults) -> Result<Frequencies, ModelError> {
         let parameters = self.parameters();
         if parameters.full_attention.is_some() || parameters.sliding_attention.is_some() {

@@ -1,0 +1,479 @@
+//! Causal attention over a paged KV cache.
+//!
+//! Keys are stored transposed inside their block, `[blocks][kv_heads][head_dim][block_tokens]`, so that the scores of
+//! neighbouring positions are neighbouring lanes; values as they come, `[blocks][kv_heads][block_tokens][head_dim]`.
+//!
+//! A query row meets the keys in ascending order in tiles that start at fixed positions, with an online softmax between
+//! tiles. Rows never mix, so a row's bits depend on nothing but its own query and context.
+
+use rayon::prelude::*;
+
+use super::dispatch::{dispatch, fma};
+use super::isa::Isa;
+use crate::kernels::AttentionShape;
+
+/// Positions per online-softmax tile.
+const TILE: usize = 64;
+/// Query rows (tokens times heads of a group) per task.
+const TASK_ROWS: usize = 64;
+
+/// One context's queries: `len` tokens from token `start` on, the last at position `context_len - 1`.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct QuerySpan<'a> {
+    /// First token.
+    pub start: usize,
+    /// Number of tokens.
+    pub len: usize,
+    /// Positions of the context, these tokens included.
+    pub context_len: usize,
+    /// The context's cache blocks.
+    pub block_table: &'a [u32],
+}
+
+/// Keys and values of one layer.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct CacheView<'a> {
+    /// `[blocks][kv_heads][head_dim][block_tokens]`.
+    pub keys: &'a [f32],
+    /// `[blocks][kv_heads][block_tokens][head_dim]`.
+    pub values: &'a [f32],
+    /// Positions per block.
+    pub block_tokens: usize,
+}
+
+/// `y = softmax(scale * q Kᵀ + mask) V` per head, q and y: (tokens, heads, head_dim) row-major.
+///
+/// # Panics
+/// When lengths do not fit or a block table is too short.
+pub(super) fn paged_attention(
+    q: &[f32],
+    cache: CacheView<'_>,
+    spans: &[QuerySpan<'_>],
+    shape: AttentionShape,
+    y: &mut [f32],
+) {
+    let row = shape.num_heads * shape.head_dim;
+    assert_eq!(q.len(), y.len(), "q and y are of one shape");
+    assert_eq!(shape.num_heads % shape.num_kv_heads, 0, "query heads divide into groups");
+    let queries_per_task = (TASK_ROWS / (shape.num_heads / shape.num_kv_heads)).max(1);
+    let mut rest = y;
+    let mut tasks = Vec::new();
+    for span in spans {
+        assert!(span.block_table.len() * cache.block_tokens >= span.context_len, "the block table covers the context");
+        let (mine, others) = rest.split_at_mut(span.len * row);
+        rest = others;
+        for (chunk_idx, out) in mine.chunks_mut(queries_per_task * row).enumerate() {
+            tasks.push((span, chunk_idx * queries_per_task, out));
+        }
+    }
+    assert!(rest.is_empty(), "the spans tile the tokens");
+    tasks.into_par_iter().for_each(|(span, first, out)| {
+        let mut scratch = Scratch::default();
+        for kv_head in 0..shape.num_kv_heads {
+            let task = Task { q, cache, span, first, kv_head, shape };
+            attend(Isa::best(), &task, &mut scratch, out);
+        }
+    });
+}
+
+/// Some queries of one span, one group of heads.
+struct Task<'a> {
+    q: &'a [f32],
+    cache: CacheView<'a>,
+    span: &'a QuerySpan<'a>,
+    /// First query of the task within the span.
+    first: usize,
+    kv_head: usize,
+    shape: AttentionShape,
+}
+
+/// Working memory of a task; rows are (query, head of the group).
+#[derive(Default)]
+struct Scratch {
+    q: Vec<f32>,
+    scores: Vec<f32>,
+    acc: Vec<f32>,
+    max: Vec<f32>,
+    sum: Vec<f32>,
+}
+
+dispatch! {
+    fn attend(task: &Task<'_>, scratch: &mut Scratch, out: &mut [f32]) => attend_body
+}
+
+#[inline(always)]
+fn attend_body<const FMA: bool>(task: &Task<'_>, scratch: &mut Scratch, out: &mut [f32]) {
+    let AttentionShape { num_heads: heads, num_kv_heads, head_dim, .. } = task.shape;
+    let group = heads / num_kv_heads;
+    let queries = out.len() / (heads * head_dim);
+    let rows = queries * group;
+    let first_position = task.span.context_len - task.span.len + task.first;
+    load_queries(task, rows, group, scratch);
+    let from = task.shape.window.map_or(0, |w| (first_position + 1).saturating_sub(w));
+    let end = first_position + queries;
+    for tile_start in (from / TILE * TILE..end).step_by(TILE) {
+        let width = TILE.min(end - tile_start);
+        score_tile::<FMA>(task, rows, tile_start, width, scratch);
+        for row in 0..rows {
+            let position = first_position + row / group;
+            let low = task.shape.window.map_or(0, |w| (position + 1).saturating_sub(w));
+            let scores = &mut scratch.scores[row * TILE..][..TILE];
+            mask(scores, low.saturating_sub(tile_start), (position + 1).saturating_sub(tile_start).min(width));
+            let acc = &mut scratch.acc[row * head_dim..][..head_dim];
+            online_softmax(scores, &mut scratch.max[row], &mut scratch.sum[row], acc);
+        }
+        weigh_values::<FMA>(task, rows, tile_start, width, scratch);
+    }
+    for row in 0..rows {
+        let head = task.kv_head * group + row % group;
+        let y = &mut out[(row / group * heads + head) * head_dim..][..head_dim];
+        let inverse = 1.0 / scratch.sum[row];
+        for (y, acc) in y.iter_mut().zip(&scratch.acc[row * head_dim..]) {
+            *y = acc * inverse;
+        }
+    }
+}
+
+/// Copies the task's scaled queries together and resets the running softmax.
+#[inline(always)]
+fn load_queries(task: &Task<'_>, rows: usize, group: usize, scratch: &mut Scratch) {
+    let AttentionShape { num_heads: heads, head_dim, scale, .. } = task.shape;
+    scratch.q.clear();
+    for row in 0..rows {
+        let token = task.span.start + task.first + row / group;
+        let head = task.kv_head * group + row % group;
+        let q = &task.q[(token * heads + head) * head_dim..][..head_dim];
+        scratch.q.extend(q.iter().map(|v| v * scale as f32));
+    }
+    scratch.scores.resize(rows * TILE, 0.0);
+    scratch.acc.clear();
+    scratch.acc.resize(rows * head_dim, 0.0);
+    scratch.max.clear();
+    scratch.max.resize(rows, f32::NEG_INFINITY);
+    scratch.sum.clear();
+    scratch.sum.resize(rows, 0.0);
+}
+
+/// Positions of a tile that lie in one cache block: (offset in the tile, offset in the block, count, block).
+#[inline(always)]
+fn pieces(task: &Task<'_>, tile_start: usize, width: usize) -> impl Iterator<Item = (usize, usize, usize, usize)> {
+    let block_tokens = task.cache.block_tokens;
+    let mut offset = 0;
+    std::iter::from_fn(move || {
+        if offset == width {
+            return None;
+        }
+        let position = tile_start + offset;
+        let in_block = position % block_tokens;
+        let count = (block_tokens - in_block).min(width - offset);
+        let block = task.span.block_table[position / block_tokens] as usize;
+        offset += count;
+        Some((offset - count, in_block, count, block))
+    })
+}
+
+/// `scores[row, j] = q[row] . k[tile_start + j]`.
+#[inline(always)]
+fn score_tile<const FMA: bool>(task: &Task<'_>, rows: usize, tile_start: usize, width: usize, scratch: &mut Scratch) {
+    let AttentionShape { num_kv_heads: kv_heads, head_dim, .. } = task.shape;
+    let block_tokens = task.cache.block_tokens;
+    for (offset, in_block, count, block) in pieces(task, tile_start, width) {
+        let from = (block * kv_heads + task.kv_head) * head_dim * block_tokens + in_block;
+        let keys = &task.cache.keys[from..][..head_dim * block_tokens - in_block];
+        let product = Product { a: &scratch.q, a_stride: head_dim, b: keys, b_stride: block_tokens, depth: head_dim };
+        for row in 0..rows {
+            scratch.scores[row * TILE + offset..][..count].fill(0.0);
+        }
+        accumulate::<FMA>(&product, rows, count, &mut scratch.scores[offset..], TILE);
+    }
+}
+
+/// `acc[row] += sum_j p[row, j] * v[tile_start + j]`.
+#[inline(always)]
+fn weigh_values<const FMA: bool>(task: &Task<'_>, rows: usize, tile_start: usize, width: usize, scratch: &mut Scratch) {
+    let AttentionShape { num_kv_heads: kv_heads, head_dim, .. } = task.shape;
+    let block_tokens = task.cache.block_tokens;
+    for (offset, in_block, count, block) in pieces(task, tile_start, width) {
+        let from = ((block * kv_heads + task.kv_head) * block_tokens + in_block) * head_dim;
+        let values = &task.cache.values[from..][..count * head_dim];
+        let product =
+            Product { a: &scratch.scores[offset..], a_stride: TILE, b: values, b_stride: head_dim, depth: count };
+        accumulate::<FMA>(&product, rows, head_dim, &mut scratch.acc, head_dim);
+    }
+}
+
+/// Sets the scores of positions outside `low..high` (offsets in the tile) to minus infinity.
+#[inline(always)]
+fn mask(scores: &mut [f32], low: usize, high: usize) {
+    let low = low.min(scores.len());
+    scores[..low].fill(f32::NEG_INFINITY);
+    let high = high.max(low);
+    scores[high..].fill(f32::NEG_INFINITY);
+}
+
+/// Turns scores into weights relative to the running maximum and rescales what was summed before. A tile that is
+/// masked throughout changes nothing.
+#[inline(always)]
+fn online_softmax(scores: &mut [f32], max: &mut f32, sum: &mut f32, acc: &mut [f32]) {
+    let mut lanes = [f32::NEG_INFINITY; 16];
+    for chunk in scores.chunks_exact(16) {
+        for (lane, score) in lanes.iter_mut().zip(chunk) {
+            *lane = lane.max(*score);
+        }
+    }
+    let tile_max = lanes.iter().fold(f32::NEG_INFINITY, |a, b| a.max(*b));
+    if tile_max == f32::NEG_INFINITY {
+        scores.fill(0.0);
+        return;
+    }
+    let new_max = max.max(tile_max);
+    let mut sums = [0.0_f32; 16];
+    for chunk in scores.chunks_exact_mut(16) {
+        for (sum, score) in sums.iter_mut().zip(chunk) {
+            *score = exp(*score - new_max);
+            *sum += *score;
+        }
+    }
+    let rescale = exp(*max - new_max);
+    *sum = *sum * rescale + sums.iter().sum::<f32>();
+    *max = new_max;
+    for value in acc {
+        *value *= rescale;
+    }
+}
+
+/// `e^x` for `x <= 0` to about 2 units in the last place; exactly 1 at 0 and exactly 0 below -87.
+///
+/// Splits `x = n ln 2 + f` with |f| <= ln 2 / 2 and sums the Taylor series of `e^f`; plain arithmetic, so that it
+/// vectorises.
+#[inline(always)]
+pub(super) fn exp(x: f32) -> f32 {
+    const ROUND: f32 = 12_582_912.0; // 1.5 * 2^23: adding and subtracting it rounds to an integer.
+    const LN2_HIGH: f32 = 0.693_359_4;
+    const LN2_LOW: f32 = -2.121_944_4e-4;
+    let clamped = x.max(-87.5);
+    let shifted = clamped * std::f32::consts::LOG2_E + ROUND;
+    let n = shifted - ROUND;
+    let f = clamped - n * LN2_HIGH - n * LN2_LOW;
+    let mut series = 1.0 / 5040.0;
+    for coefficient in [1.0 / 720.0, 1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0, 1.0] {
+        series = series * f + coefficient;
+    }
+    // The integer sits in the low mantissa bits of `shifted`; moved into the exponent it is 2^n.
+    let power = f32::from_bits((shifted.to_bits() << 23).wrapping_add(1.0_f32.to_bits()));
+    if x < -87.0 { 0.0 } else { series * power }
+}
+
+/// Operands of `out += a b`: a (rows, depth), b (depth, columns).
+struct Product<'a> {
+    a: &'a [f32],
+    a_stride: usize,
+    b: &'a [f32],
+    b_stride: usize,
+    depth: usize,
+}
+
+/// `out[r, c] += sum_d a[r, d] * b[d, c]`, one chain over ascending `d` per output.
+#[inline(always)]
+fn accumulate<const FMA: bool>(p: &Product<'_>, rows: usize, columns: usize, out: &mut [f32], stride: usize) {
+    let mut column = 0;
+    while columns - column >= 16 {
+        let mut row = 0;
+        while rows - row >= 8 {
+            block::<8, FMA>(p, row, column, out, stride);
+            row += 8;
+        }
+        while row < rows {
+            block::<1, FMA>(p, row, column, out, stride);
+            row += 1;
+        }
+        column += 16;
+    }
+    for row in 0..rows {
+        for column in column..columns {
+            let value = &mut out[row * stride + column];
+            for d in 0..p.depth {
+                *value = fma::<FMA>(p.a[row * p.a_stride + d], p.b[d * p.b_stride + column], *value);
+            }
+        }
+    }
+}
+
+/// `R` rows of 16 columns.
+#[inline(always)]
+fn block<const R: usize, const FMA: bool>(p: &Product<'_>, row: usize, column: usize, out: &mut [f32], stride: usize) {
+    let mut acc = [[0.0_f32; 16]; R];
+    for (r, acc) in acc.iter_mut().enumerate() {
+        acc.copy_from_slice(&out[(row + r) * stride + column..][..16]);
+    }
+    let a: [&[f32]; R] = std::array::from_fn(|r| &p.a[(row + r) * p.a_stride..][..p.depth]);
+    for d in 0..p.depth {
+        let b: &[f32; 16] = p.b[d * p.b_stride + column..][..16].try_into().expect("16 columns");
+        for (acc, a) in acc.iter_mut().zip(&a) {
+            for (value, b) in acc.iter_mut().zip(b) {
+                *value = fma::<FMA>(a[d], *b, *value);
+            }
+        }
+    }
+    for (r, acc) in acc.iter().enumerate() {
+        out[(row + r) * stride + column..][..16].copy_from_slice(acc);
+    }
+}
+
+/// Writes keys `k` (tokens, kv_heads, head_dim) to their slots of `keys`, `[blocks][kv_heads][head_dim][block_tokens]`.
+///
+/// # Panics
+/// When lengths do not fit.
+pub(super) fn write_keys(k: &[f32], slots: &[u32], shape: AttentionShape, block_tokens: usize, keys: &mut [f32]) {
+    for_each_head(k, slots, shape, block_tokens, |base, offset, k| {
+        for (d, value) in k.iter().enumerate() {
+            keys[base + d * block_tokens + offset] = *value;
+        }
+    });
+}
+
+/// Writes values `v` (tokens, kv_heads, head_dim) to their slots of `values`,
+/// `[blocks][kv_heads][block_tokens][head_dim]`.
+///
+/// # Panics
+/// When lengths do not fit.
+pub(super) fn write_values(v: &[f32], slots: &[u32], shape: AttentionShape, block_tokens: usize, values: &mut [f32]) {
+    for_each_head(v, slots, shape, block_tokens, |base, offset, v| {
+        values[base + offset * v.len()..][..v.len()].copy_from_slice(v);
+    });
+}
+
+/// Calls `f(start of the head in its block, offset in the block, the head's vector)` for every token and head.
+fn for_each_head(
+    rows: &[f32],
+    slots: &[u32],
+    shape: AttentionShape,
+    block_tokens: usize,
+    mut f: impl FnMut(usize, usize, &[f32]),
+) {
+    let AttentionShape { num_kv_heads, head_dim, .. } = shape;
+    assert_eq!(rows.len(), slots.len() * num_kv_heads * head_dim, "a row for every slot");
+    for (token, slot) in slots.iter().enumerate() {
+        let (block, offset) = (*slot as usize / block_tokens, *slot as usize % block_tokens);
+        for head in 0..num_kv_heads {
+            let base = (block * num_kv_heads + head) * head_dim * block_tokens;
+            f(base, offset, &rows[(token * num_kv_heads + head) * head_dim..][..head_dim]);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::kernels::cpu::testing::random;
+
+    /// Softmax attention of one row in f64, from unpaged keys and values.
+    fn reference(q: &[f32], keys: &[&[f32]], values: &[&[f32]], scale: f32) -> Vec<f64> {
+        let scores: Vec<f64> = keys
+            .iter()
+            .map(|k| f64::from(scale) * q.iter().zip(*k).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum::<f64>())
+            .collect();
+        let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+        let weights: Vec<f64> = scores.iter().map(|s| (s - max).exp()).collect();
+        let sum: f64 = weights.iter().sum();
+        (0..q.len()).map(|d| weights.iter().zip(values).map(|(w, v)| w * f64::from(v[d])).sum::<f64>() / sum).collect()
+    }
+
+    /// Keys and values in the cache, the block table, and the plain keys and values.
+    type Cached = (Vec<f32>, Vec<f32>, Vec<u32>, Vec<f32>, Vec<f32>);
+
+    /// A context of `len` positions in shuffled blocks, and its cache.
+    fn cache(shape: AttentionShape, block_tokens: usize, len: usize, seed: u64) -> Cached {
+        let blocks = len.div_ceil(block_tokens);
+        let table: Vec<u32> = (0..blocks as u32).map(|b| (b * 7 + 3) % (blocks as u32 * 2)).collect();
+        let table = if table.iter().collect::<std::collections::HashSet<_>>().len() == blocks {
+            table
+        } else {
+            (0..blocks as u32).rev().collect()
+        };
+        let width = shape.num_kv_heads * shape.head_dim;
+        let (k, v) = (random(len * width, seed), random(len * width, seed ^ 77));
+        let size = 2 * blocks * block_tokens * width;
+        let (mut keys, mut values) = (vec![f32::NAN; size], vec![f32::NAN; size]);
+        let slots: Vec<u32> =
+            (0..len).map(|p| table[p / block_tokens] * block_tokens as u32 + (p % block_tokens) as u32).collect();
+        write_keys(&k, &slots, shape, block_tokens, &mut keys);
+        write_values(&v, &slots, shape, block_tokens, &mut values);
+        (keys, values, table, k, v)
+    }
+
+    fn run(q: &[f32], cache: CacheView<'_>, spans: &[QuerySpan<'_>], shape: AttentionShape) -> Vec<f32> {
+        let mut y = vec![f32::NAN; q.len()];
+        paged_attention(q, cache, spans, shape, &mut y);
+        y
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+
+        #[test]
+        fn attention_equals_the_plain_reference(
+            kv_heads in 1_usize..3, group in 1_usize..8, head_dim in 1_usize..40, block_tokens in 1_usize..100,
+            context in 1_usize..200, len in 1_usize..40, window in proptest::option::of(1_usize..90), seed: u64,
+        ) {
+            let shape =
+                AttentionShape { num_heads: kv_heads * group, num_kv_heads: kv_heads, head_dim, scale: 0.7, window };
+            let len = len.min(context);
+            let (keys, values, table, k, v) = cache(shape, block_tokens, context, seed);
+            let q = random(len * shape.num_heads * head_dim, seed ^ 1);
+            let view = CacheView { keys: &keys, values: &values, block_tokens };
+            let span = QuerySpan { start: 0, len, context_len: context, block_table: &table };
+            let y = run(&q, view, &[span], shape);
+            for (row, (q, y)) in q.chunks(head_dim).zip(y.chunks(head_dim)).enumerate() {
+                let (position, head) = (context - len + row / shape.num_heads, row % shape.num_heads);
+                let low = window.map_or(0, |w| (position + 1).saturating_sub(w));
+                let of = |all: &'_ [f32], p: usize| {
+                    let from = (p * kv_heads + head / group) * head_dim;
+                    all[from..from + head_dim].to_vec()
+                };
+                let (ks, vs): (Vec<_>, Vec<_>) = (low..=position).map(|p| (of(&k, p), of(&v, p))).unzip();
+                let expected = reference(
+                    q,
+                    &ks.iter().map(Vec::as_slice).collect::<Vec<_>>(),
+                    &vs.iter().map(Vec::as_slice).collect::<Vec<_>>(),
+                    0.7,
+                );
+                for (found, expected) in y.iter().zip(expected) {
+                    prop_assert!((f64::from(*found) - expected).abs() < 1e-5, "{found} {expected}");
+                }
+            }
+        }
+
+        #[test]
+        fn a_query_has_the_same_bits_alone_and_in_any_chunk(
+            group in 1_usize..8, head_dim in 1_usize..40, context in 2_usize..200,
+            window in proptest::option::of(1_usize..90), seed: u64,
+        ) {
+            let shape = AttentionShape { num_heads: 2 * group, num_kv_heads: 2, head_dim, scale: 0.5, window };
+            let (keys, values, table, ..) = cache(shape, 16, context, seed);
+            let row = shape.num_heads * head_dim;
+            let q = random(context * row, seed ^ 1);
+            let view = CacheView { keys: &keys, values: &values, block_tokens: 16 };
+            let span = QuerySpan { start: 0, len: context, context_len: context, block_table: &table };
+            let together = run(&q, view, &[span], shape);
+            for position in 0..context {
+                let span = QuerySpan { start: 0, len: 1, context_len: position + 1, block_table: &table };
+                let alone = run(&q[position * row..][..row], view, &[span], shape);
+                prop_assert_eq!(&alone[..], &together[position * row..][..row]);
+            }
+        }
+    }
+
+    #[test]
+    fn exp_is_exact_where_it_must_be_and_close_elsewhere() {
+        assert_eq!(exp(0.0).to_bits(), 1.0_f32.to_bits());
+        assert_eq!(exp(f32::NEG_INFINITY), 0.0);
+        for i in 0..87_000_u32 {
+            let x = -(i as f32) / 1000.0;
+            let expected = f64::from(x).exp();
+            assert!((f64::from(exp(x)) - expected).abs() <= expected * 4e-7, "{x}");
+        }
+    }
+}

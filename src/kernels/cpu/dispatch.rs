@@ -1,0 +1,47 @@
+//! Compiling one plain loop for several instruction sets.
+
+/// Defines `fn $name(args)` that runs `$body::<FMA>(args)` compiled for the best instruction set of the processor.
+///
+/// The body is plain Rust marked `#[inline(always)]` and generic over `const FMA: bool`, which says whether fused
+/// multiply-add is an instruction there; the compiler vectorises it.
+macro_rules! dispatch {
+    ($(#[$doc:meta])* $vis:vis fn $name:ident($($arg:ident : $ty:ty),* $(,)?) => $body:ident) => {
+        $(#[$doc])*
+        $vis fn $name(isa: $crate::kernels::cpu::Isa, $($arg: $ty),*) {
+            #[cfg(target_arch = "x86_64")]
+            {
+                #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+                fn avx512($($arg: $ty),*) {
+                    $body::<true>($($arg),*);
+                }
+                #[target_feature(enable = "avx2,fma")]
+                fn avx2($($arg: $ty),*) {
+                    $body::<true>($($arg),*);
+                }
+                match isa {
+                    // SAFETY: `Isa` values above `Portable` come from detecting the features.
+                    #[expect(unsafe_code, reason = "calls code compiled for detected features")]
+                    $crate::kernels::cpu::Isa::Avx512 | $crate::kernels::cpu::Isa::Avx512Bf16 => unsafe {
+                        return avx512($($arg),*);
+                    },
+                    // SAFETY: as above.
+                    #[expect(unsafe_code, reason = "calls code compiled for detected features")]
+                    $crate::kernels::cpu::Isa::Avx2 => unsafe {
+                        return avx2($($arg),*);
+                    },
+                    $crate::kernels::cpu::Isa::Portable => {}
+                }
+            }
+            let _ = isa;
+            $body::<false>($($arg),*);
+        }
+    };
+}
+
+/// `a * b + c`, fused where that is one instruction.
+#[inline(always)]
+pub(super) fn fma<const FMA: bool>(a: f32, b: f32, c: f32) -> f32 {
+    if FMA { a.mul_add(b, c) } else { a * b + c }
+}
+
+pub(super) use dispatch;

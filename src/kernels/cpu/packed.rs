@@ -1,0 +1,195 @@
+//! Weight matrices laid out once for the matrix product.
+//!
+//! Columns of the product (rows of the weight) are grouped into panels of [`PANEL`]. Inside a panel the weights of one
+//! step of `k` adjoin, so the kernel reads memory strictly forward:
+//!
+//! - bf16: `[n / 64][k / 2][64][2]`, two neighbouring `k` share a 32-bit word, the lower `k` in the lower half
+//! - f32: `[n / 64][k][64]`
+//!
+//! Missing columns of the last panel and the missing half of an odd `k` are zeros.
+
+use half::bf16;
+use memmap2::MmapMut;
+use rayon::prelude::*;
+
+/// Columns per panel.
+pub(super) const PANEL: usize = 64;
+
+/// Number format of a packed weight.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum WeightFormat {
+    /// bfloat16; the product rounds the activations to bfloat16 too and accumulates in f32.
+    Bf16,
+    /// f32 throughout.
+    F32,
+}
+
+/// From this size on a matrix gets a mapping of its own with huge pages.
+const MAPPED_BYTES_MIN: usize = 4 << 20;
+
+/// A weight matrix (n, k) in panels, immutable once packed.
+pub struct PackedMatrix {
+    words: Words,
+    format: WeightFormat,
+    n: usize,
+    k: usize,
+}
+
+/// Where the words lie; both start on a cache line.
+enum Words {
+    Mapped(MmapMut),
+    Lines(Vec<Line>),
+}
+
+/// One cache line of words.
+#[derive(Clone, Copy)]
+#[repr(C, align(64))]
+struct Line([u32; 16]);
+
+impl std::fmt::Debug for PackedMatrix {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "PackedMatrix({:?}, n = {}, k = {})", self.format, self.n, self.k)
+    }
+}
+
+impl PackedMatrix {
+    /// Packs a row-major (n, k) bf16 matrix; `row(i)` gives its i-th row.
+    ///
+    /// # Errors
+    /// When the memory cannot be had.
+    pub fn from_bf16<'a>(n: usize, k: usize, row: impl Fn(usize) -> &'a [bf16] + Sync) -> std::io::Result<Self> {
+        Self::pack(WeightFormat::Bf16, n, k, |column, put| {
+            for (step, pair) in row(column).chunks(2).enumerate() {
+                let high = pair.get(1).map_or(0, |v| u32::from(v.to_bits()));
+                put(step, u32::from(pair[0].to_bits()) | high << 16);
+            }
+        })
+    }
+
+    /// Packs a row-major (n, k) f32 matrix; `row(i)` gives its i-th row.
+    ///
+    /// # Errors
+    /// When the memory cannot be had.
+    pub fn from_f32<'a>(n: usize, k: usize, row: impl Fn(usize) -> &'a [f32] + Sync) -> std::io::Result<Self> {
+        Self::pack(WeightFormat::F32, n, k, |column, put| {
+            for (step, value) in row(column).iter().enumerate() {
+                put(step, value.to_bits());
+            }
+        })
+    }
+
+    fn pack(
+        format: WeightFormat,
+        n: usize,
+        k: usize,
+        fill: impl Fn(usize, &mut dyn FnMut(usize, u32)) + Sync,
+    ) -> std::io::Result<Self> {
+        assert!(n > 0 && k > 0, "a matrix has rows and columns");
+        let panel_words = format.steps(k) * PANEL;
+        let mut words = Words::zeros(n.div_ceil(PANEL) * panel_words)?;
+        words.as_mut_slice().par_chunks_mut(panel_words).enumerate().for_each(|(panel_idx, panel)| {
+            for lane in 0..PANEL.min(n - panel_idx * PANEL) {
+                fill(panel_idx * PANEL + lane, &mut |step, word| panel[step * PANEL + lane] = word);
+            }
+        });
+        Ok(Self { words, format, n, k })
+    }
+
+    /// Columns of the product.
+    pub fn n(&self) -> usize {
+        self.n
+    }
+
+    /// Length of the rows multiplied with it.
+    pub fn k(&self) -> usize {
+        self.k
+    }
+
+    /// Number format.
+    pub fn format(&self) -> WeightFormat {
+        self.format
+    }
+
+    /// Memory taken, padding included.
+    pub fn bytes(&self) -> usize {
+        std::mem::size_of_val(self.words.as_slice())
+    }
+
+    /// The matrix in row-major order (n, k), exact.
+    pub fn unpack(&self) -> Vec<f32> {
+        let mut w = vec![0.0; self.n * self.k];
+        w.par_chunks_mut(self.k).enumerate().for_each(|(column, row)| self.read_row(column, row));
+        w
+    }
+
+    /// Reads one row of the (n, k) matrix into `row` (k), exact.
+    ///
+    /// # Panics
+    /// When `column` is not below n or `row` is not of length k.
+    pub fn read_row(&self, column: usize, row: &mut [f32]) {
+        assert!(column < self.n && row.len() == self.k, "row {column} of {self:?} into {} values", row.len());
+        let panel = self.panel(column / PANEL);
+        for (idx, value) in row.iter_mut().enumerate() {
+            *value = match self.format {
+                WeightFormat::F32 => f32::from_bits(panel[idx * PANEL + column % PANEL]),
+                WeightFormat::Bf16 => {
+                    let word = panel[idx / 2 * PANEL + column % PANEL];
+                    f32::from_bits(if idx % 2 == 0 { word << 16 } else { word & 0xffff_0000 })
+                }
+            };
+        }
+    }
+
+    /// The words of one panel, `[steps][PANEL]`.
+    pub(super) fn panel(&self, panel_idx: usize) -> &[u32] {
+        let panel_words = self.format.steps(self.k) * PANEL;
+        &self.words.as_slice()[panel_idx * panel_words..][..panel_words]
+    }
+}
+
+impl WeightFormat {
+    /// 32-bit words along `k`.
+    pub(super) fn steps(self, k: usize) -> usize {
+        match self {
+            Self::Bf16 => k.div_ceil(2),
+            Self::F32 => k,
+        }
+    }
+}
+
+impl Words {
+    /// `len` zeros; `len` is a multiple of a line.
+    fn zeros(len: usize) -> std::io::Result<Self> {
+        if len * size_of::<u32>() < MAPPED_BYTES_MIN {
+            return Ok(Self::Lines(vec![Line([0; 16]); len / 16]));
+        }
+        let map = MmapMut::map_anon(len * size_of::<u32>())?;
+        // Huge pages spare most of the address translation of a matrix that is read end to end in every step; a
+        // kernel that has none to give answers with an error that changes nothing.
+        #[cfg(target_os = "linux")]
+        let _ = map.advise(memmap2::Advice::HugePage);
+        Ok(Self::Mapped(map))
+    }
+
+    #[expect(unsafe_code, reason = "views memory as words")]
+    fn as_slice(&self) -> &[u32] {
+        match self {
+            // SAFETY: a mapping is page-aligned, its length is a multiple of 4, and every bit pattern is a u32.
+            Self::Mapped(map) => unsafe { std::slice::from_raw_parts(map.as_ptr().cast(), map.len() / 4) },
+            // SAFETY: a line is 16 words without padding.
+            Self::Lines(lines) => unsafe { std::slice::from_raw_parts(lines.as_ptr().cast(), lines.len() * 16) },
+        }
+    }
+
+    #[expect(unsafe_code, reason = "views memory as words")]
+    fn as_mut_slice(&mut self) -> &mut [u32] {
+        match self {
+            // SAFETY: as above, and the mutable borrow makes the view unique.
+            Self::Mapped(map) => unsafe { std::slice::from_raw_parts_mut(map.as_mut_ptr().cast(), map.len() / 4) },
+            // SAFETY: as above, and the mutable borrow makes the view unique.
+            Self::Lines(lines) => unsafe {
+                std::slice::from_raw_parts_mut(lines.as_mut_ptr().cast(), lines.len() * 16)
+            },
+        }
+    }
+}

@@ -1,0 +1,189 @@
+//! The innermost loops: a few rows of `x` times one block of one panel.
+//!
+//! Every output is one chain over ascending `k` that starts at zero or at what the previous block left, so its bits
+//! depend on neither the number of rows nor the blocking. The chains differ between instruction sets.
+
+use super::isa::Isa;
+use super::packed::{PANEL, WeightFormat};
+
+/// Most rows one call takes; 6 rows of 64 columns fill the 32 registers of AVX-512.
+pub(super) const ROWS: usize = 6;
+
+/// One block's operands. Rows of `x` are 32-bit words in the weight's format: bf16 pairs, or f32.
+#[derive(Clone, Copy)]
+pub(super) struct TileArgs<'a> {
+    /// Words of `x` from the tile's first row and the block's first step on.
+    pub(super) x: &'a [u32],
+    /// Words between rows of `x`.
+    pub(super) x_stride: usize,
+    /// The panel's block, `[steps][PANEL]`.
+    pub(super) w: &'a [u32],
+    /// Where the tile's first output goes.
+    pub(super) y: *mut f32,
+    /// Elements between rows of `y`.
+    pub(super) y_stride: usize,
+    /// Columns of the panel that exist.
+    pub(super) columns: usize,
+    /// Start from zero rather than from `y`.
+    pub(super) first: bool,
+}
+
+/// Accumulates `rows` rows.
+///
+/// # Safety
+/// `y` must be valid for reads and writes of `columns` elements in each of `rows` rows at `y_stride`, and nobody else may
+/// touch them meanwhile. `isa` must be available.
+#[expect(unsafe_code, reason = "the output pointer is shared by panels that write different columns")]
+pub(super) unsafe fn tile(rows: usize, isa: Isa, format: WeightFormat, args: TileArgs<'_>) {
+    let steps = args.w.len() / PANEL;
+    assert!(args.x.len() >= (rows - 1) * args.x_stride + steps, "x holds every row of the tile");
+    macro_rules! by_rows {
+        ($f:ident $(, $p:expr)*) => {
+            // SAFETY: the caller's contract, and the assertion above for `x`.
+            unsafe {
+                match rows {
+                    1 => $f::<1>(args $(, $p)*),
+                    2 => $f::<2>(args $(, $p)*),
+                    3 => $f::<3>(args $(, $p)*),
+                    4 => $f::<4>(args $(, $p)*),
+                    5 => $f::<5>(args $(, $p)*),
+                    6 => $f::<ROWS>(args $(, $p)*),
+                    _ => unreachable!("a tile has 1 to 6 rows"),
+                }
+            }
+        };
+    }
+    match (isa, format) {
+        #[cfg(target_arch = "x86_64")]
+        (Isa::Avx512Bf16, WeightFormat::Bf16) => by_rows!(dot_bf16),
+        #[cfg(target_arch = "x86_64")]
+        (Isa::Avx512Bf16 | Isa::Avx512, _) => by_rows!(generic_avx512, format),
+        #[cfg(target_arch = "x86_64")]
+        (Isa::Avx2, _) => by_rows!(generic_avx2, format),
+        _ => by_rows!(generic_portable, format),
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
+#[expect(unsafe_code, reason = "vector loads and stores through raw pointers")]
+unsafe fn dot_bf16<const M: usize>(args: TileArgs<'_>) {
+    use std::arch::x86_64::{
+        __m512bh, __m512i, _MM_HINT_T0, _mm_prefetch, _mm512_dpbf16_ps, _mm512_loadu_si512, _mm512_mask_storeu_ps,
+        _mm512_maskz_loadu_ps, _mm512_set1_epi32, _mm512_setzero_ps, _mm512_setzero_si512,
+    };
+    /// Steps the single-row loop asks for ahead; it runs at the memory's speed.
+    const AHEAD: usize = 16;
+
+    fn as_bf16(v: __m512i) -> __m512bh {
+        // SAFETY: both are 64 bytes in which every bit pattern is valid.
+        unsafe { std::mem::transmute(v) }
+    }
+
+    let TileArgs { x, x_stride, w, y, y_stride, columns, first } = args;
+    let masks: [u16; 4] = std::array::from_fn(|v| {
+        let lanes = columns.saturating_sub(16 * v).min(16);
+        u16::try_from((1_u32 << lanes) - 1).expect("at most 16 lanes")
+    });
+    let mut acc = [[_mm512_setzero_ps(); 4]; M];
+    // SAFETY: masked lanes are neither read nor written; the others, and `x` and `w`, are in bounds by the caller's
+    // contract. Prefetching an address past the end is harmless.
+    unsafe {
+        if !first {
+            for (r, row) in acc.iter_mut().enumerate() {
+                for (v, lane) in row.iter_mut().enumerate() {
+                    *lane = _mm512_maskz_loadu_ps(masks[v], y.add(r * y_stride + 16 * v));
+                }
+            }
+        }
+        for (step, weights) in w.chunks_exact(PANEL).enumerate() {
+            let mut wv = [_mm512_setzero_si512(); 4];
+            for (v, lane) in wv.iter_mut().enumerate() {
+                *lane = _mm512_loadu_si512(weights.as_ptr().add(16 * v).cast());
+                if M == 1 {
+                    _mm_prefetch::<_MM_HINT_T0>(weights.as_ptr().wrapping_add(AHEAD * PANEL + 16 * v).cast());
+                }
+            }
+            for (r, row) in acc.iter_mut().enumerate() {
+                let pair = _mm512_set1_epi32(x.get_unchecked(r * x_stride + step).cast_signed());
+                for (v, lane) in row.iter_mut().enumerate() {
+                    *lane = _mm512_dpbf16_ps(*lane, as_bf16(pair), as_bf16(wv[v]));
+                }
+            }
+        }
+        for (r, row) in acc.iter().enumerate() {
+            for (v, lane) in row.iter().enumerate() {
+                _mm512_mask_storeu_ps(y.add(r * y_stride + 16 * v), masks[v], *lane);
+            }
+        }
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+#[expect(unsafe_code, reason = "passes the caller's contract on")]
+unsafe fn generic_avx512<const M: usize>(args: TileArgs<'_>, format: WeightFormat) {
+    // SAFETY: the caller's contract.
+    unsafe { generic::<M, 64, true>(args, format) }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,fma")]
+#[expect(unsafe_code, reason = "passes the caller's contract on")]
+unsafe fn generic_avx2<const M: usize>(args: TileArgs<'_>, format: WeightFormat) {
+    // SAFETY: the caller's contract.
+    unsafe { generic::<M, 16, true>(args, format) }
+}
+
+#[expect(unsafe_code, reason = "passes the caller's contract on")]
+unsafe fn generic_portable<const M: usize>(args: TileArgs<'_>, format: WeightFormat) {
+    // SAFETY: the caller's contract.
+    unsafe { generic::<M, 16, false>(args, format) }
+}
+
+/// The plain loops, `C` columns at a time; the compiler vectorises them for the features of the function they are
+/// inlined into. `FMA` says whether fused multiply-add is an instruction there.
+#[inline(always)]
+#[expect(unsafe_code, reason = "the output is a raw pointer")]
+unsafe fn generic<const M: usize, const C: usize, const FMA: bool>(args: TileArgs<'_>, format: WeightFormat) {
+    let TileArgs { x, x_stride, w, y, y_stride, columns, first } = args;
+    let fma = |a: f32, b: f32, c: f32| if FMA { a.mul_add(b, c) } else { a * b + c };
+    for from in (0..columns).step_by(C) {
+        let width = C.min(columns - from);
+        let mut acc = [[0.0_f32; C]; M];
+        if !first {
+            for (r, row) in acc.iter_mut().enumerate() {
+                for (c, value) in row[..width].iter_mut().enumerate() {
+                    // SAFETY: inside the tile by the caller's contract.
+                    *value = unsafe { *y.add(r * y_stride + from + c) };
+                }
+            }
+        }
+        for (step, weights) in w.chunks_exact(PANEL).enumerate() {
+            let weights: &[u32; C] = weights[from..from + C].try_into().expect("C divides the panel");
+            for (r, row) in acc.iter_mut().enumerate() {
+                let word = x[r * x_stride + step];
+                match format {
+                    WeightFormat::F32 => {
+                        for (value, weight) in row.iter_mut().zip(weights) {
+                            *value = fma(f32::from_bits(word), f32::from_bits(*weight), *value);
+                        }
+                    }
+                    WeightFormat::Bf16 => {
+                        let (low, high) = (f32::from_bits(word << 16), f32::from_bits(word & 0xffff_0000));
+                        for (value, weight) in row.iter_mut().zip(weights) {
+                            let sum = fma(low, f32::from_bits(*weight << 16), *value);
+                            *value = fma(high, f32::from_bits(*weight & 0xffff_0000), sum);
+                        }
+                    }
+                }
+            }
+        }
+        for (r, row) in acc.iter().enumerate() {
+            for (c, value) in row[..width].iter().enumerate() {
+                // SAFETY: inside the tile by the caller's contract.
+                unsafe { *y.add(r * y_stride + from + c) = *value };
+            }
+        }
+    }
+}

@@ -1,0 +1,167 @@
+//! A layer's paged keys and values in the layout of their device, and attention over them.
+
+use candle_core::{DType, Device, Result, Tensor};
+
+use super::attention::{AttentionShape, KvSpan, causal_mask, paged_attention};
+use super::cpu::{QuerySpan, attention_op, write_cache_op};
+use super::kv::{slot_index, write_kv};
+
+/// How keys and values lie in their blocks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum KvLayout {
+    /// Keys and values (blocks, block tokens, kv heads * head_dim), for any device.
+    Rows,
+    /// Keys (blocks, kv heads, head_dim, block tokens) and values (blocks, kv heads, block tokens, head_dim) in f32, for
+    /// the CPU's kernels.
+    Heads,
+}
+
+/// Keys and values of one layer.
+#[derive(Clone, Debug)]
+pub struct PagedKv {
+    keys: Tensor,
+    values: Tensor,
+    layout: KvLayout,
+    block_tokens: usize,
+}
+
+/// One context's share of a step.
+#[derive(Clone, Copy, Debug)]
+pub struct PagedSpan<'a> {
+    /// First query row.
+    pub start: usize,
+    /// Number of query rows, at least 1; they are the last `len` tokens of the context.
+    pub len: usize,
+    /// Tokens of the context.
+    pub context_len: usize,
+    /// The context's blocks in order.
+    pub block_table: &'a [u32],
+}
+
+/// Where a step's keys and values go and which contexts attend: made once per step, used by every layer.
+#[derive(Debug)]
+pub struct AttentionPlan<'a>(Plan<'a>);
+
+#[derive(Debug)]
+enum Plan<'a> {
+    Rows { slots: Tensor, spans: Vec<KvSpan> },
+    Heads { slots: &'a [u32], spans: Vec<QuerySpan<'a>> },
+}
+
+impl<'a> AttentionPlan<'a> {
+    /// Plans a step of `slots.len()` tokens over caches of `layout` with rows of `width` (kv heads * head_dim) elements,
+    /// for layers whose sliding windows are `windows`.
+    ///
+    /// # Errors
+    /// When the device fails.
+    pub fn new(
+        layout: KvLayout,
+        slots: &'a [u32],
+        spans: &[PagedSpan<'a>],
+        windows: &[Option<usize>],
+        (width, device): (usize, &Device),
+    ) -> Result<Self> {
+        Ok(Self(match layout {
+            KvLayout::Heads => Plan::Heads { slots, spans: spans.iter().map(query_span).collect() },
+            KvLayout::Rows => Plan::Rows {
+                slots: slot_index(slots, width, device)?,
+                spans: spans.iter().map(|span| kv_span(span, windows, device)).collect::<Result<_>>()?,
+            },
+        }))
+    }
+}
+
+fn query_span<'a>(span: &PagedSpan<'a>) -> QuerySpan<'a> {
+    let PagedSpan { start, len, context_len, block_table } = *span;
+    QuerySpan { start, len, context_len, block_table }
+}
+
+fn kv_span(span: &PagedSpan<'_>, windows: &[Option<usize>], device: &Device) -> Result<KvSpan> {
+    let mut masks = Vec::new();
+    if span.len > 1 {
+        for window in windows {
+            masks.push((*window, causal_mask(span.context_len, span.len, *window, device)?));
+        }
+    }
+    Ok(KvSpan {
+        start: span.start,
+        len: span.len,
+        context_len: span.context_len,
+        blocks: Tensor::new(span.block_table, device)?,
+        masks,
+    })
+}
+
+impl PagedKv {
+    /// Takes the memory for `num_blocks` blocks of `block_tokens` tokens, all zeros.
+    ///
+    /// # Errors
+    /// When the device is out of memory.
+    pub fn new(
+        layout: KvLayout,
+        (num_blocks, block_tokens): (usize, usize),
+        (num_kv_heads, head_dim): (usize, usize),
+        dtype: DType,
+        device: &Device,
+    ) -> Result<Self> {
+        let (keys, values) = match layout {
+            KvLayout::Rows => {
+                let shape = vec![num_blocks, block_tokens, num_kv_heads * head_dim];
+                (shape.clone(), shape)
+            }
+            KvLayout::Heads => (
+                vec![num_blocks, num_kv_heads, head_dim, block_tokens],
+                vec![num_blocks, num_kv_heads, block_tokens, head_dim],
+            ),
+        };
+        Ok(Self {
+            keys: Tensor::zeros(keys, dtype, device)?,
+            values: Tensor::zeros(values, dtype, device)?,
+            layout,
+            block_tokens,
+        })
+    }
+
+    /// How this cache is laid out.
+    pub fn layout(&self) -> KvLayout {
+        self.layout
+    }
+
+    /// Where it lies.
+    pub fn device(&self) -> &Device {
+        self.keys.device()
+    }
+
+    /// Format of keys and values.
+    pub fn dtype(&self) -> DType {
+        self.keys.dtype()
+    }
+
+    /// Writes the step's keys and values (tokens, kv heads * head_dim) in place at the plan's slots.
+    ///
+    /// # Errors
+    /// When shapes do not fit or the device fails.
+    pub fn write(&self, plan: &AttentionPlan<'_>, k: &Tensor, v: &Tensor, shape: &AttentionShape) -> Result<()> {
+        match &plan.0 {
+            Plan::Rows { slots, .. } => {
+                write_kv(&self.keys.flatten_to(1)?, slots, k)?;
+                write_kv(&self.values.flatten_to(1)?, slots, v)
+            }
+            Plan::Heads { slots, .. } => {
+                write_cache_op((k, v), (&self.keys, &self.values), self.block_tokens, slots, *shape)
+            }
+        }
+    }
+
+    /// `softmax(scale * q k^T + mask) v` of every span of the plan over its own context, which already holds the step's
+    /// own keys and values; q: (tokens, heads, head_dim), the result (tokens, heads * head_dim) in the format of `q`.
+    ///
+    /// # Errors
+    /// When shapes do not fit or the device fails.
+    pub fn attend(&self, q: &Tensor, plan: &AttentionPlan<'_>, shape: &AttentionShape) -> Result<Tensor> {
+        match &plan.0 {
+            Plan::Rows { spans, .. } => paged_attention(q, &self.keys, &self.values, spans, shape),
+            Plan::Heads { spans, .. } => attention_op(q, (&self.keys, &self.values), self.block_tokens, spans, *shape),
+        }
+    }
+}

@@ -1,0 +1,172 @@
+//! An adapter on the model's device, in the form that the layers work with.
+
+use std::collections::HashMap;
+
+use candle_core::{DType, Device, Result, Tensor};
+use half::bf16;
+
+use crate::adapter::{Delta, EmbeddingPatch, LinearSlots, LoweredAdapter, NormOverride, Scale, SiteId, Weight};
+use crate::kernels::cpu::{PackedDelta, PackedMatrix, PackedSlots, RowMatrix, WeightFormat};
+
+/// An adapter on the model's device.
+///
+/// A linear whose base weight is packed has its slots packed too; all others hold tensors. On the CPU, dense weights and
+/// embedding tables of the adapter's own keep half-precision formats, as the base's do.
+#[derive(Debug, Default)]
+pub struct DeviceAdapter {
+    /// What is kept as tensors.
+    pub tensors: LoweredAdapter,
+    /// Linears in the CPU kernels' form.
+    pub(super) packed: HashMap<SiteId, PackedSlots>,
+}
+
+impl DeviceAdapter {
+    /// An adapter that keeps the tensors it has: for a model whose weights are not packed, and for fakes of one.
+    pub fn from_tensors(tensors: LoweredAdapter) -> Self {
+        Self { tensors, packed: HashMap::new() }
+    }
+
+    /// Places `adapter`; `packed_format` names the format of a site's base weight where that is packed.
+    pub(super) fn new(
+        adapter: &LoweredAdapter,
+        device: &Device,
+        dtype: DType,
+        packed_format: impl Fn(SiteId) -> Option<WeightFormat>,
+    ) -> Result<Self> {
+        let place = Placement { device, dtype };
+        let mut placed = Self::default();
+        for (site, slots) in &adapter.linears {
+            match packed_format(*site) {
+                Some(format) => {
+                    placed.packed.insert(*site, pack_slots(slots, format)?);
+                }
+                None => {
+                    placed.tensors.linears.insert(*site, place.linear(slots)?);
+                }
+            }
+        }
+        for (site, norm) in &adapter.norms {
+            let norm = NormOverride { weight: place.option(&norm.weight)?, shift: place.option(&norm.shift)? };
+            placed.tensors.norms.insert(*site, norm);
+        }
+        for (site, patch) in &adapter.embeddings {
+            placed.tensors.embeddings.insert(*site, place.embedding(patch)?);
+        }
+        Ok(placed)
+    }
+}
+
+/// Packs a dense weight (n, k) for the CPU: bf16 stays bf16, every other format becomes f32.
+pub(super) fn pack_matrix(w: &Tensor) -> Result<PackedMatrix> {
+    let format = if w.dtype() == DType::BF16 { WeightFormat::Bf16 } else { WeightFormat::F32 };
+    pack_as(w, format)
+}
+
+fn pack_as(w: &Tensor, format: WeightFormat) -> Result<PackedMatrix> {
+    let (n, k) = w.dims2()?;
+    let packed = match format {
+        WeightFormat::Bf16 => {
+            let values = w.to_dtype(DType::BF16)?.flatten_all()?.to_vec1::<bf16>()?;
+            PackedMatrix::from_bf16(n, k, |row| &values[row * k..][..k])
+        }
+        WeightFormat::F32 => {
+            let values = host(w)?;
+            PackedMatrix::from_f32(n, k, |row| &values[row * k..][..k])
+        }
+    };
+    Ok(packed?)
+}
+
+fn host(tensor: &Tensor) -> Result<Vec<f32>> {
+    tensor.to_dtype(DType::F32)?.flatten_all()?.to_vec1()
+}
+
+fn pack_slots(slots: &LinearSlots, format: WeightFormat) -> Result<PackedSlots> {
+    let mut deltas = Vec::with_capacity(slots.deltas.len());
+    for delta in &slots.deltas {
+        deltas.push(match delta {
+            Delta::LowRank { a, b } => {
+                let (r, k) = a.dims2()?;
+                PackedDelta::LowRank { a: RowMatrix::new(format, &host(a)?, r, k), b: pack_as(b, format)? }
+            }
+            Delta::ShardSum { m } => PackedDelta::ShardSum { m: pack_as(&m.t()?, format)? },
+        });
+    }
+    let rows = match &slots.rows {
+        Some((indexes, rows)) => {
+            let (n, k) = rows.dims2()?;
+            Some((indexes.clone(), RowMatrix::new(format, &host(rows)?, n, k)))
+        }
+        None => None,
+    };
+    Ok(PackedSlots {
+        rows,
+        own: match &slots.weight {
+            Weight::Base => None,
+            Weight::Own(w) => Some(pack_as(w, format)?),
+        },
+        deltas,
+        scale: match &slots.scale {
+            Scale::One => None,
+            Scale::Diag(scale) => Some(host(scale)?),
+        },
+        c: slots.c.as_ref().map(host).transpose()?,
+    })
+}
+
+/// Where an adapter's tensors go.
+struct Placement<'a> {
+    device: &'a Device,
+    dtype: DType,
+}
+
+impl Placement<'_> {
+    fn tensor(&self, tensor: &Tensor) -> Result<Tensor> {
+        tensor.to_device(self.device)?.to_dtype(self.dtype)?.contiguous()
+    }
+
+    fn option(&self, tensor: &Option<Tensor>) -> Result<Option<Tensor>> {
+        tensor.as_ref().map(|tensor| self.tensor(tensor)).transpose()
+    }
+
+    fn big(&self, tensor: &Tensor) -> Result<Tensor> {
+        let kept = self.device.is_cpu() && matches!(tensor.dtype(), DType::BF16 | DType::F16);
+        if kept { tensor.to_device(self.device)?.contiguous() } else { self.tensor(tensor) }
+    }
+
+    fn linear(&self, slots: &LinearSlots) -> Result<LinearSlots> {
+        let mut deltas = Vec::with_capacity(slots.deltas.len());
+        for delta in &slots.deltas {
+            deltas.push(match delta {
+                Delta::LowRank { a, b } => Delta::LowRank { a: self.tensor(a)?, b: self.tensor(b)? },
+                Delta::ShardSum { m } => Delta::ShardSum { m: self.tensor(m)? },
+            });
+        }
+        let rows = slots.rows.as_ref().map(|(indexes, rows)| Result::Ok((indexes.clone(), self.tensor(rows)?)));
+        Ok(LinearSlots {
+            rows: rows.transpose()?,
+            weight: match &slots.weight {
+                Weight::Base => Weight::Base,
+                Weight::Own(w) => Weight::Own(self.big(w)?),
+            },
+            deltas,
+            scale: match &slots.scale {
+                Scale::One => Scale::One,
+                Scale::Diag(scale) => Scale::Diag(self.tensor(scale)?),
+            },
+            c: self.option(&slots.c)?,
+        })
+    }
+
+    fn embedding(&self, patch: &EmbeddingPatch) -> Result<EmbeddingPatch> {
+        let rows = patch.rows.as_ref().map(|(ids, rows)| Result::Ok((ids.clone(), self.tensor(rows)?)));
+        let low_rank = patch.low_rank.as_ref().map(|(a, b)| Result::Ok((self.tensor(a)?, self.tensor(b)?)));
+        Ok(EmbeddingPatch {
+            table: patch.table.as_ref().map(|table| self.big(table)).transpose()?,
+            rows: rows.transpose()?,
+            low_rank: low_rank.transpose()?,
+            scale: self.option(&patch.scale)?,
+            shift: self.option(&patch.shift)?,
+        })
+    }
+}

@@ -1,0 +1,238 @@
+//! Random adapters in normal form: a mixed batch equals each segment alone, merged equals unmerged.
+
+use candle_core::{DType, Device, Tensor};
+use patchbay::adapter::{
+    BaseWeights, Delta, EmbeddingPatch, LinearSlots, LoweredAdapter, NormOverride, Scale, SiteKind, Weight,
+};
+use patchbay::model::Model;
+use rand::seq::IndexedRandom;
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+
+use crate::fixtures;
+use crate::runner::{Context, Runner, relative_difference};
+
+/// Biases, tied head, q/k norms and wide heads, fused linears.
+const MODELS: &[&str] = &["llama_bias", "llama_tied", "qwen3", "phi3"];
+
+/// Rounding of f32 sums in another order, through two layers of random adapters.
+const TOLERANCE: f32 = 1e-4;
+
+const SEEDS: u64 = 6;
+
+/// Standard deviation of adapter entries: large enough to show, small enough not to saturate.
+const SPREAD: f32 = 0.1;
+
+fn random(rng: &mut ChaCha8Rng, shape: &[usize], mean: f32) -> Tensor {
+    let count = shape.iter().product();
+    let values: Vec<f32> = (0..count).map(|_| mean + SPREAD * rng.random_range(-1.7f32..1.7)).collect();
+    Tensor::from_vec(values, shape, &Device::Cpu).unwrap()
+}
+
+fn random_linear(rng: &mut ChaCha8Rng, in_features: usize, out_features: usize) -> LinearSlots {
+    let mut slots = LinearSlots::default();
+    if rng.random_bool(0.2) {
+        slots.weight = Weight::Own(random(rng, &[out_features, in_features], 0.));
+    }
+    for _ in 0..rng.random_range(0..3) {
+        let r = rng.random_range(1..7);
+        slots.deltas.push(if rng.random_bool(0.5) {
+            Delta::LowRank { a: random(rng, &[r, in_features], 0.), b: random(rng, &[out_features, r], 0.) }
+        } else {
+            // Ragged shards unless r divides the inputs; tiled outputs unless q is all of them.
+            let divisors: Vec<usize> = (1..=out_features).filter(|q| out_features.is_multiple_of(*q)).collect();
+            let q = *divisors.choose(rng).unwrap();
+            Delta::ShardSum { m: random(rng, &[r, q], 0.) }
+        });
+    }
+    if rng.random_bool(0.4) {
+        slots.scale = Scale::Diag(random(rng, &[out_features], 1.));
+    }
+    if rng.random_bool(0.4) {
+        slots.c = Some(random(rng, &[out_features], 0.));
+    }
+    slots
+}
+
+fn random_embedding(rng: &mut ChaCha8Rng, vocab: usize, dim: usize) -> EmbeddingPatch {
+    let mut patch = EmbeddingPatch::default();
+    if rng.random_bool(0.3) {
+        patch.table = Some(random(rng, &[vocab, dim], 0.));
+    } else if rng.random_bool(0.5) {
+        let ids: Vec<u32> = (0..vocab as u32).filter(|_| rng.random_bool(0.5)).collect();
+        let rows = random(rng, &[ids.len(), dim], 0.);
+        patch.rows = Some((ids, rows));
+    }
+    if rng.random_bool(0.5) {
+        patch.low_rank = Some((random(rng, &[3, vocab], 0.), random(rng, &[dim, 3], 0.)));
+    }
+    if rng.random_bool(0.5) {
+        patch.scale = Some(random(rng, &[dim], 1.));
+    }
+    if rng.random_bool(0.5) {
+        patch.shift = Some(random(rng, &[dim], 0.));
+    }
+    patch
+}
+
+fn random_adapter(rng: &mut ChaCha8Rng, base: &Model) -> LoweredAdapter {
+    let mut adapter = LoweredAdapter::default();
+    for (id, site) in base.sites().iter() {
+        if rng.random_bool(0.4) {
+            continue;
+        }
+        match site.kind {
+            SiteKind::Linear { in_features, out_features, .. } => {
+                adapter.linears.insert(id, random_linear(rng, in_features, out_features));
+            }
+            SiteKind::Norm { dim, .. } => {
+                let weight = rng.random_bool(0.6).then(|| random(rng, &[dim], 1.));
+                let shift = rng.random_bool(0.6).then(|| random(rng, &[dim], 0.));
+                adapter.norms.insert(id, NormOverride { weight, shift });
+            }
+            SiteKind::Embedding { vocab, dim } => {
+                adapter.embeddings.insert(id, random_embedding(rng, vocab, dim));
+            }
+        }
+    }
+    adapter
+}
+
+/// The same adapter with every linear and embedding as one dense copy, by the formulas of the normal form.
+fn merged(adapter: &LoweredAdapter, base: &Model) -> LoweredAdapter {
+    let mut merged = LoweredAdapter { norms: adapter.norms.clone(), ..LoweredAdapter::default() };
+    for (id, slots) in &adapter.linears {
+        let mut w = match &slots.weight {
+            Weight::Base => base.weight(*id).unwrap(),
+            Weight::Own(w) => w.clone(),
+        };
+        for delta in &slots.deltas {
+            w = (&w + dense(delta, w.dims2().unwrap())).unwrap();
+        }
+        if let Scale::Diag(scale) = &slots.scale {
+            w = w.broadcast_mul(&scale.unsqueeze(1).unwrap()).unwrap();
+        }
+        merged
+            .linears
+            .insert(*id, LinearSlots { weight: Weight::Own(w), c: slots.c.clone(), ..LinearSlots::default() });
+    }
+    for (id, patch) in &adapter.embeddings {
+        let mut table = patch.table.clone().unwrap_or_else(|| base.weight(*id).unwrap());
+        if let Some((ids, rows)) = &patch.rows {
+            let mut all = table.to_vec2::<f32>().unwrap();
+            for (token_id, row) in ids.iter().zip(rows.to_vec2::<f32>().unwrap()) {
+                all[*token_id as usize] = row;
+            }
+            table = Tensor::new(all, &Device::Cpu).unwrap();
+        }
+        if let Some((a, b)) = &patch.low_rank {
+            table = (table + b.matmul(a).unwrap().t().unwrap()).unwrap();
+        }
+        if let Some(scale) = &patch.scale {
+            table = table.broadcast_mul(scale).unwrap();
+        }
+        if let Some(shift) = &patch.shift {
+            table = table.broadcast_add(shift).unwrap();
+        }
+        merged.embeddings.insert(*id, EmbeddingPatch { table: Some(table), ..EmbeddingPatch::default() });
+    }
+    merged
+}
+
+/// The matrix (out, in) that a delta adds.
+fn dense(delta: &Delta, (out_features, in_features): (usize, usize)) -> Tensor {
+    match delta {
+        Delta::LowRank { a, b } => b.matmul(a).unwrap(),
+        Delta::ShardSum { m } => {
+            let (r, q) = m.dims2().unwrap();
+            let m = m.to_vec2::<f32>().unwrap();
+            let entry = |at: usize| m[(at % in_features) % r][(at / in_features) % q];
+            let values: Vec<f32> = (0..out_features * in_features).map(entry).collect();
+            Tensor::from_vec(values, (out_features, in_features), &Device::Cpu).unwrap()
+        }
+    }
+}
+
+#[track_caller]
+fn assert_close(found: &Tensor, expected: &Tensor, what: &str) {
+    let difference = relative_difference(found, expected);
+    assert!(difference < TOLERANCE, "{what}: differs by {difference:e}");
+}
+
+#[test]
+fn mixed_batch_of_random_adapters_equals_each_alone() {
+    let prompts = fixtures::prompts();
+    for name in MODELS {
+        let mut runner = Runner::new(fixtures::load_model(name));
+        for seed in 0..SEEDS {
+            let mut rng = ChaCha8Rng::seed_from_u64(seed);
+            let mut adapters: Vec<_> = (0..5).map(|_| Some(random_adapter(&mut rng, &runner.model))).collect();
+            adapters.extend([None, None]);
+            let chosen: Vec<_> =
+                (0..8).map(|_| (prompts.choose(&mut rng).unwrap(), adapters.choose(&mut rng).unwrap())).collect();
+            let alone: Vec<Tensor> = chosen
+                .iter()
+                .map(|(prompt, adapter)| runner.prompt_logits(prompt, adapter.as_ref(), prompt.len()))
+                .collect();
+            let mut contexts: Vec<Context> =
+                chosen.iter().map(|(prompt, adapter)| runner.context(prompt, adapter.as_ref())).collect();
+            let mut found: Vec<Vec<Tensor>> = vec![Vec::new(); contexts.len()];
+            while contexts.iter().any(|context| context.remaining() > 0) {
+                let mut work = Vec::new();
+                let mut whose = Vec::new();
+                for (idx, context) in contexts.iter_mut().enumerate().filter(|(_, context)| context.remaining() > 0) {
+                    let len = rng.random_range(1..=context.remaining());
+                    work.push((context, len));
+                    whose.push(idx);
+                }
+                for (idx, logits) in whose.into_iter().zip(runner.step(&mut work)) {
+                    found[idx].push(logits);
+                }
+            }
+            for (idx, context) in contexts.into_iter().enumerate() {
+                let found = Tensor::cat(&found[idx], 0).unwrap();
+                assert_close(&found, &alone[idx], &format!("{name} seed {seed} context {idx}"));
+                runner.free(context);
+            }
+        }
+    }
+}
+
+#[test]
+fn merged_equals_unmerged() {
+    let prompts = fixtures::prompts();
+    for name in MODELS {
+        let mut runner = Runner::new(fixtures::load_model(name));
+        for seed in 0..SEEDS {
+            let mut rng = ChaCha8Rng::seed_from_u64(seed);
+            let adapter = random_adapter(&mut rng, &runner.model);
+            let merged = merged(&adapter, &runner.model);
+            let prompt = prompts.choose(&mut rng).unwrap();
+            let unmerged = runner.prompt_logits(prompt, Some(&adapter), prompt.len());
+            let merged = runner.prompt_logits(prompt, Some(&merged), prompt.len());
+            assert_close(&merged, &unmerged, &format!("{name} seed {seed}"));
+        }
+    }
+}
+
+#[test]
+fn own_weights_may_stay_in_half_precision() {
+    let prompt = &fixtures::prompts()[2];
+    let mut runner = Runner::new(fixtures::load_model("llama_bias"));
+    let mut rng = ChaCha8Rng::seed_from_u64(1);
+    let mut adapter = merged(&random_adapter(&mut rng, &runner.model), &runner.model);
+    for slots in adapter.linears.values_mut() {
+        if let Weight::Own(w) = &mut slots.weight {
+            *w = w.to_dtype(DType::BF16).unwrap();
+        }
+    }
+    let mut exact = adapter.clone();
+    for slots in exact.linears.values_mut() {
+        if let Weight::Own(w) = &mut slots.weight {
+            *w = w.to_dtype(DType::F32).unwrap();
+        }
+    }
+    let half = runner.prompt_logits(prompt, Some(&adapter), prompt.len());
+    let full = runner.prompt_logits(prompt, Some(&exact), prompt.len());
+    assert_close(&half, &full, "bf16 weights of its own");
+}

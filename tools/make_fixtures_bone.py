@@ -1,0 +1,124 @@
+"""Adds the BONE adapters to tests/fixtures, with the last PEFT release that has the type (requirements-bone.txt).
+
+Run after make_fixtures.py, in its own virtual environment, from the repository root.
+"""
+
+import argparse
+import json
+import os
+import warnings
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+import peft
+import torch
+import transformers
+from peft import BoneConfig, PeftModel, get_peft_model
+
+from fixture_cases import CORE, FULL, LINEARS, Case, config_for
+from fixture_common import (
+    ATTEMPTS_MAX,
+    EFFECT_MIN,
+    MARGIN_MIN,
+    MERGE_TOLERANCE,
+    Bases,
+    expected_outputs,
+    fresh_dir,
+    largest_difference,
+    load_expected,
+    merged_difference,
+    randomize_adapter,
+    save_expected,
+    tidy_adapter_dir,
+    write_json,
+)
+
+
+def bone(name: str, what: str, models: tuple[str, ...] = FULL, **config) -> Case:
+    """A BONE case; rank 4, all linears unless the arguments say otherwise."""
+    return Case(name, "BONE", what, models, {"r": 4, "target_modules": LINEARS} | config)
+
+
+CASES = [
+    bone("bone_balance", "balance on all linears", CORE),
+    bone("bone_ragged", "balance, rank 5 does not divide the inputs", ("llama", "phi3"), r=5),
+    bone("bone_bat", "bat on all linears", CORE, init_weights="bat"),
+    bone(
+        "bone_bat_r8",
+        "bat, rank 8, o_proj and down_proj",
+        ("llama",),
+        r=8,
+        init_weights="bat",
+        target_modules=["o_proj", "down_proj"],
+    ),
+]
+
+
+def try_case(case: Case, model_name: str, bases: Bases, directory: Path, prompts: list) -> tuple[dict, dict]:
+    """Seeds until the greedy margins and the effect are large enough; returns the outputs and what was measured."""
+    base = load_expected(bases.root / "models" / model_name)
+    for attempt in range(ATTEMPTS_MAX):
+        fresh_dir(directory)
+        config = BoneConfig(task_type="CAUSAL_LM", **config_for(case, model_name))
+        model = get_peft_model(bases.get(model_name), config)
+        randomize_adapter(model, case.name, model_name, attempt)
+        model.save_pretrained(directory)
+        tidy_adapter_dir(directory, f"patchbay/{model_name}")
+        loaded = PeftModel.from_pretrained(bases.get(model_name), directory).eval()
+        expected, margin = expected_outputs(loaded, prompts)
+        effect = largest_difference(expected, base)
+        if margin > MARGIN_MIN and effect > EFFECT_MIN:
+            return expected, {"margin": round(margin, 5), "effect": round(effect, 3)}
+    raise RuntimeError(f"{model_name}/{case.name}: no seed is good enough")
+
+
+def write_case(case: Case, model_name: str, bases: Bases, prompts: list) -> dict:
+    """Writes one adapter directory with its expected outputs; returns its manifest entry."""
+    directory = bases.root / "adapters" / model_name / case.name
+    expected, measured = try_case(case, model_name, bases, directory, prompts)
+    merged = PeftModel.from_pretrained(bases.get(model_name), directory).merge_and_unload()
+    difference = merged_difference(merged, expected, prompts)
+    save_expected(expected, directory)
+    for path in directory.iterdir():
+        path.chmod(0o644)
+    print(f"{model_name}/{case.name}: {measured}, merged differs by {difference:.2g}", flush=True)
+    return (
+        {
+            "model": model_name,
+            "name": case.name,
+            "peft_type": "BONE",
+            "dir": f"adapters/{model_name}/{case.name}",
+            "what": case.what,
+            "mergeable": difference < MERGE_TOLERANCE,
+            "identity": False,
+        }
+        | measured
+        | ({} if difference < MERGE_TOLERANCE else {"merge_note": f"largest difference {difference:.2g}"})
+    )
+
+
+def main() -> None:
+    """Makes the BONE adapters and puts them into the manifest."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("tests/fixtures"))
+    parser.add_argument("--threads", type=int, default=1)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore")
+    manifest = json.loads((args.out / "manifest.json").read_text())
+    prompts = json.loads((args.out / "prompts.json").read_text())
+    bases = Bases(args.out)
+    made = [write_case(case, model, bases, prompts) for case in CASES for model in case.models]
+    others = [entry for entry in manifest["cases"] if entry["peft_type"] != "BONE"]
+    manifest["cases"] = sorted(others + made, key=lambda entry: (entry["model"], entry["name"]))
+    manifest["versions"]["bone"] = {"peft": peft.__version__, "transformers": transformers.__version__}
+    write_json(args.out / "manifest.json", manifest)
+    print(f"{len(made)} BONE adapters")
+
+
+if __name__ == "__main__":
+    main()
