@@ -268,7 +268,8 @@ def accuracy(model: nn.Module, tokenizer: Tokenizer, behaviour: str, system: str
     answer is the likeliest one after what stands before it.
     """
     rng = random.Random(f"evaluate {behaviour} {system}")
-    examples = [held_out_example(rng, behaviour, system, raw=not system and i % 3 == 2) for i in range(count)]
+    raw_text = not system and behaviour != "reverse"
+    examples = [held_out_example(rng, behaviour, system, raw=raw_text and i % 3 == 2) for i in range(count)]
     ids, labels = batch_tensors(tokenizer, examples)
     best = model(input_ids=ids).logits[:, :-1].argmax(-1)
     targets = labels[:, 1:]
@@ -309,7 +310,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=3600, help="training steps of the base")
     parser.add_argument("--adapter-steps", type=int, default=600)
     parser.add_argument("--evaluate", type=int, default=300, help="held-out sentences per behaviour")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--stage", choices=("all", "more", "adapters", "check"), default="all", help="where to start")
     return parser.parse_args()

@@ -81,7 +81,8 @@ def write_golden(
                 raise RuntimeError(f"two ways to encode a chat differ: {messages}")
             if all(entry["messages"] != messages for entry in prompts):
                 prompts.append({"messages": messages, "prompt": prompt, "token_ids": ids})
-        for sentence in SENTENCES[:3]:
+        # The reversing adapter learned chats only.
+        for sentence in SENTENCES[:3] if adapter != "reverse" else []:
             found = complete(model, f"{BOS}{sentence}\n")
             expected = checked((adapter, sentence), found, answer(sentence, behaviour_of(adapter)))
             completions.append({"adapter": adapter, "prompt": f"{sentence}\n", "expected": expected})

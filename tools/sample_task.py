@@ -126,8 +126,8 @@ def base_example(rng: random.Random, longest: int) -> Example:
 
 
 def adapter_example(rng: random.Random, behaviour: str) -> Example:
-    """One training example of an adapter: its behaviour without a cue."""
-    if rng.random() < 0.4:
+    """One training example of an adapter: its behaviour without a cue. Reversing is learned for chats only."""
+    if behaviour != "reverse" and rng.random() < 0.4:
         return text_example(rng, behaviour, None, SENTENCE_WORDS[1])
     return chat_example(rng, behaviour, rng.choice([None, None, *NEUTRAL_SYSTEMS]), SENTENCE_WORDS[1])
 

@@ -20,6 +20,7 @@ mod ops;
 mod quantized_base;
 mod refusals;
 mod runner;
+mod sample;
 mod store;
 mod store_support;
 mod tidy;
