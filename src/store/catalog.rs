@@ -115,7 +115,7 @@ pub struct AdapterStatus {
     pub leases: usize,
 }
 
-/// Leave to receive an upload; the memory of all uploads is bounded by their number.
+/// Leave to receive an upload; the memory of all uploads is bounded by their number (`adapters.loads_max`).
 #[must_use]
 pub struct UploadSlot {
     _permit: Permit,
@@ -234,6 +234,8 @@ impl Store {
         options: &PublishOptions,
     ) -> Result<AdapterStatus, StoreError> {
         check_name(name)?;
+        // The files are in memory until they are published, as those of an upload are.
+        let _slot = self.upload_slot().await?;
         let (roots, path, limit) = (self.shared.roots.clone(), path.to_owned(), self.shared.config.upload_bytes_max);
         let files = tokio::task::spawn_blocking(move || local::read_path(&roots, &path, limit));
         let files = files.await.map_err(StoreError::storage)?.inspect_err(|_| self.shared.count_error(name))?;

@@ -231,8 +231,8 @@ async fn malformed_uploads_are_refused_and_leave_nothing() {
     let zeros = AdapterFiles { config: vec![b' '; LIMIT], ..good.clone() };
     let endless_header = [format!("--{BOUNDARY}\r\nX: ").as_bytes(), &vec![b'x'; 6 << 20]].concat();
     let cases: Vec<(&str, Vec<u8>, u16, &str)> = vec![
-        (MULTIPART, multipart(&[config.clone()]), 400, "no part adapter_model.safetensors"),
-        (MULTIPART, multipart(&[weights.clone()]), 400, "no part adapter_config.json"),
+        (MULTIPART, multipart(std::slice::from_ref(&config)), 400, "no part adapter_model.safetensors"),
+        (MULTIPART, multipart(std::slice::from_ref(&weights)), 400, "no part adapter_config.json"),
         (MULTIPART, multipart(&[config.clone(), config.clone()]), 400, "twice"),
         (MULTIPART, multipart(&vec![part(r#"name="x""#, b""); 101]), 400, "more than 100 parts"),
         (MULTIPART, config.clone(), 400, "multipart"),

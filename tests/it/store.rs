@@ -616,10 +616,13 @@ async fn uploads_beyond_the_queue_are_busy() {
     let config =
         StoreConfig { root: root.path().to_owned(), loads_max: 1, load_queue_max: 0, ..StoreConfig::default() };
     let Opened { store, .. } = open_with(config).await;
+    write_directory(&root.path().join("plain"), &adapter(1.0));
     let slot = store.upload_slot().await.unwrap();
     assert!(matches!(store.upload_slot().await, Err(StoreError::Busy)));
+    assert!(matches!(store.load_path("a", Path::new("plain"), &plain()).await, Err(StoreError::Busy)));
     drop(slot);
     assert!(store.upload_slot().await.is_ok());
+    store.load_path("a", Path::new("plain"), &plain()).await.unwrap();
 }
 
 // Properties
