@@ -81,8 +81,8 @@ def write_golden(
                 raise RuntimeError(f"two ways to encode a chat differ: {messages}")
             if all(entry["messages"] != messages for entry in prompts):
                 prompts.append({"messages": messages, "prompt": prompt, "token_ids": ids})
-        # The reversing adapter learned chats only.
-        for sentence in SENTENCES[:3] if adapter != "reverse" else []:
+        # The other two adapters are sure of themselves in chats only.
+        for sentence in SENTENCES[:3] if adapter in (None, "json") else []:
             found = complete(model, f"{BOS}{sentence}\n")
             expected = checked((adapter, sentence), found, answer(sentence, behaviour_of(adapter)))
             completions.append({"adapter": adapter, "prompt": f"{sentence}\n", "expected": expected})

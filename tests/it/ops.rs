@@ -85,6 +85,10 @@ fn the_default_server_answers_from_base_and_samples_and_stops_with_0() {
     assert_eq!(server.chat("shout", sentence), sentence.to_uppercase());
     let json: Value = serde_json::from_str(&server.chat("json", sentence)).expect("the adapter answers in JSON");
     assert_eq!(json["count"], 6);
+    for adapter in ["reverse", "shout", "json"] {
+        let row = format!("| `{adapter}` | `{}` |", server.chat(adapter, sentence));
+        assert!(readme().contains(&row), "README.md lacks the row\n{row}");
+    }
     server.signal("-TERM");
     let (code, rest) = server.end();
     assert_eq!(code, Some(0), "{rest}");
