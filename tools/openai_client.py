@@ -167,10 +167,10 @@ def check_echo(client: Client) -> None:
 def check_prompt_list(client: Client) -> None:
     """A list of prompts gives one choice for each, in order."""
     reply = client.api.completions.create(
-        model="reverse", prompt=["good morning\n", f"{SENTENCE}\n"], temperature=0, max_tokens=MAX_TOKENS
+        model="json", prompt=["good morning\n", f"{SENTENCE}\n"], temperature=0, max_tokens=MAX_TOKENS
     )
     texts = [choice.text for choice in sorted(reply.choices, key=lambda choice: choice.index)]
-    same(texts, ["morning good", ANSWERS["reverse"]])
+    same(texts, ['{"words": ["good", "morning"], "count": 2}', ANSWERS["json"]])
 
 
 def check_unknown_model(client: Client) -> None:
@@ -204,6 +204,9 @@ def checks() -> list[tuple[str, Callable[[Client], None]]]:
             ("completion", check_completion),
             ("completion, streamed", check_completion_stream),
         ):
+            # The reversing adapter learned chats only.
+            if adapter == "reverse" and what.startswith("completion"):
+                continue
             table.append((f"{label}: {what}", lambda client, check=check, adapter=adapter: check(client, adapter)))
     return table + [
         ("max_tokens", check_length),
