@@ -1,6 +1,7 @@
 //! The base models against transformers in float32.
 
 use candle_core::Tensor;
+use patchbay::model::{KernelChoice, ModelConfig};
 
 use crate::fixtures;
 use crate::runner::{Runner, relative_difference};
@@ -10,13 +11,17 @@ const F32_TOLERANCE: f32 = 1e-4;
 
 const GREEDY_TOKENS: usize = 16;
 
-/// Calls `claim` with each model's name, runner, prompts and expected logits.
+/// Calls `claim` with each model's name, runner, prompts and expected logits, under the device's own kernels and under
+/// the plain ones.
 fn for_each_model(claim: impl Fn(&str, &mut Runner, &[Vec<u32>], &[Tensor])) {
     let prompts = fixtures::prompts();
     for model in fixtures::manifest().models {
         let expected = fixtures::expected(&model.dir);
         let logits: Vec<Tensor> = (0..prompts.len()).map(|p| expected[&format!("logits_{p}")].clone()).collect();
-        claim(&model.name, &mut Runner::new(fixtures::load_model(&model.name)), &prompts, &logits);
+        for kernels in [KernelChoice::Auto, KernelChoice::Plain] {
+            let loaded = fixtures::load_model_with(&ModelConfig { kernels, ..fixtures::model_config(&model.name) });
+            claim(&format!("{} ({kernels:?})", model.name), &mut Runner::new(loaded), &prompts, &logits);
+        }
     }
 }
 

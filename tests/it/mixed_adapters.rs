@@ -4,7 +4,7 @@ use candle_core::{DType, Device, Tensor};
 use patchbay::adapter::{
     BaseWeights, Delta, EmbeddingPatch, LinearSlots, LoweredAdapter, NormOverride, Scale, SiteKind, Weight,
 };
-use patchbay::model::Model;
+use patchbay::model::{DeviceChoice, Model};
 use rand::seq::IndexedRandom;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -191,7 +191,12 @@ fn mixed_batch_of_random_adapters_equals_each_alone() {
             }
             for (idx, context) in contexts.into_iter().enumerate() {
                 let found = Tensor::cat(&found[idx], 0).unwrap();
-                assert_close(&found, &alone[idx], &format!("{name} seed {seed} context {idx}"));
+                let what = format!("{name} seed {seed} context {idx}");
+                if fixtures::device_choice() == DeviceChoice::Cpu {
+                    // The CPU's kernels reduce in an order that does not depend on what shares the step.
+                    assert_eq!(found.to_vec2::<f32>().unwrap(), alone[idx].to_vec2::<f32>().unwrap(), "{what}");
+                }
+                assert_close(&found, &alone[idx], &what);
                 runner.free(context);
             }
         }

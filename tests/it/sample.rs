@@ -71,7 +71,7 @@ async fn base_and_adapters_answer_as_peft_does_when_asked_all_at_once() {
     let model = |entry: &Json| entry["adapter"].as_str().unwrap_or("sample-model").to_owned();
     let chats = golden["chats"].as_array().unwrap();
     let completions = golden["completions"].as_array().unwrap();
-    assert!(chats.len() > 12 && completions.len() > 6, "the golden file has something to say");
+    assert!(chats.len() > 12 && completions.len() >= 6, "the golden file has something to say");
     let asked_chats = join_all(chats.iter().map(|entry| {
         ask("/v1/chat/completions", json!({"model": model(entry), "messages": entry["messages"], "temperature": 0}))
     }));

@@ -80,6 +80,9 @@ dispatch! {
 
 #[inline(always)]
 fn dot_rows_body<const FMA: bool>(x: &[u32], a: &RowMatrix, h: &mut [f32]) {
+    if a.r == 0 {
+        return;
+    }
     let width = row_words(a.format, a.k);
     for (x, h) in x.chunks_exact(width).zip(h.chunks_exact_mut(a.r)) {
         let mut rows = a.words.chunks_exact(4 * width);

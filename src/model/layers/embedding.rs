@@ -56,7 +56,7 @@ impl Embedding {
         if let Some((a, b)) = &patch.low_rank {
             let ids = Tensor::new(token_ids, a.device())?;
             let columns = a.index_select(&ids, 1)?.t()?.contiguous()?; // [tokens, r]
-            e = (e + kernels::linear(&columns, b)?)?;
+            e = (e + product_by_row(&columns, b)?)?;
         }
         if let Some(scale) = &patch.scale {
             e = e.broadcast_mul(scale)?;
@@ -66,6 +66,15 @@ impl Embedding {
             None => Ok(e),
         }
     }
+}
+
+/// `x w^T`. On the CPU row by row, so that a row's bits do not depend on the rows beside it.
+fn product_by_row(x: &Tensor, w: &Tensor) -> Result<Tensor> {
+    if !x.device().is_cpu() {
+        return kernels::linear(x, w);
+    }
+    let rows = (0..x.dim(0)?).map(|row| kernels::linear(&x.narrow(0, row, 1)?, w));
+    Tensor::cat(&rows.collect::<Result<Vec<_>>>()?, 0)
 }
 
 fn with_replaced_rows(e: &Tensor, token_ids: &[u32], replaced: &[u32], rows: &Tensor) -> Result<Tensor> {
