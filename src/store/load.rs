@@ -227,13 +227,14 @@ impl Shared {
     /// Makes a prepared adapter visible and keeps what its load found.
     pub(super) fn install(&self, generation: &Generation, prepared: Prepared) -> Arc<LoadedAdapter> {
         let seconds = prepared.load_seconds;
-        let (adapter, report) = prepared.commit(generation);
         let name = &generation.name;
+        // Counted before it can be seen, so that whoever uses the adapter finds its load counted.
+        let label = self.metrics.adapter_label(Some(name));
+        self.metrics.adapter_load_seconds.with_label_values(&[label]).observe(seconds);
+        let (adapter, report) = prepared.commit(generation);
         let facts = LoadFacts { generation: generation.clone(), report, load_ms: seconds * 1e3 };
         tracing::info!(adapter = name, generation = generation.number, load_ms = facts.load_ms, "adapter loaded");
         self.known().facts.insert(name.clone(), facts);
-        let label = self.metrics.adapter_label(Some(name));
-        self.metrics.adapter_load_seconds.with_label_values(&[label]).observe(seconds);
         adapter
     }
 }

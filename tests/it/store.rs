@@ -402,7 +402,8 @@ async fn concurrent_requests_load_a_generation_once() {
     let adapters = tasks.join_all().await;
     assert!(adapters.iter().all(|adapter| Arc::ptr_eq(adapter, &adapters[0])));
     assert_eq!(metrics.adapter_load_seconds.with_label_values(&["a"]).get_sample_count(), 1);
-    assert_eq!(store.status("a").await.unwrap().leases, 20);
+    // The task that loaded holds one more until it has ended, which nobody waits for.
+    assert!(matches!(store.status("a").await.unwrap().leases, 20 | 21));
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
