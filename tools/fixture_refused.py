@@ -252,6 +252,9 @@ def lora_configs() -> list[Refused]:
         ),
         lora("layer_replication", "a rebuilt layer stack", "layer_replication", layer_replication=[[0, 2], [1, 2]]),
         lora("target_parameters", "expert parameters", "target_parameters", target_parameters=sorted(expert)),
+        lora(
+            "fan_in_fan_out", "a transposed base, which this model does not have", "fan_in_fan_out", fan_in_fan_out=True
+        ),
         Refused("type_mismatch", "peft_type MISS with LoRA keys", "lora_A", MISS_CONFIG, lora_tensors()),
         Refused(
             "type_unknown", "an unknown peft_type", "NOSUCH", LORA_CONFIG | {"peft_type": "NOSUCH"}, lora_tensors()
