@@ -110,11 +110,6 @@ impl PackedMatrix {
         self.format
     }
 
-    /// Memory taken, padding included.
-    pub fn bytes(&self) -> usize {
-        std::mem::size_of_val(self.words.as_slice())
-    }
-
     /// The matrix in row-major order (n, k), exact.
     pub fn unpack(&self) -> Vec<f32> {
         let mut w = vec![0.0; self.n * self.k];

@@ -44,11 +44,6 @@ impl RowMatrix {
         self.k
     }
 
-    /// Memory taken.
-    pub fn bytes(&self) -> usize {
-        self.words.len() * size_of::<u32>()
-    }
-
     /// Number format.
     pub fn format(&self) -> WeightFormat {
         self.format
