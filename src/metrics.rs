@@ -134,7 +134,7 @@ metrics! {
     adapter_requests: IntCounterVec("patchbay_adapter_requests_total", &["adapter"]) = "Requests accepted, by adapter.";
     adapter_prompt_tokens: IntCounterVec("patchbay_adapter_prompt_tokens_total", &["adapter"]) = "Prompt tokens, by adapter.";
     adapter_generation_tokens: IntCounterVec("patchbay_adapter_generation_tokens_total", &["adapter"]) = "Generated tokens, by adapter.";
-    adapter_errors: IntCounterVec("patchbay_adapter_errors_total", &["adapter"]) = "Requests or loads that failed, by adapter.";
+    adapter_errors: IntCounterVec("patchbay_adapter_errors_total", &["adapter"]) = "Loads and generations that failed, by adapter; a load counts once however many requests wait for it.";
     adapter_time_to_first_token: HistogramVec("patchbay_adapter_time_to_first_token_seconds", TIME_TO_FIRST_TOKEN, &["adapter"]) = "Time from arrival to the first token, by adapter.";
     adapter_load_seconds: HistogramVec("patchbay_adapter_load_seconds", LOAD_TIME, &["adapter"]) = "Time to read, check and lower an adapter.";
     adapter_bytes: IntGaugeVec("patchbay_adapter_bytes", &["adapter"]) = "Host memory a loaded adapter takes.";

@@ -1,6 +1,7 @@
 //! What crosses the border between request tasks and the engine thread.
 
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 
 use thiserror::Error;
 
@@ -27,6 +28,9 @@ pub struct GenerationRequest {
     pub prompt_logprobs: Option<usize>,
     /// Separates prefix-cache entries of tenants that must not share them.
     pub cache_salt: Option<String>,
+    /// Set by the request task before it drops its receiver when it has all it wants (a stop string): the sequence then
+    /// counts as finished, not as cancelled.
+    pub satisfied: Arc<AtomicBool>,
 }
 
 /// How tokens are drawn from the logits. The values are checked at the door (`server`).
@@ -88,6 +92,8 @@ pub struct TokenEvent {
     pub id: u32,
     /// Present when the request asked for logprobs.
     pub logprob: Option<TokenLogprob>,
+    /// Prompt tokens whose KV came from the prefix cache.
+    pub cached_tokens: usize,
 }
 
 /// Natural-log probability of a token under the unmodified logits, and the most likely alternatives in falling order.

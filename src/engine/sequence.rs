@@ -1,6 +1,7 @@
 //! One sequence: its tokens, its place in the KV cache, and its link to the request task.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use tokio::sync::mpsc::{self, error::TrySendError};
@@ -66,6 +67,7 @@ pub(super) struct Sequence {
     cache_salt: Option<String>,
     rope_length_rule: RopeLengthRule,
     prompt_reported: bool,
+    satisfied: Arc<AtomicBool>,
     events: mpsc::Sender<GenerationEvent>,
     _in_flight: InFlight,
 }
@@ -145,6 +147,7 @@ impl Sequence {
             cache_salt: request.cache_salt,
             rope_length_rule: setup.rope_length_rule,
             prompt_reported: false,
+            satisfied: request.satisfied,
             events: setup.events,
             _in_flight: setup.in_flight,
             tokens: request.prompt,
@@ -166,9 +169,15 @@ impl Sequence {
         self.generated() > 0 && self.left_to_compute() == 1
     }
 
-    /// Whether the request task dropped its receiver.
-    pub(super) fn is_cancelled(&self) -> bool {
-        self.events.is_closed()
+    /// How the request task ended the sequence by dropping its receiver, if it did.
+    pub(super) fn client_end(&self) -> Option<End> {
+        if !self.events.is_closed() {
+            None
+        } else if self.satisfied.load(Ordering::Acquire) {
+            Some(End::Finished(FinishReason::Stop))
+        } else {
+            Some(End::Cancelled)
+        }
     }
 
     /// Content digest of the adapter.
@@ -258,7 +267,7 @@ impl Sequence {
         }
     }
 
-    /// Sends an event; that the receiver is gone is noticed by [`Self::is_cancelled`].
+    /// Sends an event; that the receiver is gone is noticed by [`Self::client_end`].
     pub(super) fn send(&self, event: GenerationEvent) {
         if let Err(TrySendError::Full(_)) = self.events.try_send(event) {
             unreachable!("the channel has room for every event of its sequence");
@@ -300,6 +309,7 @@ pub(super) mod tests {
             logprobs: None,
             prompt_logprobs: None,
             cache_salt: None,
+            satisfied: Arc::default(),
         }
     }
 

@@ -114,7 +114,7 @@ impl Engine {
         }
         let started = Instant::now();
         let num_sequences = self.scheduler.len();
-        self.end_cancelled();
+        self.end_left();
         let scheduled = self.schedule();
         let some_ended = self.scheduler.len() < num_sequences;
         assert!(some_ended || !scheduled.is_empty(), "a step brings some sequence further");
@@ -153,12 +153,12 @@ impl Engine {
         assert_eq!(self.waiting_published, self.scheduler.waiting.len());
     }
 
-    /// Ends the sequences whose clients are gone, waiting ones included.
-    fn end_cancelled(&mut self) {
+    /// Ends the sequences whose receivers were dropped, waiting ones included.
+    fn end_left(&mut self) {
         let mut any = false;
         for sequence in self.scheduler.running.iter_mut().chain(&mut self.scheduler.waiting) {
-            if sequence.is_cancelled() {
-                sequence.end = Some(End::Cancelled);
+            if let Some(end) = sequence.client_end() {
+                sequence.end = Some(end);
                 any = true;
             }
         }
@@ -262,7 +262,8 @@ impl Engine {
             if sequence.end.is_none() {
                 sequence.end = sequence.push_token(token).map(End::Finished);
                 self.observer.token(sequence, now);
-                sequence.send(GenerationEvent::Token(TokenEvent { id: token, logprob }));
+                let cached_tokens = sequence.cached_tokens.unwrap_or(0);
+                sequence.send(GenerationEvent::Token(TokenEvent { id: token, logprob, cached_tokens }));
             }
         }
     }

@@ -3,7 +3,7 @@
 //! Streaming and not streaming read the same steps; the whole answer is the sum of its steps.
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use axum::http::StatusCode;
@@ -70,7 +70,7 @@ pub(super) struct End {
     pub reason: &'static str,
     /// The stop string or stop token id; null for the model's own end and for `length`.
     pub stop_reason: Json,
-    /// Prompt tokens whose KV came from the prefix cache, where the engine said so.
+    /// Prompt tokens whose KV came from the prefix cache.
     pub cached_tokens: usize,
 }
 
@@ -115,6 +115,9 @@ pub(super) struct Answer {
     own_stop_token_ids: Arc<[u32]>,
     include_stop: bool,
     last_token: Option<u32>,
+    cached_tokens: usize,
+    /// Tells the engine that the answer is complete although the sequence could go on.
+    satisfied: Arc<AtomicBool>,
     deadline: Instant,
     over: bool,
 }
@@ -193,6 +196,7 @@ pub(super) fn submit(state: &AppState, job: &Job, prompt_field: &str) -> Result<
         for i in 0..sampling.n {
             let mut params = sampling.params.clone();
             params.seed = params.seed.map(|seed| seed.wrapping_add(i as u64));
+            let satisfied = Arc::<AtomicBool>::default();
             let request = GenerationRequest {
                 prompt: prompt.clone(),
                 adapter: job.adapter.clone(),
@@ -203,6 +207,7 @@ pub(super) fn submit(state: &AppState, job: &Job, prompt_field: &str) -> Result<
                 logprobs: job.logprobs,
                 prompt_logprobs: job.prompt_logprobs,
                 cache_salt: sampling.cache_salt.clone(),
+                satisfied: Arc::clone(&satisfied),
             };
             let events = state.engine.submit(request).map_err(|e| submit_error(&e, prompt_field))?;
             let stops = StopMatcher::new(sampling.stop.clone());
@@ -215,6 +220,8 @@ pub(super) fn submit(state: &AppState, job: &Job, prompt_field: &str) -> Result<
                 own_stop_token_ids: Arc::clone(&own),
                 include_stop: sampling.include_stop_str_in_output,
                 last_token: None,
+                cached_tokens: 0,
+                satisfied,
                 deadline,
                 over: false,
             });
@@ -296,6 +303,7 @@ impl Answer {
 
     fn token(&mut self, event: TokenEvent) -> Step {
         self.last_token = Some(event.id);
+        self.cached_tokens = event.cached_tokens;
         let mut step = self.step();
         let ends = self.stop_token_ids.contains(&event.id);
         if !ends || self.include_stop {
@@ -308,6 +316,7 @@ impl Answer {
 
     fn finished(&mut self, finish: Finish) -> Step {
         let mut step = self.step();
+        self.cached_tokens = finish.cached_tokens;
         let rest = self.detokenizer.finish();
         self.text(&mut step, &rest);
         if step.end.is_none() {
@@ -317,10 +326,7 @@ impl Answer {
                 FinishReason::Stop => ("stop", own.map_or(Json::Null, Json::from)),
                 FinishReason::Length => ("length", Json::Null),
             };
-            step.end = Some(End { reason, stop_reason, cached_tokens: 0 });
-        }
-        if let Some(end) = &mut step.end {
-            end.cached_tokens = finish.cached_tokens;
+            step.end = Some(End { reason, stop_reason, cached_tokens: self.cached_tokens });
         }
         step
     }
@@ -331,7 +337,8 @@ impl Answer {
         step.text += &found.text;
         if let Some(index) = found.hit {
             let stop_reason = Json::from(self.stops.stop(index));
-            step.end = Some(End { reason: "stop", stop_reason, cached_tokens: 0 });
+            step.end = Some(End { reason: "stop", stop_reason, cached_tokens: self.cached_tokens });
+            self.satisfied.store(true, Ordering::Release);
         }
     }
 }

@@ -79,17 +79,8 @@ impl Selector {
     /// 404 when there is none of that name, 429 when too many are being loaded, 400 when its files are refused.
     pub(super) async fn load(&self, state: &AppState) -> Result<Option<Arc<LoadedAdapter>>, ApiError> {
         let Some(name) = &self.adapter else { return Ok(None) };
-        match state.store.resolve(name).await {
-            Ok(adapter) => Ok(Some(adapter)),
-            Err(e) => {
-                let label = state.metrics.adapter_label(Some(name));
-                let unknown = matches!(e, StoreError::NotFound(_) | StoreError::InvalidName(_));
-                if !unknown {
-                    state.metrics.adapter_errors.with_label_values(&[label]).inc();
-                }
-                Err(store_error(e, self.shown_name()))
-            }
-        }
+        // The store counts a load that fails.
+        state.store.resolve(name).await.map(Some).map_err(|e| store_error(e, self.shown_name()))
     }
 
     /// The state of the adapter, without loading it; `None` is the bare base.

@@ -204,6 +204,7 @@ fn request(prompt: Vec<u32>, max_tokens: usize) -> GenerationRequest {
         logprobs: None,
         prompt_logprobs: None,
         cache_salt: None,
+        satisfied: Arc::default(),
     }
 }
 
@@ -706,6 +707,21 @@ fn cancelling_frees_the_place_within_a_step() {
     sim.cancel(running);
     sim.step();
     assert_eq!(sim.outcomes[2].ids(), run_alone(&request(prompt(4), 1)).ids(), "the seat is free at once");
+}
+
+#[test]
+fn a_satisfied_client_that_leaves_has_a_finished_request() {
+    let mut sim = Sim::new(&ROOMY);
+    let request = request(prompt(4), 50);
+    let satisfied = Arc::clone(&request.satisfied);
+    let left_early = sim.submit(request).unwrap();
+    sim.step();
+    satisfied.store(true, Ordering::SeqCst);
+    sim.cancel(left_early);
+    sim.step();
+    let ended = |reason| sim.metrics.request_success.with_label_values(&[reason]).get();
+    assert_eq!((ended("stop"), ended("abort")), (1, 0));
+    assert_eq!(sim.metrics.request_generation_tokens.get_sample_count(), 1);
 }
 
 #[test]

@@ -105,6 +105,18 @@ async fn stop_strings_and_stop_tokens_cut_the_text() {
 }
 
 #[tokio::test]
+async fn a_stop_string_leaves_a_finished_request_with_its_cached_tokens() {
+    let service = Service::start().await;
+    let prompt = "a".repeat(40);
+    let body = json!({"prompt": prompt, "max_tokens": 9, "stop": "ef"});
+    let first = service.ok(PATH, &body).await;
+    assert_eq!(first["usage"]["prompt_tokens_details"]["cached_tokens"], 0);
+    let second = service.ok(PATH, &body).await;
+    assert_eq!(text(&second), ["bcd"]);
+    assert!(second["usage"]["prompt_tokens_details"]["cached_tokens"].as_u64() > Some(0), "{second}");
+}
+
+#[tokio::test]
 async fn n_answers_are_numbered_over_all_prompts() {
     let service = Service::start().await;
     let answer = service.ok(PATH, &json!({"prompt": ["a", "m"], "n": 2, "max_tokens": 1})).await;
