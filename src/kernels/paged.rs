@@ -144,8 +144,8 @@ impl PagedKv {
     pub fn write(&self, plan: &AttentionPlan<'_>, k: &Tensor, v: &Tensor, shape: &AttentionShape) -> Result<()> {
         match &plan.0 {
             Plan::Rows { slots, .. } => {
-                write_kv(&self.keys.flatten_to(1)?, slots, k)?;
-                write_kv(&self.values.flatten_to(1)?, slots, v)
+                write_kv(&self.keys.flatten_to(1)?, slots, &k.contiguous()?)?;
+                write_kv(&self.values.flatten_to(1)?, slots, &v.contiguous()?)
             }
             Plan::Heads { slots, .. } => {
                 write_cache_op((k, v), (&self.keys, &self.values), self.block_tokens, slots, *shape)
@@ -154,13 +154,16 @@ impl PagedKv {
     }
 
     /// `softmax(scale * q k^T + mask) v` of every span of the plan over its own context, which already holds the step's
-    /// own keys and values; q: (tokens, heads, head_dim), the result (tokens, heads * head_dim) in the format of `q`.
+    /// own keys and values; q: (tokens, heads * head_dim), the result (tokens, heads * head_dim) in the format of `q`.
     ///
     /// # Errors
     /// When shapes do not fit or the device fails.
     pub fn attend(&self, q: &Tensor, plan: &AttentionPlan<'_>, shape: &AttentionShape) -> Result<Tensor> {
         match &plan.0 {
-            Plan::Rows { spans, .. } => paged_attention(q, &self.keys, &self.values, spans, shape),
+            Plan::Rows { spans, .. } => {
+                let q = q.contiguous()?.reshape((q.dim(0)?, shape.num_heads, shape.head_dim))?;
+                paged_attention(&q, &self.keys, &self.values, spans, shape)
+            }
             Plan::Heads { spans, .. } => attention_op(q, (&self.keys, &self.values), self.block_tokens, spans, *shape),
         }
     }

@@ -78,10 +78,12 @@ impl Model {
     /// # Errors
     /// When the device is out of memory.
     pub fn adapter_to_device(&self, adapter: &LoweredAdapter) -> Result<DeviceAdapter> {
-        DeviceAdapter::new(adapter, &self.info.device, self.info.dtype, |site| match &self.parameters(site).weight {
+        let packed_format = |site| match &self.parameters(site).weight {
             Matrix::Packed(w) => Some(w.format()),
             Matrix::Dense(_) | Matrix::Quantized { .. } => None,
-        })
+        };
+        let pack_norms = self.info.kv_layout == KvLayout::Heads;
+        DeviceAdapter::new(adapter, &self.info.device, self.info.dtype, (packed_format, pack_norms))
     }
 
     fn parameters(&self, site: SiteId) -> &Parameters {

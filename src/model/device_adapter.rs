@@ -6,7 +6,7 @@ use candle_core::{DType, Device, Result, Tensor};
 use half::bf16;
 
 use crate::adapter::{Delta, EmbeddingPatch, LinearSlots, LoweredAdapter, NormOverride, Pre, Scale, SiteId, Weight};
-use crate::kernels::cpu::{PackedDelta, PackedMatrix, PackedPre, PackedSlots, RowMatrix, WeightFormat};
+use crate::kernels::cpu::{NormSlots, PackedDelta, PackedMatrix, PackedPre, PackedSlots, RowMatrix, WeightFormat};
 
 /// An adapter on the model's device.
 ///
@@ -18,20 +18,23 @@ pub struct DeviceAdapter {
     pub tensors: LoweredAdapter,
     /// Linears in the CPU kernels' form.
     pub(super) packed: HashMap<SiteId, PackedSlots>,
+    /// Norms in the CPU kernels' form.
+    pub(super) packed_norms: HashMap<SiteId, NormSlots>,
 }
 
 impl DeviceAdapter {
     /// An adapter that keeps the tensors it has: for a model whose weights are not packed, and for fakes of one.
     pub fn from_tensors(tensors: LoweredAdapter) -> Self {
-        Self { tensors, packed: HashMap::new() }
+        Self { tensors, ..Self::default() }
     }
 
-    /// Places `adapter`; `packed_format` names the format of a site's base weight where that is packed.
+    /// Places `adapter`; `packed_format` names the format of a site's base weight where that is packed, `pack_norms` says
+    /// whether the CPU's kernels run the norms.
     pub(super) fn new(
         adapter: &LoweredAdapter,
         device: &Device,
         dtype: DType,
-        packed_format: impl Fn(SiteId) -> Option<WeightFormat>,
+        (packed_format, pack_norms): (impl Fn(SiteId) -> Option<WeightFormat>, bool),
     ) -> Result<Self> {
         let place = Placement { device, dtype };
         let mut placed = Self::default();
@@ -46,6 +49,12 @@ impl DeviceAdapter {
             }
         }
         for (site, norm) in &adapter.norms {
+            if pack_norms {
+                let host = |tensor: &Option<Tensor>| tensor.as_ref().map(host).transpose();
+                let slots = NormSlots { weight: host(&norm.weight)?, shift: host(&norm.shift)? };
+                placed.packed_norms.insert(*site, slots);
+                continue;
+            }
             let norm = NormOverride { weight: place.option(&norm.weight)?, shift: place.option(&norm.shift)? };
             placed.tensors.norms.insert(*site, norm);
         }
@@ -64,12 +73,16 @@ pub(super) fn pack_matrix(w: &Tensor) -> Result<PackedMatrix> {
 
 fn pack_as(w: &Tensor, format: WeightFormat) -> Result<PackedMatrix> {
     let (n, k) = w.dims2()?;
-    let packed = match format {
-        WeightFormat::Bf16 => {
-            let values = w.to_dtype(DType::BF16)?.flatten_all()?.to_vec1::<bf16>()?;
+    let packed = match (format, w.dtype()) {
+        (WeightFormat::Bf16, DType::BF16) => {
+            let values = w.flatten_all()?.to_vec1::<bf16>()?;
             PackedMatrix::from_bf16(n, k, |row| &values[row * k..][..k])
         }
-        WeightFormat::F32 => {
+        (WeightFormat::Bf16, _) => {
+            let values = host(w)?;
+            PackedMatrix::rounded(n, k, |row| &values[row * k..][..k])
+        }
+        (WeightFormat::F32, _) => {
             let values = host(w)?;
             PackedMatrix::from_f32(n, k, |row| &values[row * k..][..k])
         }

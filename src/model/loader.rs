@@ -107,7 +107,7 @@ impl Loader {
     pub(super) fn rms_norm(&mut self, path: &str, dim: usize, eps: f64) -> Result<RmsNorm, ModelError> {
         let weight = self.tensor(&format!("{path}.weight"), &[dim], self.dtype)?;
         let site = self.push(path, SiteKind::Norm { dim, bias: false }, Matrix::Dense(weight.clone()), None);
-        Ok(RmsNorm { site, weight, eps: eps as f32 })
+        Ok(RmsNorm::new(site, weight, eps as f32, self.pack)?)
     }
 
     /// The embedding at `path` with table `path.weight` (vocab, dim).

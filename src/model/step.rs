@@ -32,7 +32,7 @@ impl<'a> Step<'a> {
         let rows = (cache.width, device);
         Ok(Self {
             segments: &batch.segments,
-            rope: rope.rotation(&batch.positions, &batch.rope_lens, device, cache.dtype())?,
+            rope: rope.rotation(&batch.positions, &batch.rope_lens, cache.layout(), (device, cache.dtype()))?,
             attention: AttentionPlan::new(cache.layout(), &batch.slot_mapping, &spans, windows, rows)?,
         })
     }

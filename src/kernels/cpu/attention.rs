@@ -6,10 +6,13 @@
 //! A query row meets the keys in ascending order in tiles that start at fixed positions, with an online softmax between
 //! tiles. Rows never mix, so a row's bits depend on nothing but its own query and context.
 
-use rayon::prelude::*;
+use std::cell::RefCell;
 
 use super::dispatch::{dispatch, fma};
+use super::exp::exp;
 use super::isa::Isa;
+use super::pool::for_each;
+use super::shared::Shared;
 use crate::kernels::AttentionShape;
 
 /// Positions per online-softmax tile.
@@ -41,48 +44,72 @@ pub(super) struct CacheView<'a> {
     pub block_tokens: usize,
 }
 
-/// `y = softmax(scale * q Kᵀ + mask) V` per head, q and y: (tokens, heads, head_dim) row-major.
+/// Rows of a matrix that need not adjoin.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Rows<'a> {
+    /// From the first row's first element on.
+    pub values: &'a [f32],
+    /// Elements between the beginnings of rows.
+    pub stride: usize,
+}
+
+/// `y = softmax(scale * q Kᵀ + mask) V` per head; rows of q and y are (heads, head_dim), those of y adjoin.
 ///
 /// # Panics
 /// When lengths do not fit or a block table is too short.
 pub(super) fn paged_attention(
-    q: &[f32],
+    q: Rows<'_>,
     cache: CacheView<'_>,
     spans: &[QuerySpan<'_>],
     shape: AttentionShape,
     y: &mut [f32],
 ) {
     let row = shape.num_heads * shape.head_dim;
-    assert_eq!(q.len(), y.len(), "q and y are of one shape");
     assert_eq!(shape.num_heads % shape.num_kv_heads, 0, "query heads divide into groups");
     let queries_per_task = (TASK_ROWS / (shape.num_heads / shape.num_kv_heads)).max(1);
-    let mut rest = y;
-    let mut tasks = Vec::new();
+    let (mut tasks, mut tokens) = (Vec::new(), 0);
     for span in spans {
         assert!(span.block_table.len() * cache.block_tokens >= span.context_len, "the block table covers the context");
-        let (mine, others) = rest.split_at_mut(span.len * row);
-        rest = others;
-        for (chunk_idx, out) in mine.chunks_mut(queries_per_task * row).enumerate() {
-            tasks.push((span, chunk_idx * queries_per_task, out));
+        assert_eq!(span.start, tokens, "the spans tile the tokens");
+        tokens += span.len;
+        for first in (0..span.len).step_by(queries_per_task) {
+            let queries = queries_per_task.min(span.len - first);
+            for kv_head in 0..shape.num_kv_heads {
+                tasks.push(Task { q, cache, span, first, queries, kv_head, shape });
+            }
         }
     }
-    assert!(rest.is_empty(), "the spans tile the tokens");
-    tasks.into_par_iter().for_each(|(span, first, out)| {
-        let mut scratch = Scratch::default();
-        for kv_head in 0..shape.num_kv_heads {
-            let task = Task { q, cache, span, first, kv_head, shape };
-            attend(Isa::best(), &task, &mut scratch, out);
-        }
+    assert_eq!(y.len(), tokens * row, "the spans tile the tokens");
+    let y = Shared::new(y);
+    for_each(tasks.len(), |i| {
+        SCRATCH.with_borrow_mut(|scratch| {
+            attend(Isa::best(), &tasks[i], scratch);
+            let Task { span, first, queries, kv_head, .. } = tasks[i];
+            let heads = row / shape.num_kv_heads;
+            for query in 0..queries {
+                let from = (span.start + first + query) * row + kv_head * heads;
+                #[expect(unsafe_code, reason = "tasks write disjoint parts of the output")]
+                // SAFETY: a task has queries and heads of its own.
+                let y = unsafe { y.part(from..from + heads) };
+                y.copy_from_slice(&scratch.acc[query * heads..][..heads]);
+            }
+        });
     });
 }
 
+thread_local! {
+    static SCRATCH: RefCell<Scratch> = RefCell::default();
+}
+
 /// Some queries of one span, one group of heads.
+#[derive(Clone, Copy)]
 struct Task<'a> {
-    q: &'a [f32],
+    q: Rows<'a>,
     cache: CacheView<'a>,
     span: &'a QuerySpan<'a>,
     /// First query of the task within the span.
     first: usize,
+    queries: usize,
     kv_head: usize,
     shape: AttentionShape,
 }
@@ -98,14 +125,15 @@ struct Scratch {
 }
 
 dispatch! {
-    fn attend(task: &Task<'_>, scratch: &mut Scratch, out: &mut [f32]) => attend_body
+    /// Leaves the outputs in the scratch: rows (query, head of the group) of head_dim.
+    fn attend(task: &Task<'_>, scratch: &mut Scratch) => attend_body
 }
 
 #[inline(always)]
-fn attend_body<const FMA: bool>(task: &Task<'_>, scratch: &mut Scratch, out: &mut [f32]) {
-    let AttentionShape { num_heads: heads, num_kv_heads, head_dim, .. } = task.shape;
-    let group = heads / num_kv_heads;
-    let queries = out.len() / (heads * head_dim);
+fn attend_body<const FMA: bool>(task: &Task<'_>, scratch: &mut Scratch) {
+    let AttentionShape { num_heads, num_kv_heads, head_dim, .. } = task.shape;
+    let group = num_heads / num_kv_heads;
+    let queries = task.queries;
     let rows = queries * group;
     let first_position = task.span.context_len - task.span.len + task.first;
     load_queries(task, rows, group, scratch);
@@ -124,25 +152,21 @@ fn attend_body<const FMA: bool>(task: &Task<'_>, scratch: &mut Scratch, out: &mu
         }
         weigh_values::<FMA>(task, rows, tile_start, width, scratch);
     }
-    for row in 0..rows {
-        let head = task.kv_head * group + row % group;
-        let y = &mut out[(row / group * heads + head) * head_dim..][..head_dim];
-        let inverse = 1.0 / scratch.sum[row];
-        for (y, acc) in y.iter_mut().zip(&scratch.acc[row * head_dim..]) {
-            *y = acc * inverse;
-        }
+    for (acc, sum) in scratch.acc.chunks_exact_mut(head_dim).zip(&scratch.sum) {
+        let inverse = 1.0 / sum;
+        acc.iter_mut().for_each(|value| *value *= inverse);
     }
 }
 
 /// Copies the task's scaled queries together and resets the running softmax.
 #[inline(always)]
 fn load_queries(task: &Task<'_>, rows: usize, group: usize, scratch: &mut Scratch) {
-    let AttentionShape { num_heads: heads, head_dim, scale, .. } = task.shape;
+    let AttentionShape { head_dim, scale, .. } = task.shape;
     scratch.q.clear();
     for row in 0..rows {
         let token = task.span.start + task.first + row / group;
         let head = task.kv_head * group + row % group;
-        let q = &task.q[(token * heads + head) * head_dim..][..head_dim];
+        let q = &task.q.values[token * task.q.stride + head * head_dim..][..head_dim];
         scratch.q.extend(q.iter().map(|v| v * scale as f32));
     }
     scratch.scores.resize(rows * TILE, 0.0);
@@ -242,28 +266,6 @@ fn online_softmax(scores: &mut [f32], max: &mut f32, sum: &mut f32, acc: &mut [f
     }
 }
 
-/// `e^x` for `x <= 0` to about 2 units in the last place; exactly 1 at 0 and exactly 0 below -87.
-///
-/// Splits `x = n ln 2 + f` with |f| <= ln 2 / 2 and sums the Taylor series of `e^f`; plain arithmetic, so that it
-/// vectorises.
-#[inline(always)]
-pub(super) fn exp(x: f32) -> f32 {
-    const ROUND: f32 = 12_582_912.0; // 1.5 * 2^23: adding and subtracting it rounds to an integer.
-    const LN2_HIGH: f32 = 0.693_359_4;
-    const LN2_LOW: f32 = -2.121_944_4e-4;
-    let clamped = x.max(-87.5);
-    let shifted = clamped * std::f32::consts::LOG2_E + ROUND;
-    let n = shifted - ROUND;
-    let f = clamped - n * LN2_HIGH - n * LN2_LOW;
-    let mut series = 1.0 / 5040.0;
-    for coefficient in [1.0 / 720.0, 1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0, 1.0] {
-        series = series * f + coefficient;
-    }
-    // The integer sits in the low mantissa bits of `shifted`; moved into the exponent it is 2^n.
-    let power = f32::from_bits((shifted.to_bits() << 23).wrapping_add(1.0_f32.to_bits()));
-    if x < -87.0 { 0.0 } else { series * power }
-}
-
 /// Operands of `out += a b`: a (rows, depth), b (depth, columns).
 struct Product<'a> {
     a: &'a [f32],
@@ -324,7 +326,7 @@ fn block<const R: usize, const FMA: bool>(p: &Product<'_>, row: usize, column: u
 ///
 /// # Panics
 /// When lengths do not fit.
-pub(super) fn write_keys(k: &[f32], slots: &[u32], shape: AttentionShape, block_tokens: usize, keys: &mut [f32]) {
+pub(super) fn write_keys(k: Rows<'_>, slots: &[u32], shape: AttentionShape, block_tokens: usize, keys: &mut [f32]) {
     for_each_head(k, slots, shape, block_tokens, |base, offset, k| {
         for (d, value) in k.iter().enumerate() {
             keys[base + d * block_tokens + offset] = *value;
@@ -337,7 +339,7 @@ pub(super) fn write_keys(k: &[f32], slots: &[u32], shape: AttentionShape, block_
 ///
 /// # Panics
 /// When lengths do not fit.
-pub(super) fn write_values(v: &[f32], slots: &[u32], shape: AttentionShape, block_tokens: usize, values: &mut [f32]) {
+pub(super) fn write_values(v: Rows<'_>, slots: &[u32], shape: AttentionShape, block_tokens: usize, values: &mut [f32]) {
     for_each_head(v, slots, shape, block_tokens, |base, offset, v| {
         values[base + offset * v.len()..][..v.len()].copy_from_slice(v);
     });
@@ -345,19 +347,18 @@ pub(super) fn write_values(v: &[f32], slots: &[u32], shape: AttentionShape, bloc
 
 /// Calls `f(start of the head in its block, offset in the block, the head's vector)` for every token and head.
 fn for_each_head(
-    rows: &[f32],
+    rows: Rows<'_>,
     slots: &[u32],
     shape: AttentionShape,
     block_tokens: usize,
     mut f: impl FnMut(usize, usize, &[f32]),
 ) {
     let AttentionShape { num_kv_heads, head_dim, .. } = shape;
-    assert_eq!(rows.len(), slots.len() * num_kv_heads * head_dim, "a row for every slot");
     for (token, slot) in slots.iter().enumerate() {
         let (block, offset) = (*slot as usize / block_tokens, *slot as usize % block_tokens);
         for head in 0..num_kv_heads {
             let base = (block * num_kv_heads + head) * head_dim * block_tokens;
-            f(base, offset, &rows[(token * num_kv_heads + head) * head_dim..][..head_dim]);
+            f(base, offset, &rows.values[token * rows.stride + head * head_dim..][..head_dim]);
         }
     }
 }
@@ -399,13 +400,14 @@ mod tests {
         let (mut keys, mut values) = (vec![f32::NAN; size], vec![f32::NAN; size]);
         let slots: Vec<u32> =
             (0..len).map(|p| table[p / block_tokens] * block_tokens as u32 + (p % block_tokens) as u32).collect();
-        write_keys(&k, &slots, shape, block_tokens, &mut keys);
-        write_values(&v, &slots, shape, block_tokens, &mut values);
+        write_keys(Rows { values: &k, stride: width }, &slots, shape, block_tokens, &mut keys);
+        write_values(Rows { values: &v, stride: width }, &slots, shape, block_tokens, &mut values);
         (keys, values, table, k, v)
     }
 
     fn run(q: &[f32], cache: CacheView<'_>, spans: &[QuerySpan<'_>], shape: AttentionShape) -> Vec<f32> {
         let mut y = vec![f32::NAN; q.len()];
+        let q = Rows { values: q, stride: shape.num_heads * shape.head_dim };
         paged_attention(q, cache, spans, shape, &mut y);
         y
     }
@@ -463,17 +465,6 @@ mod tests {
                 let alone = run(&q[position * row..][..row], view, &[span], shape);
                 prop_assert_eq!(&alone[..], &together[position * row..][..row]);
             }
-        }
-    }
-
-    #[test]
-    fn exp_is_exact_where_it_must_be_and_close_elsewhere() {
-        assert_eq!(exp(0.0).to_bits(), 1.0_f32.to_bits());
-        assert_eq!(exp(f32::NEG_INFINITY), 0.0);
-        for i in 0..87_000_u32 {
-            let x = -(i as f32) / 1000.0;
-            let expected = f64::from(x).exp();
-            assert!((f64::from(exp(x)) - expected).abs() <= expected * 4e-7, "{x}");
         }
     }
 }

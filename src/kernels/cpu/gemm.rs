@@ -1,78 +1,59 @@
 //! The matrix product with packed weights.
 
 use super::isa::Isa;
-use super::packed::{PANEL, PackedMatrix, WeightFormat};
+use super::packed::{PANEL, PackedMatrix};
 use super::tile::{ROWS, TileArgs, tile};
-use half::bf16;
+use super::words::row_words;
 
 /// Words of `k` per block: a block of a panel (128 KiB) stays in the second-level cache while every row uses it.
 const BLOCK_STEPS: usize = 512;
 
-/// Base of an output whose columns are written by different threads.
-pub(super) struct Output(*mut f32, usize);
+/// Steps that a single pass fetches ahead.
+const AHEAD_STEPS: usize = 16;
 
-#[expect(unsafe_code, reason = "threads share the output's base pointer")]
-// SAFETY: every panel writes its own columns only.
-unsafe impl Sync for Output {}
+/// Lines of weights per step.
+const STEP_LINES: usize = PANEL / 16;
 
-impl Output {
-    /// An output that its threads share for as long as `y` is borrowed by the caller.
-    pub(super) fn new(y: &mut [f32]) -> Self {
-        Self(y.as_mut_ptr(), y.len())
-    }
-
-    /// The output from row `row` of `n` elements on.
-    pub(super) fn at_row(&self, row: usize, n: usize) -> Self {
-        assert!(row * n <= self.1, "the row lies in the output");
-        Self(self.0.wrapping_add(row * n), self.1 - row * n)
-    }
-
-    /// Elements `from..from + len`, which only the calling thread may use.
-    #[expect(clippy::mut_from_ref, reason = "threads take disjoint elements")]
-    pub(super) fn columns(&self, from: usize, len: usize) -> &mut [f32] {
-        assert!(from + len <= self.1, "the columns lie in the output");
-        #[expect(unsafe_code, reason = "a slice of the shared output")]
-        // SAFETY: in bounds by the assertion; a panel's columns belong to one thread, which takes them once at a time.
-        unsafe {
-            std::slice::from_raw_parts_mut(self.0.add(from), len)
-        }
-    }
+/// Where a panel's product goes: the first row's first column, and the elements between rows.
+#[derive(Clone, Copy)]
+pub(super) struct Target {
+    pub(super) y: *mut f32,
+    pub(super) stride: usize,
 }
 
-/// Rows of `x` (m, k) as words in `format`.
-pub(super) fn to_words(x: &[f32], k: usize, format: WeightFormat) -> Vec<u32> {
-    match format {
-        WeightFormat::F32 => x.iter().map(|v| v.to_bits()).collect(),
-        WeightFormat::Bf16 => x
-            .chunks_exact(k)
-            .flat_map(|row| row.chunks(2))
-            .map(|pair| {
-                let bits = |v: f32| u32::from(bf16::from_f32(v).to_bits());
-                bits(pair[0]) | pair.get(1).map_or(0, |v| bits(*v)) << 16
-            })
-            .collect(),
-    }
-}
-
-/// `m` rows of words times one panel, written to the panel's columns of `output`.
-pub(super) fn multiply_panel(x: &[u32], m: usize, w: &PackedMatrix, panel_idx: usize, output: &Output, isa: Isa) {
-    let x_stride = w.format().steps(w.k());
+/// `m` rows of padded words times one panel of `w`.
+///
+/// While one block of the panel is multiplied, the next is fetched: with few rows memory is the limit, with many the
+/// arithmetic, and neither should wait for the other.
+///
+/// # Safety
+/// `target` must be valid for reads and writes of the panel's columns in each of `m` rows, and nobody else may touch
+/// these meanwhile. `isa` must be available.
+///
+/// # Panics
+/// When `x` has fewer than `m` rows.
+#[expect(unsafe_code, reason = "threads write different columns of one output")]
+pub(super) unsafe fn multiply_panel(x: &[u32], m: usize, w: &PackedMatrix, panel_idx: usize, target: Target, isa: Isa) {
+    let x_stride = row_words(w.format(), w.k());
     let columns = PANEL.min(w.n() - panel_idx * PANEL);
-    assert!(m * w.n() <= output.1, "the rows lie in the output");
+    assert!(x.len() >= m * x_stride, "x has {m} rows");
+    let passes = m.div_ceil(ROWS);
     for (block_idx, block) in w.panel(panel_idx).chunks(BLOCK_STEPS * PANEL).enumerate() {
-        for row in (0..m).step_by(ROWS) {
+        for (pass, row) in (0..m).step_by(ROWS).enumerate() {
+            let shares = passes.min(STEP_LINES);
+            let share = |pass: usize| pass.min(shares) * STEP_LINES / shares;
             let args = TileArgs {
                 x: &x[row * x_stride + block_idx * BLOCK_STEPS..],
                 x_stride,
                 w: block,
-                y: output.0.wrapping_add(row * w.n() + panel_idx * PANEL),
-                y_stride: w.n(),
+                fetch: (share(pass), share(pass + 1)),
+                ahead: if passes == 1 { AHEAD_STEPS * PANEL } else { block.len() },
+                y: target.y.wrapping_add(row * target.stride),
+                y_stride: target.stride,
                 columns,
                 first: block_idx == 0,
             };
-            #[expect(unsafe_code, reason = "tiles write through a shared pointer")]
-            // SAFETY: rows `row..row + ROWS.min(m - row)` and this panel's columns lie in the output by the
-            // assertion above, and no other thread has this panel. `isa` was detected.
+            // SAFETY: the rows and columns are the caller's.
             unsafe {
                 tile(ROWS.min(m - row), isa, w.format(), args);
             }
@@ -82,25 +63,31 @@ pub(super) fn multiply_panel(x: &[u32], m: usize, w: &PackedMatrix, panel_idx: u
 
 #[cfg(test)]
 mod tests {
+    use half::bf16;
     use proptest::prelude::*;
-    use rayon::prelude::*;
 
+    use super::super::packed::WeightFormat;
+    use super::super::pool::for_each;
+    use super::super::shared::Shared;
+    use super::super::words::write_row;
     use super::*;
     use crate::kernels::cpu::testing::random;
 
     /// The whole product, panels spread over threads as the linear does.
+    #[expect(unsafe_code, reason = "calls the kernel")]
     fn matmul_packed(x: &[f32], m: usize, w: &PackedMatrix, y: &mut [f32], isa: Isa) {
         assert_eq!(x.len(), m * w.k(), "x is (m, k)");
         assert_eq!(y.len(), m * w.n(), "y is (m, n)");
-        let x = to_words(x, w.k(), w.format());
-        let panels = w.n().div_ceil(PANEL);
-        let threads = rayon::current_num_threads();
-        let output = Output::new(y);
-        // Each thread takes one contiguous run of panels, so that it reads memory in one forward sweep.
-        (0..threads).into_par_iter().for_each(|thread| {
-            for panel_idx in thread * panels / threads..(thread + 1) * panels / threads {
-                multiply_panel(&x, m, w, panel_idx, &output, isa);
-            }
+        let width = row_words(w.format(), w.k());
+        let mut words = vec![0; m * width];
+        for (row, words) in x.chunks_exact(w.k()).zip(words.chunks_exact_mut(width)) {
+            write_row(isa, w.format(), row, words);
+        }
+        let output = Shared::new(y);
+        for_each(w.n().div_ceil(PANEL), |panel_idx| {
+            let target = Target { y: output.at(panel_idx * PANEL), stride: w.n() };
+            // SAFETY: a panel's columns are written by its task only.
+            unsafe { multiply_panel(&words, m, w, panel_idx, target, isa) };
         });
     }
 

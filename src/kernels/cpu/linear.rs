@@ -1,270 +1,291 @@
-//! A whole linear with its adapters: one sweep over the base weight, everything else while the output is in cache.
+//! Linears with their adapters: one sweep over the base weights, everything else while the output is in cache.
 //!
 //! ```text
 //! y = scale ⊙ ( W pre(x) + sum_j delta_j(x) ) + c     per run of rows with one adapter
 //! ```
 //!
-//! First every run shrinks its rows (`h = a x`, or the sums of shards), then each panel of output columns is multiplied,
-//! expanded into, scaled and shifted by the thread that owns it. A row's bits depend on its own input and adapter only.
+//! Linears that read the same rows are one sweep. First the rows become words and every run shrinks its rows (`h = a x`,
+//! or the sums of shards); then each panel of output columns is multiplied, expanded into, scaled, shifted and finished
+//! by the thread that owns it. A row's bits depend on its own input and adapter only.
 
+#![expect(unsafe_code, reason = "threads write disjoint parts of the output and of the working memory")]
+
+use std::cell::RefCell;
 use std::ops::Range;
 
-use rayon::prelude::*;
-
-use super::dispatch::{dispatch, fma};
-use super::gemm::{Output, multiply_panel, to_words};
+use super::gemm::{Target, multiply_panel};
 use super::isa::Isa;
 use super::packed::{PANEL, PackedMatrix, WeightFormat};
-use super::pre::{PackedPre, transform_rows};
-use super::rows::{RowMatrix, append_row, dot_rows, row_words};
+use super::pool::{for_ranges, num_threads};
+use super::shared::Shared;
+use super::shrink::{Place, ShrinkPlan, shrink};
+use super::silu::silu_mul;
+use super::slots::{Short, SlotRun, apply_slots};
+use super::words::{row_words, write_row};
 
-/// What an adapter does to one linear, in the CPU's form.
-#[derive(Debug, Default)]
-pub struct PackedSlots {
-    /// Transform of the rows of `x` before they meet the weight.
-    pub pre: Option<PackedPre>,
-    /// Weight of the adapter's own (n, k).
-    pub own: Option<PackedMatrix>,
-    /// Rows (r, k) that take the place of the weight's, and their indexes in ascending order.
-    pub rows: Option<(Vec<u32>, RowMatrix)>,
-    /// Additive terms.
-    pub deltas: Vec<PackedDelta>,
-    /// Output scale (n).
-    pub scale: Option<Vec<f32>>,
-    /// Vector added last (n); `None` is the base bias.
-    pub c: Option<Vec<f32>>,
-}
+/// Rows multiplied before their outputs are finished.
+const CHUNK_ROWS: usize = 192;
+/// Elements converted to words by one task.
+const WORDS_GRAIN: usize = 1 << 15;
+/// Tasks per thread that a sweep's panels are dealt out in.
+const TASKS_PER_THREAD: usize = 8;
 
-/// An additive term in the CPU's form.
-#[derive(Debug)]
-pub enum PackedDelta {
-    /// `b (a x)`, a: (r, k), b: (n, r).
-    LowRank {
-        /// Down projection.
-        a: RowMatrix,
-        /// Up projection.
-        b: PackedMatrix,
-    },
-    /// `y[i * q + j] += sum_s m[s, j] * sum_c x[c * r + s]`; `m` is packed as a (q, r) matrix.
-    ShardSum {
-        /// Block matrix, transposed.
-        m: PackedMatrix,
-    },
-}
-
-/// Consecutive rows of `x` with one adapter.
+/// One linear of a sweep.
 #[derive(Clone, Debug)]
-pub struct SlotRun<'a> {
-    /// The rows.
-    pub rows: Range<usize>,
-    /// The adapter's slots; `None` is the bare base.
-    pub slots: Option<&'a PackedSlots>,
-}
-
-/// The base's part of a linear.
-#[derive(Clone, Copy, Debug)]
-pub struct BaseLinear<'a> {
-    /// Weight (n, k); `None` when `y` holds the product already.
-    pub weight: Option<&'a PackedMatrix>,
-    /// Bias (n).
+pub struct SweepLinear<'a> {
+    /// Base weight (n, k).
+    pub weight: &'a PackedMatrix,
+    /// Base bias (n).
     pub bias: Option<&'a [f32]>,
-    /// Outputs.
-    pub n: usize,
-    /// Inputs.
-    pub k: usize,
+    /// What the rows' adapters do; the runs tile the rows in order.
+    pub runs: Vec<SlotRun<'a>>,
 }
 
-/// Computes a linear with its adapters, see the module's formula; x: (m, k), y: (m, n), f32 row-major. The runs tile the
-/// rows in order.
+/// What becomes of the linears' outputs.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Finish<'a> {
+    /// They stand side by side: y (m, n_0 + n_1 + ...).
+    Join,
+    /// The only linear's output is added to these rows (m, n): y (m, n).
+    Add(&'a [f32]),
+    /// Of two linears with equal n: `y = silu(first) * second` (m, n).
+    SiluMul,
+}
+
+/// Computes the linears of `x` (m, k) with their adapters into `y`, all f32 row-major; see the module's formula and
+/// [`Finish`]. All weights have k inputs and one format.
 ///
 /// # Panics
-/// When lengths do not fit, or a run of its own weight meets a `y` that holds the base product already.
-pub(crate) fn linear_packed(x: &[f32], base: BaseLinear<'_>, runs: &[SlotRun<'_>], y: &mut [f32]) {
-    let m = x.len() / base.k;
-    assert_eq!((x.len(), y.len()), (m * base.k, m * base.n), "x is (m, k) and y is (m, n)");
-    let isa = Isa::best();
-    let pre_x = transform_rows(x, base.k, runs);
-    let shrunk: Vec<Shrunk> = runs.par_iter().map(|run| shrink_run((x, &pre_x), base.k, run, isa)).collect();
-    let products = products(base, runs);
-    let words = Words::new(&pre_x, base.k, &products);
-    let panels = base.n.div_ceil(PANEL);
-    let threads = rayon::current_num_threads();
-    let output = Output::new(y);
-    (0..threads).into_par_iter().for_each(|thread| {
-        for panel_idx in thread * panels / threads..(thread + 1) * panels / threads {
-            for (rows, w) in &products {
-                let x_stride = w.format().steps(base.k);
-                let x = &words.of(w.format())[rows.start * x_stride..rows.end * x_stride];
-                multiply_panel(x, rows.len(), w, panel_idx, &output.at_row(rows.start, base.n), isa);
-            }
-            for (run, shrunk) in runs.iter().zip(&shrunk) {
-                finish_run(base, (run, shrunk), panel_idx, &output, isa);
-            }
+/// When lengths or formats do not fit.
+pub(crate) fn sweep(x: &[f32], linears: &[SweepLinear<'_>], finish: Finish<'_>, y: &mut [f32]) {
+    let Some(first) = linears.first() else { return };
+    let (k, format) = (first.weight.k(), first.weight.format());
+    let m = x.len() / k;
+    let widths: Vec<usize> = linears.iter().map(|linear| linear.weight.n()).collect();
+    let row = match finish {
+        Finish::Join => widths.iter().sum(),
+        Finish::Add(residual) => {
+            assert!(linears.len() == 1 && residual.len() == y.len(), "one linear, and y is as long as the residual");
+            widths[0]
         }
-    });
-}
-
-/// The dense products to make: rows that adjoin and share a weight are one, so the base weight is read once for all of
-/// them.
-fn products<'a>(base: BaseLinear<'a>, runs: &[SlotRun<'a>]) -> Vec<(Range<usize>, &'a PackedMatrix)> {
-    let mut products: Vec<(Range<usize>, &PackedMatrix)> = Vec::new();
-    for run in runs {
-        let own = run.slots.and_then(|slots| slots.own.as_ref());
-        assert!(own.is_none() || base.weight.is_some(), "an own weight replaces a product made here");
-        let Some(w) = own.or(base.weight) else { continue };
-        assert_eq!((w.n(), w.k()), (base.n, base.k), "the weight fits the linear");
-        match products.last_mut() {
-            Some((rows, last)) if std::ptr::eq(*last, w) && rows.end == run.rows.start => rows.end = run.rows.end,
-            _ => products.push((run.rows.clone(), w)),
+        Finish::SiluMul => {
+            assert!(widths.len() == 2 && widths[0] == widths[1], "two linears of one width");
+            widths[0]
         }
-    }
-    products
-}
-
-/// The rows of `x` as words, in the formats that some weight asks for.
-struct Words {
-    bf16: Vec<u32>,
-    f32: Vec<u32>,
-}
-
-impl Words {
-    fn new(x: &[f32], k: usize, products: &[(Range<usize>, &PackedMatrix)]) -> Self {
-        let words = |format| {
-            if products.iter().any(|(_, w)| w.format() == format) { to_words(x, k, format) } else { Vec::new() }
-        };
-        Self { bf16: words(WeightFormat::Bf16), f32: words(WeightFormat::F32) }
-    }
-
-    fn of(&self, format: WeightFormat) -> &[u32] {
-        match format {
-            WeightFormat::Bf16 => &self.bf16,
-            WeightFormat::F32 => &self.f32,
-        }
-    }
-}
-
-/// What a run's rows have in few numbers, computed before the sweep.
-#[derive(Default)]
-struct Shrunk {
-    /// Per additive term the short vectors (rows, r).
-    terms: Vec<Vec<f32>>,
-    /// Outputs of the replaced weight rows (rows, r).
-    replaced: Vec<f32>,
-}
-
-fn shrink_run((x, pre_x): (&[f32], &[f32]), k: usize, run: &SlotRun<'_>, isa: Isa) -> Shrunk {
-    let Some(slots) = run.slots else { return Shrunk::default() };
-    let [x, pre_x] = [x, pre_x].map(|x| &x[run.rows.start * k..run.rows.end * k]);
-    let mut words: Option<(WeightFormat, *const f32, Vec<u32>)> = None;
-    let mut dot = |a: &RowMatrix, x: &[f32]| {
-        assert_eq!(a.k(), k, "the rows are of the length of x");
-        if words.as_ref().is_none_or(|(format, of, _)| *format != a.format() || *of != x.as_ptr()) {
-            let mut rows = Vec::with_capacity(run.rows.len() * row_words(a.format(), k));
-            x.chunks_exact(k).for_each(|row| append_row(a.format(), row, &mut rows));
-            words = Some((a.format(), x.as_ptr(), rows));
-        }
-        let mut h = vec![0.0; run.rows.len() * a.r()];
-        dot_rows(isa, words.as_ref().map_or(&[], |(_, _, rows)| rows), a, &mut h);
-        h
     };
-    let terms = slots.deltas.iter().map(|delta| match delta {
-        PackedDelta::LowRank { a, .. } => dot(a, x),
-        PackedDelta::ShardSum { m } => x.chunks_exact(k).flat_map(|row| shard_sum(row, m.k())).collect(),
+    assert_eq!((x.len(), y.len()), (m * k, m * row), "x is (m, k) and y is (m, n)");
+    for linear in linears {
+        check(linear, m, k, format);
+    }
+    SCRATCH.with_borrow_mut(|scratch| {
+        let plan = ShrinkPlan::new(linears, m);
+        let width = row_words(format, k);
+        grow(&mut scratch.words, plan.word_rows * width);
+        grow(&mut scratch.short, plan.short);
+        let (words, short) = (&mut scratch.words[..plan.word_rows * width], &mut scratch.short[..plan.short]);
+        let (plain, transformed) = words.split_at_mut(m * width);
+        to_words(x, k, format, plain);
+        shrink((x, plain, format), k, &plan, (transformed, short));
+        let sweep = Sweep { linears, finish, words, width, plan: &plan, short, row, y: Shared::new(y), m };
+        sweep.run();
     });
-    let terms = terms.collect();
-    Shrunk { terms, replaced: slots.rows.as_ref().map_or_else(Vec::new, |(_, rows)| dot(rows, pre_x)) }
 }
 
-/// Sums the shards of width `r`, in ascending order.
-fn shard_sum(row: &[f32], r: usize) -> Vec<f32> {
-    let mut sums = vec![0.0; r];
-    for shard in row.chunks(r) {
-        for (sum, value) in sums.iter_mut().zip(shard) {
-            *sum += value;
-        }
+fn check(linear: &SweepLinear<'_>, m: usize, k: usize, format: WeightFormat) {
+    let mut next = 0;
+    let fits = |w: &PackedMatrix| (w.n(), w.k(), w.format()) == (linear.weight.n(), k, format);
+    assert!(fits(linear.weight), "the weights of a sweep have one width and format");
+    for run in &linear.runs {
+        assert_eq!(run.rows.start, next, "the runs tile the rows in order");
+        next = run.rows.end;
+        assert!(run.slots.and_then(|slots| slots.own.as_ref()).is_none_or(fits), "an own weight fits the linear");
     }
-    sums
+    assert_eq!(next, m, "the runs tile the rows");
 }
 
-/// Everything one run needs in one panel of columns, once the dense product is there.
-fn finish_run(
-    base: BaseLinear<'_>,
-    (run, shrunk): (&SlotRun<'_>, &Shrunk),
+/// Working memory of a thread, kept between calls.
+#[derive(Default)]
+struct Scratch {
+    words: Vec<u32>,
+    short: Vec<f32>,
+}
+
+thread_local! {
+    static SCRATCH: RefCell<Scratch> = RefCell::default();
+    static PANELS: RefCell<Vec<f32>> = RefCell::default();
+}
+
+fn grow<T: Clone + Default>(memory: &mut Vec<T>, len: usize) {
+    if memory.len() < len {
+        memory.resize(len, T::default());
+    }
+}
+
+fn to_words(x: &[f32], k: usize, format: WeightFormat, words: &mut [u32]) {
+    let width = row_words(format, k);
+    let words = Shared::new(words);
+    for_ranges(x.len() / k, WORDS_GRAIN / k, |rows| {
+        // SAFETY: every task has rows of its own.
+        let words = unsafe { words.part(rows.start * width..rows.end * width) };
+        for (row, words) in x[rows.start * k..rows.end * k].chunks_exact(k).zip(words.chunks_exact_mut(width)) {
+            write_row(Isa::best(), format, row, words);
+        }
+    });
+}
+
+/// A sweep whose rows are prepared.
+struct Sweep<'a> {
+    linears: &'a [SweepLinear<'a>],
+    finish: Finish<'a>,
+    words: &'a [u32],
+    /// Words per row.
+    width: usize,
+    plan: &'a ShrinkPlan<'a>,
+    short: &'a [f32],
+    /// Elements per row of `y`.
+    row: usize,
+    y: Shared<'a, f32>,
+    m: usize,
+}
+
+/// Some rows of one panel of one linear.
+#[derive(Clone, Copy)]
+struct Piece<'a> {
+    linear_idx: usize,
     panel_idx: usize,
-    output: &Output,
-    isa: Isa,
-) {
-    let from = panel_idx * PANEL;
-    let columns = PANEL.min(base.n - from);
-    let bias = base.bias.map(|b| &b[from..from + columns]);
-    for (idx, row) in run.rows.clone().enumerate() {
-        let y = output.columns(row * base.n + from, columns);
-        if let Some(slots) = run.slots {
-            if let Some((indexes, _)) = &slots.rows {
-                let replaced = &shrunk.replaced[idx * indexes.len()..][..indexes.len()];
-                let first = indexes.partition_point(|index| (*index as usize) < from);
-                for (index, value) in indexes.iter().zip(replaced).skip(first) {
-                    let Some(y) = y.get_mut(*index as usize - from) else { break };
-                    *y = *value;
+    from: usize,
+    to: usize,
+    /// Where the piece's outputs go.
+    out: Shared<'a, f32>,
+    /// First row's first column in `out`, and elements between rows.
+    offset: usize,
+    stride: usize,
+}
+
+impl Sweep<'_> {
+    fn run(&self) {
+        let panels = |linear: &SweepLinear<'_>| linear.weight.n().div_ceil(PANEL);
+        let count = match self.finish {
+            Finish::SiluMul => panels(&self.linears[0]),
+            Finish::Join | Finish::Add(_) => self.linears.iter().map(panels).sum(),
+        };
+        // Neighbouring panels go to one thread, so that it reads memory in a forward sweep.
+        for_ranges(count, count / (num_threads() * TASKS_PER_THREAD), |range| {
+            for mut panel_idx in range {
+                if let Finish::SiluMul = self.finish {
+                    self.gated(panel_idx);
+                    continue;
+                }
+                let (mut linear_idx, mut column) = (0, 0);
+                while panel_idx >= panels(&self.linears[linear_idx]) {
+                    panel_idx -= panels(&self.linears[linear_idx]);
+                    column += self.linears[linear_idx].weight.n();
+                    linear_idx += 1;
+                }
+                let column = column + panel_idx * PANEL;
+                for from in (0..self.m).step_by(CHUNK_ROWS) {
+                    let to = self.m.min(from + CHUNK_ROWS);
+                    let offset = from * self.row + column;
+                    self.piece(Piece { linear_idx, panel_idx, from, to, out: self.y, offset, stride: self.row });
                 }
             }
-            for (delta, h) in slots.deltas.iter().zip(&shrunk.terms) {
-                let b = match delta {
-                    PackedDelta::LowRank { b, .. } => b,
-                    PackedDelta::ShardSum { m } => m,
-                };
-                expand(isa, &h[idx * b.k()..][..b.k()], b, from, y);
+        });
+    }
+
+    /// One panel of both linears, and their gated product.
+    fn gated(&self, panel_idx: usize) {
+        let columns = PANEL.min(self.row - panel_idx * PANEL);
+        PANELS.with_borrow_mut(|scratch| {
+            grow(scratch, 2 * CHUNK_ROWS * PANEL);
+            for from in (0..self.m).step_by(CHUNK_ROWS) {
+                let to = self.m.min(from + CHUNK_ROWS);
+                for linear_idx in 0..2 {
+                    let out = Shared::new(&mut scratch[linear_idx * CHUNK_ROWS * PANEL..][..CHUNK_ROWS * PANEL]);
+                    self.piece(Piece { linear_idx, panel_idx, from, to, out, offset: 0, stride: PANEL });
+                }
+                let (gates, ups) = scratch.split_at(CHUNK_ROWS * PANEL);
+                for row in from..to {
+                    let start = row * self.row + panel_idx * PANEL;
+                    // SAFETY: a panel's columns are written by its task only.
+                    let y = unsafe { self.y.part(start..start + columns) };
+                    let of_row = (row - from) * PANEL..(row - from) * PANEL + columns;
+                    silu_mul(Isa::best(), &gates[of_row.clone()], &ups[of_row], y);
+                }
             }
-            if let Some(scale) = &slots.scale {
-                y.iter_mut().zip(&scale[from..]).for_each(|(y, g)| *y *= g);
+        });
+    }
+
+    fn piece(&self, piece: Piece<'_>) {
+        let linear = &self.linears[piece.linear_idx];
+        let places = &self.plan.places[piece.linear_idx];
+        let mut runs = linear.runs.iter().zip(places).filter(|(run, _)| overlaps(&run.rows, &piece)).peekable();
+        // The weight, and how far a run's rows of words lie from its rows.
+        let source = |(run, place): &(&SlotRun<'_>, &Place)| -> (*const PackedMatrix, usize) {
+            let own = run.slots.and_then(|slots| slots.own.as_ref());
+            (own.unwrap_or(linear.weight), place.word_row - run.rows.start)
+        };
+        // Rows that adjoin and share a weight are one product, so the base weight is read once for all of them.
+        while let Some((run, place)) = runs.next() {
+            let mut to = run.rows.end;
+            let first = source(&(run, place));
+            while let Some((run, _)) = runs.next_if(|next| source(next) == first) {
+                to = run.rows.end;
             }
+            let w = run.slots.and_then(|slots| slots.own.as_ref()).unwrap_or(linear.weight);
+            let (from, to) = (run.rows.start.max(piece.from), to.min(piece.to));
+            let target = piece.offset + (from - piece.from) * piece.stride;
+            let columns = PANEL.min(w.n() - piece.panel_idx * PANEL);
+            assert!(
+                target + (to - from - 1) * piece.stride + columns <= piece.out.len(),
+                "the piece lies in its output"
+            );
+            let target = Target { y: piece.out.at(target), stride: piece.stride };
+            let shift = place.word_row - run.rows.start;
+            let words = &self.words[(from + shift) * self.width..(to + shift) * self.width];
+            // SAFETY: in bounds by the assertion; a panel's columns are written by its task only. The best instruction
+            // set is available.
+            unsafe { multiply_panel(words, to - from, w, piece.panel_idx, target, Isa::best()) };
         }
-        let c = run.slots.and_then(|slots| slots.c.as_ref()).map(|c| &c[from..from + columns]).or(bias);
-        if let Some(c) = c {
-            y.iter_mut().zip(c).for_each(|(y, c)| *y += c);
+        for (run, place) in linear.runs.iter().zip(places).filter(|(run, _)| overlaps(&run.rows, &piece)) {
+            self.finish_run(linear, (run, place.short), &piece);
+        }
+    }
+
+    /// Everything one run needs in its rows of a piece, once the dense product is there.
+    fn finish_run(&self, linear: &SweepLinear<'_>, (run, start): (&SlotRun<'_>, usize), piece: &Piece<'_>) {
+        let first = piece.panel_idx * PANEL;
+        let columns = PANEL.min(linear.weight.n() - first);
+        let c = run.slots.and_then(|slots| slots.c.as_deref()).or(linear.bias).map(|c| &c[first..first + columns]);
+        for row in run.rows.start.max(piece.from)..run.rows.end.min(piece.to) {
+            let offset = piece.offset + (row - piece.from) * piece.stride;
+            // SAFETY: a panel's columns are written by its task only.
+            let y = unsafe { piece.out.part(offset..offset + columns) };
+            if let Some(slots) = run.slots {
+                let short = Short { values: &self.short[start..], rows: run.rows.len(), row: row - run.rows.start };
+                apply_slots(slots, short, first, y);
+            }
+            if let Some(c) = c {
+                y.iter_mut().zip(c).for_each(|(y, c)| *y += c);
+            }
+            if let Finish::Add(residual) = self.finish {
+                let residual = &residual[row * self.row + first..][..columns];
+                y.iter_mut().zip(residual).for_each(|(y, r)| *y += r);
+            }
         }
     }
 }
 
-dispatch! {
-    /// `y[j] += sum_s b[(from + j) mod q, s] * h[s]`, b: (q, r) packed, h: (r) f32.
-    fn expand(h: &[f32], b: &PackedMatrix, from: usize, y: &mut [f32]) => expand_body
-}
-
-#[inline(always)]
-fn expand_body<const FMA: bool>(h: &[f32], b: &PackedMatrix, from: usize, y: &mut [f32]) {
-    let mut done = 0;
-    while done < y.len() {
-        let column = (from + done) % b.n();
-        let lane = column % PANEL;
-        let count = (PANEL - lane).min(b.n() - column).min(y.len() - done);
-        let mut sums = [0.0_f32; PANEL];
-        let panel = b.panel(column / PANEL);
-        for (step, words) in panel.chunks_exact(PANEL).enumerate() {
-            let words: &[u32; PANEL] = words.try_into().expect("a panel's step has 64 words");
-            match b.format() {
-                WeightFormat::F32 => {
-                    for (sum, word) in sums.iter_mut().zip(words) {
-                        *sum = fma::<FMA>(h[step], f32::from_bits(*word), *sum);
-                    }
-                }
-                WeightFormat::Bf16 => {
-                    let (low, high) = (h[2 * step], h.get(2 * step + 1).copied().unwrap_or(0.0));
-                    for (sum, word) in sums.iter_mut().zip(words) {
-                        let first = fma::<FMA>(low, f32::from_bits(*word << 16), *sum);
-                        *sum = fma::<FMA>(high, f32::from_bits(*word & 0xffff_0000), first);
-                    }
-                }
-            }
-        }
-        y[done..done + count].iter_mut().zip(&sums[lane..]).for_each(|(y, sum)| *y += sum);
-        done += count;
-    }
+fn overlaps(rows: &Range<usize>, piece: &Piece<'_>) -> bool {
+    rows.start < piece.to && rows.end > piece.from
 }
 
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
+
+    use super::super::pre::PackedPre;
+    use super::super::rows::RowMatrix;
+    use super::super::slots::{PackedDelta, PackedSlots};
 
     use super::*;
     use crate::kernels::cpu::testing::random;
@@ -353,7 +374,7 @@ mod tests {
             let m: usize = lens.iter().sum();
             let (x, w, bias) = (random(m * k, seed), random(n * k, seed ^ 1), random(n, seed ^ 2));
             let packed = PackedMatrix::from_f32(n, k, |i| &w[i * k..][..k]).expect("w");
-            let base = BaseLinear { weight: Some(&packed), bias: Some(&bias), n, k };
+            let linear = |runs| SweepLinear { weight: &packed, bias: Some(&bias), runs };
             let adapters: Vec<Plain> = (0..lens.len()).map(|i| Plain::random((n, k), seed.rotate_left(11 * i as u32))).collect();
             let slots: Vec<PackedSlots> = adapters.iter().map(|a| a.pack((n, k))).collect();
             let mut from = 0;
@@ -362,12 +383,13 @@ mod tests {
                 SlotRun { rows: from - len..from, slots: Some(slots) }
             }).collect();
             let mut y = vec![f32::NAN; m * n];
-            linear_packed(&x, base, &runs, &mut y);
+            sweep(&x, &[linear(runs.clone())], Finish::Join, &mut y);
             for (run, plain) in runs.iter().zip(&adapters) {
                 for row in run.rows.clone() {
                     let x = &x[row * k..][..k];
                     let mut alone = vec![f32::NAN; n];
-                    linear_packed(x, base, &[SlotRun { rows: 0..1, slots: run.slots }], &mut alone);
+                    let runs = vec![SlotRun { rows: 0..1, slots: run.slots }];
+                    sweep(x, &[linear(runs)], Finish::Join, &mut alone);
                     prop_assert_eq!(&alone[..], &y[row * n..][..n]);
                     for (o, found) in alone.iter().enumerate() {
                         let expected = plain.output(x, &w, &bias, o);
@@ -390,16 +412,64 @@ mod tests {
             WeightFormat::Bf16 => PackedMatrix::from_bf16(n, r, |i| &bits[i * r..][..r]),
         };
         let run = |format| {
+            let zeros = vec![half::bf16::ZERO; k];
+            let weight = match format {
+                WeightFormat::F32 => PackedMatrix::from_f32(n, k, |_| &[0.0; 40]),
+                WeightFormat::Bf16 => PackedMatrix::from_bf16(n, k, |_| &zeros),
+            };
+            let weight = weight.expect("weight");
             let b = up(format).expect("b");
             let deltas = vec![PackedDelta::LowRank { a: RowMatrix::new(format, &a, r, k), b }];
             let slots = PackedSlots { deltas, ..PackedSlots::default() };
             let mut y = vec![0.0; 2 * n];
-            let base = BaseLinear { weight: None, bias: None, n, k };
-            linear_packed(&x, base, &[SlotRun { rows: 0..2, slots: Some(&slots) }], &mut y);
+            let runs = vec![SlotRun { rows: 0..2, slots: Some(&slots) }];
+            sweep(&x, &[SweepLinear { weight: &weight, bias: None, runs }], Finish::Join, &mut y);
             y
         };
         for (a, b) in run(WeightFormat::F32).iter().zip(run(WeightFormat::Bf16)) {
             assert!((a - b).abs() < 1e-5, "{a} {b}");
         }
+    }
+
+    #[test]
+    fn joined_added_and_gated_outputs_are_those_of_the_linears_alone() {
+        let (k, widths, m) = (37, [70, 130, 70], 5);
+        let x = random(m * k, 1);
+        let weights: Vec<PackedMatrix> = widths
+            .iter()
+            .map(|n| {
+                let w = random(n * k, *n as u64 + 7);
+                PackedMatrix::from_f32(*n, k, |i| &w[i * k..][..k]).expect("w")
+            })
+            .collect();
+        let plain: Vec<Plain> = (0..3).map(|i| Plain::random((widths[i], k), 0x1234_5678_9abc_0f1b << i)).collect();
+        let slots: Vec<PackedSlots> = (0..3).map(|i| plain[i].pack((widths[i], k))).collect();
+        let linear = |i: usize| SweepLinear {
+            weight: &weights[i],
+            bias: None,
+            runs: vec![SlotRun { rows: 0..2, slots: None }, SlotRun { rows: 2..5, slots: Some(&slots[i]) }],
+        };
+        let alone: Vec<Vec<f32>> = (0..3)
+            .map(|i| {
+                let mut y = vec![f32::NAN; m * widths[i]];
+                sweep(&x, &[linear(i)], Finish::Join, &mut y);
+                y
+            })
+            .collect();
+        let mut joined = vec![f32::NAN; m * 270];
+        sweep(&x, &[linear(0), linear(1), linear(2)], Finish::Join, &mut joined);
+        for row in 0..m {
+            let expected: Vec<f32> = (0..3).flat_map(|i| alone[i][row * widths[i]..][..widths[i]].to_vec()).collect();
+            assert_eq!(joined[row * 270..][..270], expected);
+        }
+        let residual = random(m * 130, 5);
+        let mut added = vec![f32::NAN; m * 130];
+        sweep(&x, &[linear(1)], Finish::Add(&residual), &mut added);
+        assert!(added.iter().zip(&alone[1]).zip(&residual).all(|((found, y), r)| *found == y + r));
+        let mut gated = vec![f32::NAN; m * 70];
+        sweep(&x, &[linear(0), linear(2)], Finish::SiluMul, &mut gated);
+        let mut expected = vec![0.0; m * 70];
+        silu_mul(Isa::best(), &alone[0], &alone[2], &mut expected);
+        assert_eq!(gated, expected);
     }
 }

@@ -2,21 +2,33 @@
 
 mod attention;
 mod dispatch;
+mod exp;
 mod gemm;
 mod isa;
 mod linear;
+mod norm;
 mod ops;
 mod packed;
+mod pool;
 mod pre;
+mod rotate;
 mod rows;
+mod shared;
+mod shrink;
+mod silu;
+mod slots;
 #[cfg(test)]
 mod testing;
 mod tile;
+mod words;
 
 pub(crate) use attention::QuerySpan;
 pub use isa::Isa;
-pub use linear::{BaseLinear, PackedDelta, PackedSlots, SlotRun};
-pub(crate) use ops::{attention_op, linear_op, write_cache_op};
+pub use linear::SweepLinear;
+pub use norm::{Norm, NormRun, NormSlots};
+pub(crate) use ops::{add_op, attention_op, gated_op, join_op, norm_op, prepare_qk_op, silu_mul_op, write_cache_op};
 pub use packed::{PackedMatrix, WeightFormat};
 pub use pre::PackedPre;
+pub use rotate::QkPrepare;
 pub use rows::RowMatrix;
+pub use slots::{PackedDelta, PackedSlots, SlotRun};

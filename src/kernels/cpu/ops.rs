@@ -1,20 +1,66 @@
 //! The kernels as operations on candle's CPU tensors.
 
-use candle_core::{CpuStorage, CustomOp1, CustomOp3, InplaceOp2, Layout, Result, Shape, Tensor, bail};
+use candle_core::{
+    CpuStorage, CustomOp1, CustomOp2, CustomOp3, InplaceOp1, InplaceOp2, Layout, Result, Shape, Tensor, bail,
+};
 
-use super::attention::{CacheView, QuerySpan, paged_attention, write_keys, write_values};
-use super::linear::{BaseLinear, SlotRun, linear_packed};
+use super::attention::{CacheView, QuerySpan, Rows, paged_attention, write_keys, write_values};
+use super::linear::{Finish, SweepLinear, sweep};
+use super::norm::{Norm, rms_norm};
+use super::rotate::{QkPrepare, prepare_qk};
+use super::silu::silu_mul_rows;
 use crate::kernels::AttentionShape;
 
-/// A linear with its adapters on `x` (rows, in) f32: (rows, out) f32; see the module `linear`.
+/// Linears of `x` (rows, in) f32 with their adapters, side by side: (rows, sum of outs) f32; see the module `linear`.
 ///
 /// # Errors
 /// When `x` is not an f32 matrix on the CPU.
-pub(crate) fn linear_op(x: &Tensor, base: BaseLinear<'_>, runs: &[SlotRun<'_>]) -> Result<Tensor> {
-    x.contiguous()?.apply_op1_no_bwd(&LinearOp { base, runs })
+pub(crate) fn join_op(x: &Tensor, linears: &[SweepLinear<'_>]) -> Result<Tensor> {
+    x.contiguous()?.apply_op1_no_bwd(&SweepOp { linears, gated: false })
 }
 
-/// Attention of `q` (tokens, heads, head_dim) over a layer's cache, all f32: (tokens, heads * head_dim).
+/// `silu(first(x)) * second(x)` of two linears with their adapters, x: (rows, in) f32: (rows, out) f32.
+///
+/// # Errors
+/// When `x` is not an f32 matrix on the CPU.
+pub(crate) fn gated_op(x: &Tensor, linears: &[SweepLinear<'_>; 2]) -> Result<Tensor> {
+    x.contiguous()?.apply_op1_no_bwd(&SweepOp { linears, gated: true })
+}
+
+/// `residual + linear(x)`, x: (rows, in), residual: (rows, out), both f32: (rows, out) f32.
+///
+/// # Errors
+/// When a tensor is not an f32 matrix on the CPU.
+pub(crate) fn add_op(x: &Tensor, linear: SweepLinear<'_>, residual: &Tensor) -> Result<Tensor> {
+    x.contiguous()?.apply_op2_no_bwd(&residual.contiguous()?, &AddOp(linear))
+}
+
+/// `silu(first half) * second half` of each row, (rows, 2 n) f32 to (rows, n) f32.
+///
+/// # Errors
+/// When `x` is not an f32 matrix on the CPU.
+pub(crate) fn silu_mul_op(x: &Tensor) -> Result<Tensor> {
+    x.contiguous()?.apply_op1_no_bwd(&SiluMulOp)
+}
+
+/// RMS norm over the last dimension of `x` f32, whose first dimension is what the norm's runs count.
+///
+/// # Errors
+/// When `x` is not f32 on the CPU.
+pub(crate) fn norm_op(x: &Tensor, norm: &Norm<'_>) -> Result<Tensor> {
+    x.contiguous()?.apply_op1_no_bwd(&NormOp(norm))
+}
+
+/// Norms and rotates the queries and keys of joint rows (tokens, queries + keys + values) f32, in place.
+///
+/// # Errors
+/// When `rows` is not a contiguous f32 matrix on the CPU.
+pub(crate) fn prepare_qk_op(rows: &Tensor, prepare: &QkPrepare<'_>) -> Result<()> {
+    rows.inplace_op1(&QkOp(prepare))
+}
+
+/// Attention of `q` (tokens, heads * head_dim) over a layer's cache, all f32: (tokens, heads * head_dim). The rows of
+/// `q` need not adjoin.
 ///
 /// # Errors
 /// When a tensor is not f32 on the CPU.
@@ -25,10 +71,11 @@ pub(crate) fn attention_op(
     spans: &[QuerySpan<'_>],
     shape: AttentionShape,
 ) -> Result<Tensor> {
-    q.contiguous()?.apply_op3_no_bwd(keys, values, &AttentionOp { block_tokens, spans, shape })
+    q.apply_op3_no_bwd(keys, values, &AttentionOp { block_tokens, spans, shape })
 }
 
-/// Writes the keys `k` and values `v` (tokens, kv_heads * head_dim) to their slots of a layer's cache, in place.
+/// Writes the keys `k` and values `v` (tokens, kv_heads * head_dim) to their slots of a layer's cache, in place. Their
+/// rows need not adjoin.
 ///
 /// # Errors
 /// When a tensor is not f32 on the CPU.
@@ -39,8 +86,8 @@ pub(crate) fn write_cache_op(
     slots: &[u32],
     shape: AttentionShape,
 ) -> Result<()> {
-    keys.inplace_op2(&k.contiguous()?, &WriteOp { block_tokens, slots, shape, transposed: true })?;
-    values.inplace_op2(&v.contiguous()?, &WriteOp { block_tokens, slots, shape, transposed: false })
+    keys.inplace_op2(k, &WriteOp { block_tokens, slots, shape, transposed: true })?;
+    values.inplace_op2(v, &WriteOp { block_tokens, slots, shape, transposed: false })
 }
 
 /// The values of a contiguous f32 tensor.
@@ -49,24 +96,119 @@ fn values<'a>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [f32]> {
     Ok(&storage.as_slice::<f32>()?[from..to])
 }
 
-struct LinearOp<'a> {
-    base: BaseLinear<'a>,
-    runs: &'a [SlotRun<'a>],
+/// The rows of an f32 matrix whose elements adjoin within a row.
+fn rows<'a>(storage: &'a CpuStorage, layout: &Layout, width: usize) -> Result<Rows<'a>> {
+    let (count, columns) = layout.shape().dims2()?;
+    let [stride, 1] = *layout.stride() else { bail!("the elements of a row do not adjoin") };
+    if columns != width {
+        bail!("rows of {columns} elements, expected {width}");
+    }
+    let from = layout.start_offset();
+    let to = from + count.saturating_sub(1) * stride + columns;
+    Ok(Rows { values: &storage.as_slice::<f32>()?[from..to], stride })
 }
 
-impl CustomOp1 for LinearOp<'_> {
+struct SweepOp<'a> {
+    linears: &'a [SweepLinear<'a>],
+    gated: bool,
+}
+
+impl CustomOp1 for SweepOp<'_> {
     fn name(&self) -> &'static str {
-        "linear_packed"
+        "sweep"
     }
 
     fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
         let (rows, k) = layout.shape().dims2()?;
-        if k != self.base.k {
-            bail!("rows of length {k} meet a linear with {} inputs", self.base.k);
+        check_width(k, self.linears)?;
+        let widths = self.linears.iter().map(|linear| linear.weight.n());
+        let (n, finish) =
+            if self.gated { (widths.max().unwrap_or(0), Finish::SiluMul) } else { (widths.sum(), Finish::Join) };
+        let mut y = vec![0.0; rows * n];
+        sweep(values(storage, layout)?, self.linears, finish, &mut y);
+        Ok((CpuStorage::F32(y), (rows, n).into()))
+    }
+}
+
+fn check_width(k: usize, linears: &[SweepLinear<'_>]) -> Result<()> {
+    for linear in linears {
+        if k != linear.weight.k() {
+            bail!("rows of length {k} meet a linear with {} inputs", linear.weight.k());
         }
-        let mut y = vec![0.0; rows * self.base.n];
-        linear_packed(values(storage, layout)?, self.base, self.runs, &mut y);
-        Ok((CpuStorage::F32(y), (rows, self.base.n).into()))
+    }
+    Ok(())
+}
+
+struct AddOp<'a>(SweepLinear<'a>);
+
+impl CustomOp2 for AddOp<'_> {
+    fn name(&self) -> &'static str {
+        "sweep_add"
+    }
+
+    fn cpu_fwd(
+        &self,
+        x: &CpuStorage,
+        x_layout: &Layout,
+        residual: &CpuStorage,
+        residual_layout: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        let (rows, k) = x_layout.shape().dims2()?;
+        check_width(k, std::slice::from_ref(&self.0))?;
+        let shape = (rows, self.0.weight.n());
+        if residual_layout.shape().dims2()? != shape {
+            bail!("a residual of shape {:?}, expected {shape:?}", residual_layout.shape());
+        }
+        let mut y = vec![0.0; shape.0 * shape.1];
+        let finish = Finish::Add(values(residual, residual_layout)?);
+        sweep(values(x, x_layout)?, std::slice::from_ref(&self.0), finish, &mut y);
+        Ok((CpuStorage::F32(y), shape.into()))
+    }
+}
+
+struct SiluMulOp;
+
+impl CustomOp1 for SiluMulOp {
+    fn name(&self) -> &'static str {
+        "silu_mul"
+    }
+
+    fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
+        let (rows, width) = layout.shape().dims2()?;
+        let mut y = vec![0.0; rows * (width / 2)];
+        silu_mul_rows(values(storage, layout)?, width / 2, &mut y);
+        Ok((CpuStorage::F32(y), (rows, width / 2).into()))
+    }
+}
+
+struct NormOp<'a>(&'a Norm<'a>);
+
+impl CustomOp1 for NormOp<'_> {
+    fn name(&self) -> &'static str {
+        "rms_norm"
+    }
+
+    fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
+        let x = values(storage, layout)?;
+        let mut y = vec![0.0; x.len()];
+        rms_norm(x, self.0, &mut y);
+        Ok((CpuStorage::F32(y), layout.shape().clone()))
+    }
+}
+
+struct QkOp<'a>(&'a QkPrepare<'a>);
+
+impl InplaceOp1 for QkOp<'_> {
+    fn name(&self) -> &'static str {
+        "prepare_qk"
+    }
+
+    fn cpu_fwd(&self, storage: &mut CpuStorage, layout: &Layout) -> Result<()> {
+        let (_, stride) = layout.shape().dims2()?;
+        let Some((from, to)) = layout.contiguous_offsets() else { bail!("the rows do not adjoin") };
+        let CpuStorage::F32(rows) = storage else { bail!("the rows are not f32") };
+        prepare_qk(&mut rows[from..to], stride, self.0);
+        Ok(())
     }
 }
 
@@ -90,15 +232,16 @@ impl CustomOp3 for AttentionOp<'_> {
         cached: &CpuStorage,
         cached_layout: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
-        let (tokens, num_heads, head_dim) = q_layout.shape().dims3()?;
+        let width = self.shape.num_heads * self.shape.head_dim;
         let cache = CacheView {
             keys: values(keys, keys_layout)?,
             values: values(cached, cached_layout)?,
             block_tokens: self.block_tokens,
         };
-        let mut y = vec![0.0; tokens * num_heads * head_dim];
-        paged_attention(values(q, q_layout)?, cache, self.spans, self.shape, &mut y);
-        Ok((CpuStorage::F32(y), (tokens, num_heads * head_dim).into()))
+        let (tokens, _) = q_layout.shape().dims2()?;
+        let mut y = vec![0.0; tokens * width];
+        paged_attention(rows(q, q_layout, width)?, cache, self.spans, self.shape, &mut y);
+        Ok((CpuStorage::F32(y), (tokens, width).into()))
     }
 }
 
@@ -119,14 +262,17 @@ impl InplaceOp2 for WriteOp<'_> {
         &self,
         cache: &mut CpuStorage,
         cache_layout: &Layout,
-        rows: &CpuStorage,
-        rows_layout: &Layout,
+        new: &CpuStorage,
+        new_layout: &Layout,
     ) -> Result<()> {
-        let rows = values(rows, rows_layout)?;
+        let new = rows(new, new_layout, self.shape.num_kv_heads * self.shape.head_dim)?;
+        if new_layout.dims()[0] != self.slots.len() {
+            bail!("{} rows for {} slots", new_layout.dims()[0], self.slots.len());
+        }
         let Some((from, to)) = cache_layout.contiguous_offsets() else { bail!("the cache is not contiguous") };
         let CpuStorage::F32(cache) = cache else { bail!("the cache is not f32") };
         let write = if self.transposed { write_keys } else { write_values };
-        write(rows, self.slots, self.shape, self.block_tokens, &mut cache[from..to]);
+        write(new, self.slots, self.shape, self.block_tokens, &mut cache[from..to]);
         Ok(())
     }
 }

@@ -12,6 +12,8 @@ use half::bf16;
 use memmap2::MmapMut;
 use rayon::prelude::*;
 
+use super::words::bf16_bits;
+
 /// Columns per panel.
 pub(super) const PANEL: usize = 64;
 
@@ -46,6 +48,18 @@ enum Words {
 #[repr(C, align(64))]
 struct Line([u32; 16]);
 
+/// One column of a panel.
+struct Lane<'a> {
+    panel: &'a mut [u32],
+    lane: usize,
+}
+
+impl Lane<'_> {
+    fn put(&mut self, step: usize, word: u32) {
+        self.panel[step * PANEL + self.lane] = word;
+    }
+}
+
 impl std::fmt::Debug for PackedMatrix {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "PackedMatrix({:?}, n = {}, k = {})", self.format, self.n, self.k)
@@ -58,10 +72,23 @@ impl PackedMatrix {
     /// # Errors
     /// When the memory cannot be had.
     pub fn from_bf16<'a>(n: usize, k: usize, row: impl Fn(usize) -> &'a [bf16] + Sync) -> std::io::Result<Self> {
-        Self::pack(WeightFormat::Bf16, n, k, |column, put| {
+        Self::pack(WeightFormat::Bf16, n, k, |column, lane| {
             for (step, pair) in row(column).chunks(2).enumerate() {
                 let high = pair.get(1).map_or(0, |v| u32::from(v.to_bits()));
-                put(step, u32::from(pair[0].to_bits()) | high << 16);
+                lane.put(step, u32::from(pair[0].to_bits()) | high << 16);
+            }
+        })
+    }
+
+    /// Packs a row-major (n, k) f32 matrix rounded to bf16; `row(i)` gives its i-th row.
+    ///
+    /// # Errors
+    /// When the memory cannot be had.
+    pub fn rounded<'a>(n: usize, k: usize, row: impl Fn(usize) -> &'a [f32] + Sync) -> std::io::Result<Self> {
+        Self::pack(WeightFormat::Bf16, n, k, |column, lane| {
+            for (step, pair) in row(column).chunks(2).enumerate() {
+                let high = pair.get(1).map_or(0, |v| bf16_bits(*v));
+                lane.put(step, bf16_bits(pair[0]) | high << 16);
             }
         })
     }
@@ -71,9 +98,9 @@ impl PackedMatrix {
     /// # Errors
     /// When the memory cannot be had.
     pub fn from_f32<'a>(n: usize, k: usize, row: impl Fn(usize) -> &'a [f32] + Sync) -> std::io::Result<Self> {
-        Self::pack(WeightFormat::F32, n, k, |column, put| {
+        Self::pack(WeightFormat::F32, n, k, |column, lane| {
             for (step, value) in row(column).iter().enumerate() {
-                put(step, value.to_bits());
+                lane.put(step, value.to_bits());
             }
         })
     }
@@ -82,14 +109,14 @@ impl PackedMatrix {
         format: WeightFormat,
         n: usize,
         k: usize,
-        fill: impl Fn(usize, &mut dyn FnMut(usize, u32)) + Sync,
+        fill: impl Fn(usize, &mut Lane<'_>) + Sync,
     ) -> std::io::Result<Self> {
         assert!(n > 0 && k > 0, "a matrix has rows and columns");
         let panel_words = format.steps(k) * PANEL;
         let mut words = Words::zeros(n.div_ceil(PANEL) * panel_words)?;
         words.as_mut_slice().par_chunks_mut(panel_words).enumerate().for_each(|(panel_idx, panel)| {
             for lane in 0..PANEL.min(n - panel_idx * PANEL) {
-                fill(panel_idx * PANEL + lane, &mut |step, word| panel[step * PANEL + lane] = word);
+                fill(panel_idx * PANEL + lane, &mut Lane { panel, lane });
             }
         });
         Ok(Self { words, format, n, k })

@@ -3,13 +3,10 @@
 //! The rows stay as they lie in the file, only padded to whole vectors: a rank needs no padding. Sixteen partial sums
 //! run over ascending `k` and are added in a fixed order at the end.
 
-use half::bf16;
-
 use super::dispatch::{dispatch, fma};
+use super::isa::Isa;
 use super::packed::WeightFormat;
-
-/// Words per vector; rows are padded to a multiple of it.
-pub(super) const LANES: usize = 16;
+use super::words::{LANES, row_words, write_row};
 
 /// A matrix (r, k) as padded rows of 32-bit words: bf16 pairs, or f32.
 #[derive(Clone, Debug)]
@@ -27,9 +24,10 @@ impl RowMatrix {
     /// When `values` is not r times k long.
     pub fn new(format: WeightFormat, values: &[f32], r: usize, k: usize) -> Self {
         assert_eq!(values.len(), r * k, "the matrix is (r, k)");
-        let mut words = Vec::new();
-        for row in values.chunks_exact(k) {
-            append_row(format, row, &mut words);
+        let width = row_words(format, k);
+        let mut words = vec![0; r * width];
+        for (row, words) in values.chunks_exact(k).zip(words.chunks_exact_mut(width)) {
+            write_row(Isa::best(), format, row, words);
         }
         Self { words, format, r, k }
     }
@@ -48,24 +46,6 @@ impl RowMatrix {
     pub fn format(&self) -> WeightFormat {
         self.format
     }
-}
-
-/// Words per padded row.
-pub(super) fn row_words(format: WeightFormat, k: usize) -> usize {
-    format.steps(k).next_multiple_of(LANES)
-}
-
-/// Appends one row as words, padded with zeros.
-pub(super) fn append_row(format: WeightFormat, row: &[f32], words: &mut Vec<u32>) {
-    let end = words.len() + row_words(format, row.len());
-    match format {
-        WeightFormat::F32 => words.extend(row.iter().map(|v| v.to_bits())),
-        WeightFormat::Bf16 => words.extend(row.chunks(2).map(|pair| {
-            let bits = |v: f32| u32::from(bf16::from_f32(v).to_bits());
-            bits(pair[0]) | pair.get(1).map_or(0, |v| bits(*v)) << 16
-        })),
-    }
-    words.resize(end, 0);
 }
 
 dispatch! {

@@ -2,7 +2,8 @@
 
 use candle_core::{Result, Tensor};
 
-use super::{Linear, RmsNorm};
+use super::{Linear, RmsNorm, Rotation};
+use crate::kernels::cpu::{QkPrepare, prepare_qk_op};
 use crate::kernels::{AttentionShape, PagedKv};
 use crate::model::step::Step;
 
@@ -63,15 +64,19 @@ impl Heads {
 }
 
 impl Attention {
-    /// Writes the keys and values of `x` (tokens, hidden) into `cache` and attends: (tokens, hidden).
-    pub(in crate::model) fn forward(&self, x: &Tensor, step: &Step<'_>, cache: &PagedKv) -> Result<Tensor> {
+    /// Writes the keys and values of `x` (tokens, hidden) into `cache`, attends, and adds `residual`: (tokens, hidden).
+    pub(in crate::model) fn forward_add(
+        &self,
+        x: &Tensor,
+        step: &Step<'_>,
+        cache: &PagedKv,
+        residual: &Tensor,
+    ) -> Result<Tensor> {
         let Heads { num_heads, num_kv_heads, head_dim } = self.heads;
-        let tokens = x.dim(0)?;
-        let (q, k, v) = self.project(x, step)?;
-        let q = q.reshape((tokens, num_heads, head_dim))?;
-        let k = k.reshape((tokens, num_kv_heads, head_dim))?;
-        let q = step.rope.apply(&normed(self.q_norm.as_ref(), q, step)?)?;
-        let k = step.rope.apply(&normed(self.k_norm.as_ref(), k, step)?)?;
+        let (q, k, v) = match &step.rope {
+            Rotation::Host { cos, sin } => self.project_joined(x, step, (cos, sin))?,
+            Rotation::Device { .. } => self.project(x, step)?,
+        };
         let shape = AttentionShape {
             num_heads,
             num_kv_heads,
@@ -79,28 +84,65 @@ impl Attention {
             scale: 1. / (head_dim as f64).sqrt(),
             window: self.window,
         };
-        cache.write(&step.attention, &k.reshape((tokens, num_kv_heads * head_dim))?, &v, &shape)?;
+        cache.write(&step.attention, &k, &v, &shape)?;
         let y = cache.attend(&q, &step.attention, &shape)?;
-        self.o_proj.forward(&y, step.segments)
+        self.o_proj.forward_add(&y, step.segments, residual)
     }
 
+    /// Queries, keys and values, (tokens, heads * head_dim) each, ready for attention: with the CPU's kernels.
+    fn project_joined(
+        &self,
+        x: &Tensor,
+        step: &Step<'_>,
+        (cos, sin): (&[f32], &[f32]),
+    ) -> Result<(Tensor, Tensor, Tensor)> {
+        let qkv = match &self.qkv {
+            Qkv::Split { q_proj, k_proj, v_proj } => {
+                Linear::forward_joined(&[q_proj, k_proj, v_proj], x, step.segments)?
+            }
+            Qkv::Fused(qkv_proj) => qkv_proj.forward(x, step.segments)?,
+        };
+        let prepare = QkPrepare {
+            cos,
+            sin,
+            half: cos.len() / x.dim(0)?,
+            head_dim: self.heads.head_dim,
+            heads: (self.heads.num_heads, self.heads.num_kv_heads),
+            norms: (
+                self.q_norm.as_ref().and_then(|norm| norm.packed(step.segments)),
+                self.k_norm.as_ref().and_then(|norm| norm.packed(step.segments)),
+            ),
+        };
+        prepare_qk_op(&qkv, &prepare)?;
+        let (q_size, kv_size) = (self.heads.q_size(), self.heads.kv_size());
+        Ok((qkv.narrow(1, 0, q_size)?, qkv.narrow(1, q_size, kv_size)?, qkv.narrow(1, q_size + kv_size, kv_size)?))
+    }
+
+    /// The same on any device.
     fn project(&self, x: &Tensor, step: &Step<'_>) -> Result<(Tensor, Tensor, Tensor)> {
-        match &self.qkv {
-            Qkv::Split { q_proj, k_proj, v_proj } => Ok((
+        let Heads { num_heads, num_kv_heads, head_dim } = self.heads;
+        let (q_size, kv_size) = (self.heads.q_size(), self.heads.kv_size());
+        let (q, k, v) = match &self.qkv {
+            Qkv::Split { q_proj, k_proj, v_proj } => (
                 q_proj.forward(x, step.segments)?,
                 k_proj.forward(x, step.segments)?,
                 v_proj.forward(x, step.segments)?,
-            )),
+            ),
             Qkv::Fused(qkv_proj) => {
                 let qkv = qkv_proj.forward(x, step.segments)?;
-                let (q_size, kv_size) = (self.heads.q_size(), self.heads.kv_size());
-                Ok((
+                (
                     qkv.narrow(1, 0, q_size)?.contiguous()?,
                     qkv.narrow(1, q_size, kv_size)?.contiguous()?,
                     qkv.narrow(1, q_size + kv_size, kv_size)?.contiguous()?,
-                ))
+                )
             }
-        }
+        };
+        let tokens = x.dim(0)?;
+        let q = q.reshape((tokens, num_heads, head_dim))?;
+        let k = k.reshape((tokens, num_kv_heads, head_dim))?;
+        let q = step.rope.apply(&normed(self.q_norm.as_ref(), q, step)?)?;
+        let k = step.rope.apply(&normed(self.k_norm.as_ref(), k, step)?)?;
+        Ok((q.reshape((tokens, q_size))?, k.reshape((tokens, kv_size))?, v))
     }
 }
 

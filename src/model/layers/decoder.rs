@@ -73,9 +73,9 @@ impl Decoder {
 impl DecoderLayer {
     fn forward(&self, x: &Tensor, step: &Step<'_>, cache: &PagedKv) -> Result<Tensor> {
         let normed = self.input_layernorm.forward(x, step.segments)?;
-        let x = (x + self.self_attn.forward(&normed, step, cache)?)?;
+        let x = self.self_attn.forward_add(&normed, step, cache, x)?;
         let normed = self.post_attention_layernorm.forward(&x, step.segments)?;
-        &x + self.mlp.forward(&normed, step.segments)?
+        self.mlp.forward_add(&normed, step.segments, &x)
     }
 }
 

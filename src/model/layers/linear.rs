@@ -7,7 +7,7 @@ use candle_core::{DType, Device, Result, Tensor};
 use mistralrs_quant::{GgufMatMul, QuantMethod};
 
 use crate::adapter::{Delta, LinearSlots, Pre, Scale, SiteId, Weight};
-use crate::kernels::cpu::{BaseLinear, PackedMatrix, SlotRun, linear_op};
+use crate::kernels::cpu::{PackedMatrix, SlotRun, SweepLinear, add_op, gated_op, join_op};
 use crate::kernels::{self, InputTerm, SegmentTerms, Term};
 use crate::model::AdapterSegment;
 
@@ -45,9 +45,9 @@ impl Matrix {
     fn product(&self, x: &Tensor) -> Result<Tensor> {
         match self {
             Self::Dense(w) => kernels::linear(x, w),
-            Self::Packed(w) => {
-                let base = BaseLinear { weight: Some(w.as_ref()), bias: None, n: w.n(), k: w.k() };
-                linear_op(x, base, &[SlotRun { rows: 0..x.dim(0)?, slots: None }])
+            Self::Packed(weight) => {
+                let runs = vec![SlotRun { rows: 0..x.dim(0)?, slots: None }];
+                join_op(x, &[SweepLinear { weight, bias: None, runs }])
             }
             Self::Quantized { product, .. } => product.forward_autocast(x),
         }
@@ -99,8 +99,8 @@ impl Linear {
 
     /// Applies the linear to `x` (tokens, in) under `segments`, which tile the tokens: (tokens, out).
     pub(in crate::model) fn forward(&self, x: &Tensor, segments: &[AdapterSegment]) -> Result<Tensor> {
-        if let Matrix::Packed(w) = &self.weight {
-            return self.forward_packed(w, x, segments);
+        if let Some(linear) = self.packed(segments) {
+            return join_op(x, &[linear]);
         }
         let terms = self.terms(segments);
         if let [only] = terms.as_slice()
@@ -118,8 +118,60 @@ impl Linear {
         kernels::apply_segments((x, &pre_x), product.as_ref(), &terms)
     }
 
-    fn forward_packed(&self, w: &PackedMatrix, x: &Tensor, segments: &[AdapterSegment]) -> Result<Tensor> {
-        let mut runs: Vec<SlotRun<'_>> = Vec::with_capacity(segments.len());
+    /// `residual + self(x)`.
+    pub(in crate::model) fn forward_add(
+        &self,
+        x: &Tensor,
+        segments: &[AdapterSegment],
+        residual: &Tensor,
+    ) -> Result<Tensor> {
+        match self.packed(segments) {
+            Some(linear) => add_op(x, linear, residual),
+            None => residual + self.forward(x, segments)?,
+        }
+    }
+
+    /// The outputs of several linears of `x` side by side, (tokens, sum of outs).
+    pub(in crate::model) fn forward_joined(
+        linears: &[&Self],
+        x: &Tensor,
+        segments: &[AdapterSegment],
+    ) -> Result<Tensor> {
+        if let Some(packed) = Self::all_packed(linears, segments) {
+            return join_op(x, &packed);
+        }
+        let outputs = linears.iter().map(|linear| linear.forward(x, segments));
+        Tensor::cat(&outputs.collect::<Result<Vec<_>>>()?, 1)
+    }
+
+    /// `silu(gate(x)) * up(x)` in one sweep; `None` where the weights are not packed alike.
+    pub(in crate::model) fn forward_gated(
+        gate: &Self,
+        up: &Self,
+        x: &Tensor,
+        segments: &[AdapterSegment],
+    ) -> Result<Option<Tensor>> {
+        let packed = Self::all_packed(&[gate, up], segments).and_then(|packed| <[_; 2]>::try_from(packed).ok());
+        packed.map(|packed| gated_op(x, &packed)).transpose()
+    }
+
+    /// Whether the weight is packed for the CPU's kernels.
+    pub(in crate::model) fn is_packed(&self) -> bool {
+        matches!(self.weight, Matrix::Packed(_))
+    }
+
+    /// Linears that can share a sweep: all packed, in one format.
+    fn all_packed<'a>(linears: &[&'a Self], segments: &'a [AdapterSegment]) -> Option<Vec<SweepLinear<'a>>> {
+        let packed: Vec<SweepLinear<'a>> =
+            linears.iter().map(|linear| linear.packed(segments)).collect::<Option<_>>()?;
+        let format = packed.first()?.weight.format();
+        packed.iter().all(|linear| linear.weight.format() == format).then_some(packed)
+    }
+
+    /// The linear as the CPU's kernels take it, where its weight is packed.
+    fn packed<'a>(&'a self, segments: &'a [AdapterSegment]) -> Option<SweepLinear<'a>> {
+        let Matrix::Packed(weight) = &self.weight else { return None };
+        let mut runs: Vec<SlotRun<'a>> = Vec::with_capacity(segments.len());
         for segment in segments {
             let slots = segment.adapter.as_ref().and_then(|adapter| adapter.packed.get(&self.site));
             match runs.last_mut() {
@@ -127,8 +179,7 @@ impl Linear {
                 _ => runs.push(SlotRun { rows: segment.start..segment.start + segment.len, slots }),
             }
         }
-        let base = BaseLinear { weight: Some(w), bias: self.bias_values.as_deref(), n: w.n(), k: w.k() };
-        linear_op(x, base, &runs)
+        Some(SweepLinear { weight, bias: self.bias_values.as_deref(), runs })
     }
 
     /// What each segment does here; neighbours that leave the base as it is are one.

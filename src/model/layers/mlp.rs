@@ -4,6 +4,7 @@ use candle_core::{Result, Tensor};
 use candle_nn::{Activation, Module};
 
 use super::Linear;
+use crate::kernels::cpu::silu_mul_op;
 use crate::model::AdapterSegment;
 
 /// `y = down(act(gate(x)) * up(x))`.
@@ -32,16 +33,35 @@ pub(in crate::model) enum GateUp {
 }
 
 impl Mlp {
-    /// Applies the block to `x` (tokens, hidden) under `segments`, which tile the tokens.
-    pub(in crate::model) fn forward(&self, x: &Tensor, segments: &[AdapterSegment]) -> Result<Tensor> {
-        let (gate, up) = match &self.gate_up {
-            GateUp::Split { gate_proj, up_proj } => (gate_proj.forward(x, segments)?, up_proj.forward(x, segments)?),
+    /// Applies the block to `x` (tokens, hidden) under `segments`, which tile the tokens, and adds `residual`.
+    pub(in crate::model) fn forward_add(
+        &self,
+        x: &Tensor,
+        segments: &[AdapterSegment],
+        residual: &Tensor,
+    ) -> Result<Tensor> {
+        self.down_proj.forward_add(&self.gated(x, segments)?, segments, residual)
+    }
+
+    /// `act(gate(x)) * up(x)`, (tokens, intermediate).
+    fn gated(&self, x: &Tensor, segments: &[AdapterSegment]) -> Result<Tensor> {
+        let is_silu = matches!(self.hidden_act, Activation::Silu | Activation::Swish);
+        match &self.gate_up {
+            GateUp::Split { gate_proj, up_proj } => {
+                if is_silu && let Some(y) = Linear::forward_gated(gate_proj, up_proj, x, segments)? {
+                    return Ok(y);
+                }
+                self.hidden_act.forward(&gate_proj.forward(x, segments)?)? * up_proj.forward(x, segments)?
+            }
             GateUp::Fused(gate_up_proj) => {
                 let gate_up = gate_up_proj.forward(x, segments)?; // [tokens, 2 * intermediate]
+                if is_silu && gate_up_proj.is_packed() {
+                    return silu_mul_op(&gate_up);
+                }
                 let intermediate = gate_up.dim(1)? / 2;
-                (gate_up.narrow(1, 0, intermediate)?.contiguous()?, gate_up.narrow(1, intermediate, intermediate)?)
+                let gate = gate_up.narrow(1, 0, intermediate)?.contiguous()?;
+                self.hidden_act.forward(&gate)? * gate_up.narrow(1, intermediate, intermediate)?
             }
-        };
-        self.down_proj.forward(&(self.hidden_act.forward(&gate)? * up)?, segments)
+        }
     }
 }

@@ -3,6 +3,7 @@
 use candle_core::{D, DType, Device, Result, Tensor};
 
 use super::rope_config::{ByLength, Defaults, Frequencies, RopeConfig, inverse_frequencies};
+use crate::kernels::KvLayout;
 use crate::model::{ModelError, RopeLengthRule};
 
 /// The position encoding of a model (Su et al. 2021), the halves of the rotated part being paired.
@@ -13,9 +14,21 @@ pub(in crate::model) struct Rope {
 
 /// The rotation of one step's tokens: cosines and sines, (tokens, rotary_dim / 2).
 #[derive(Clone, Debug)]
-pub(in crate::model) struct Rotation {
-    cos: Tensor,
-    sin: Tensor,
+pub(in crate::model) enum Rotation {
+    /// For the CPU's kernels.
+    Host {
+        /// Cosines.
+        cos: Vec<f32>,
+        /// Sines.
+        sin: Vec<f32>,
+    },
+    /// For candle's operations on any device.
+    Device {
+        /// Cosines.
+        cos: Tensor,
+        /// Sines.
+        sin: Tensor,
+    },
 }
 
 impl Rope {
@@ -34,13 +47,13 @@ impl Rope {
     }
 
     /// Cosine and sine of `position * inv_freq` in f32 on the host, where `rope_len` of each token may choose other
-    /// frequencies; then moved to `device` in `dtype`.
+    /// frequencies; for a cache in [`KvLayout::Rows`] moved to `device` in `dtype`.
     pub(in crate::model) fn rotation(
         &self,
         positions: &[u32],
         rope_lens: &[u32],
-        device: &Device,
-        dtype: DType,
+        layout: KvLayout,
+        (device, dtype): (&Device, DType),
     ) -> Result<Rotation> {
         let half = self.frequencies.inv_freq.len();
         let factor = self.frequencies.attention_factor;
@@ -55,9 +68,12 @@ impl Rope {
             }
         }
         let shape = (positions.len(), half);
-        Ok(Rotation {
-            cos: Tensor::from_vec(cos, shape, device)?.to_dtype(dtype)?,
-            sin: Tensor::from_vec(sin, shape, device)?.to_dtype(dtype)?,
+        Ok(match layout {
+            KvLayout::Heads => Rotation::Host { cos, sin },
+            KvLayout::Rows => Rotation::Device {
+                cos: Tensor::from_vec(cos, shape, device)?.to_dtype(dtype)?,
+                sin: Tensor::from_vec(sin, shape, device)?.to_dtype(dtype)?,
+            },
         })
     }
 
@@ -80,11 +96,15 @@ impl Rope {
 
 impl Rotation {
     /// Rotates the first `rotary_dim` elements of every head of `x` (tokens, heads, head_dim).
+    ///
+    /// # Panics
+    /// On a rotation for the CPU's kernels.
     pub(in crate::model) fn apply(&self, x: &Tensor) -> Result<Tensor> {
+        let Self::Device { cos, sin } = self else { panic!("the CPU's kernels rotate by themselves") };
         let head_dim = x.dim(D::Minus1)?;
-        let rotary_dim = 2 * self.cos.dim(1)?;
+        let rotary_dim = 2 * cos.dim(1)?;
         let rotated = x.narrow(D::Minus1, 0, rotary_dim)?.contiguous()?.unsqueeze(0)?;
-        let rotated = candle_nn::rotary_emb::rope_thd(&rotated, &self.cos, &self.sin)?.squeeze(0)?;
+        let rotated = candle_nn::rotary_emb::rope_thd(&rotated, cos, sin)?.squeeze(0)?;
         if rotary_dim == head_dim {
             return Ok(rotated);
         }

@@ -1,0 +1,131 @@
+//! Before the sweep: what every run's rows have in few numbers.
+
+#![expect(unsafe_code, reason = "threads write disjoint parts of the working memory")]
+
+use std::ops::Range;
+
+use super::isa::Isa;
+use super::linear::SweepLinear;
+use super::packed::WeightFormat;
+use super::pool::for_each;
+use super::rows::{RowMatrix, dot_rows};
+use super::shared::Shared;
+use super::slots::{PackedDelta, SlotRun, short_len};
+use super::words::{row_words, write_row};
+
+/// Rows of one shrinking task.
+const SHRINK_ROWS: usize = 16;
+
+/// Where the working memory of every run lies.
+pub(super) struct ShrinkPlan<'a> {
+    /// By linear, then by run.
+    pub(super) places: Vec<Vec<Place>>,
+    /// What is to be computed: a run, some of its rows, and its place.
+    tasks: Vec<(&'a SlotRun<'a>, Range<usize>, Place)>,
+    /// Elements of short vectors in total.
+    pub(super) short: usize,
+    /// Rows of words in total.
+    pub(super) word_rows: usize,
+}
+
+/// Where a run's working memory lies.
+#[derive(Clone, Copy)]
+pub(super) struct Place {
+    /// Its first short vector.
+    pub(super) short: usize,
+    /// Its first row of words: that of `x`, or one of its own where the run transforms its rows.
+    pub(super) word_row: usize,
+}
+
+impl<'a> ShrinkPlan<'a> {
+    /// Lays out the memory for `linears` of `m` rows.
+    pub(super) fn new(linears: &'a [SweepLinear<'a>], m: usize) -> Self {
+        let mut plan = Self { places: Vec::with_capacity(linears.len()), tasks: Vec::new(), short: 0, word_rows: m };
+        for linear in linears {
+            let places = linear.runs.iter().map(|run| plan.place(run)).collect();
+            plan.places.push(places);
+        }
+        plan
+    }
+
+    fn place(&mut self, run: &'a SlotRun<'a>) -> Place {
+        let mut place = Place { short: self.short, word_row: run.rows.start };
+        let Some(slots) = run.slots else { return place };
+        let short = short_len(slots);
+        self.short += run.rows.len() * short;
+        if slots.pre.is_some() {
+            place.word_row = self.word_rows;
+            self.word_rows += run.rows.len();
+        }
+        if short > 0 || slots.pre.is_some() {
+            for from in run.rows.clone().step_by(SHRINK_ROWS) {
+                self.tasks.push((run, from..run.rows.end.min(from + SHRINK_ROWS), place));
+            }
+        }
+        place
+    }
+}
+
+/// Transforms rows of `x` where a run does, and computes what every run's rows have in few numbers. Within a run, the
+/// short vectors of one term adjoin. `words` are those of `x`; `transformed` holds the rows of words after them.
+pub(super) fn shrink(
+    (x, words, format): (&[f32], &[u32], WeightFormat),
+    k: usize,
+    plan: &ShrinkPlan<'_>,
+    (transformed, short): (&mut [u32], &mut [f32]),
+) {
+    let (width, m) = (row_words(format, k), x.len() / k);
+    let (transformed, short) = (Shared::new(transformed), Shared::new(short));
+    for_each(plan.tasks.len(), |task| {
+        let (run, rows, place) = &plan.tasks[task];
+        let slots = run.slots.expect("a task has slots");
+        let plain = &words[rows.start * width..rows.end * width];
+        let x = &x[rows.start * k..rows.end * k];
+        let mut weighed = plain;
+        if let Some(pre) = &slots.pre {
+            let from = (place.word_row - m + rows.start - run.rows.start) * width;
+            // SAFETY: every task has rows of its own.
+            let words = unsafe { transformed.part(from..from + rows.len() * width) };
+            let mut copy = vec![0.0; k];
+            for (row, words) in x.chunks_exact(k).zip(words.chunks_exact_mut(width)) {
+                copy.copy_from_slice(row);
+                pre.apply(&mut copy);
+                write_row(Isa::best(), format, &copy, words);
+            }
+            weighed = words;
+        }
+        let mut start = place.short;
+        // SAFETY: every task has rows of its own within every term of its run.
+        let mut next = |r: usize| unsafe {
+            let from = start + (rows.start - run.rows.start) * r;
+            start += run.rows.len() * r;
+            short.part(from..from + rows.len() * r)
+        };
+        let dot = |words: &[u32], a: &RowMatrix, h: &mut [f32]| {
+            assert_eq!((a.k(), a.format()), (k, format), "the rows are like those of x");
+            dot_rows(Isa::best(), words, a, h);
+        };
+        for delta in &slots.deltas {
+            let h = next(delta.short_len());
+            match delta {
+                PackedDelta::LowRank { a, .. } => dot(plain, a, h),
+                PackedDelta::ShardSum { m } => {
+                    x.chunks_exact(k).zip(h.chunks_exact_mut(m.k())).for_each(|(row, h)| shard_sum(row, h));
+                }
+            }
+        }
+        if let Some((indexes, replaced)) = &slots.rows {
+            dot(weighed, replaced, next(indexes.len()));
+        }
+    });
+}
+
+/// Sums the shards of the width of `sums`, in ascending order.
+fn shard_sum(row: &[f32], sums: &mut [f32]) {
+    sums.fill(0.0);
+    for shard in row.chunks(sums.len()) {
+        for (sum, value) in sums.iter_mut().zip(shard) {
+            *sum += value;
+        }
+    }
+}
