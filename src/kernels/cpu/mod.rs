@@ -4,6 +4,7 @@ mod attention;
 mod dispatch;
 mod gemm;
 mod isa;
+mod limits;
 mod linear;
 mod ops;
 mod packed;
@@ -14,7 +15,9 @@ mod tile;
 
 pub(crate) use attention::QuerySpan;
 pub use isa::Isa;
+pub use limits::{dot_rate, read_bandwidth};
 pub use linear::{BaseLinear, PackedDelta, PackedSlots, SlotRun};
-pub(crate) use ops::{attention_op, linear_op, write_cache_op};
+pub use ops::linear_op;
+pub(crate) use ops::{attention_op, write_cache_op};
 pub use packed::{PackedMatrix, WeightFormat};
 pub use rows::RowMatrix;

@@ -6,11 +6,12 @@ use super::attention::{CacheView, QuerySpan, paged_attention, write_keys, write_
 use super::linear::{BaseLinear, SlotRun, linear_packed};
 use crate::kernels::AttentionShape;
 
-/// A linear with its adapters on `x` (rows, in) f32: (rows, out) f32; see the module `linear`.
+/// A linear with its adapters on `x` (rows, in) f32: (rows, out) f32; `scale ⊙ (W x + sum_j delta_j(x)) + c` per
+/// run of rows with one adapter.
 ///
 /// # Errors
 /// When `x` is not an f32 matrix on the CPU.
-pub(crate) fn linear_op(x: &Tensor, base: BaseLinear<'_>, runs: &[SlotRun<'_>]) -> Result<Tensor> {
+pub fn linear_op(x: &Tensor, base: BaseLinear<'_>, runs: &[SlotRun<'_>]) -> Result<Tensor> {
     x.contiguous()?.apply_op1_no_bwd(&LinearOp { base, runs })
 }
 
