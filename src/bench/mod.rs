@@ -5,6 +5,7 @@
 //! [`Plan`]; [`run`] follows it, writes a table as it goes and returns the [`Report`], whose JSON form
 //! `docs/performance.md` describes.
 
+mod bound;
 mod client;
 mod drive;
 mod event;
@@ -32,6 +33,7 @@ use local::Local;
 use progress::Progress;
 use target::Target;
 
+pub use bound::AgainstBase;
 pub use client::Keys;
 pub use machine::{Limits, Machine};
 pub use plan::{Distribution, Plan, PlanError, Server};
@@ -93,25 +95,20 @@ async fn measure(plan: &Plan, machine: Machine, local: Option<&Local>, out: &mut
         table::hot_load(&hot_load, out)?;
         report.hot_load = Some(hot_load);
     } else {
-        runs(plan, &client, &target, &mut report.runs, out).await?;
+        runs(plan, &client, &target, &mut report, out).await?;
     }
     report.server.adapters = target.described(&client).await;
     Ok(report)
 }
 
 /// Every run of every round, in turn.
-async fn runs(
-    plan: &Plan,
-    client: &Client,
-    target: &Target,
-    runs: &mut Vec<RunReport>,
-    out: &mut dyn Write,
-) -> Result<()> {
+async fn runs(plan: &Plan, client: &Client, target: &Target, report: &mut Report, out: &mut dyn Write) -> Result<()> {
     let load = plan.load_while.as_deref().map(upload).transpose()?.map(|archive| Load { archive });
     let mut prompts = workload::Prompts::new(plan.seed, target.vocab_size, plan.prompt_tokens);
     if plan.distributions.iter().any(Distribution::wants_warm_adapters) {
         target.warm(client, &mut prompts).await?;
     }
+    let adapters = target.described(client).await;
     table::header(out)?;
     for round in 1..=plan.rounds {
         for distribution in &plan.distributions {
@@ -131,11 +128,15 @@ async fn runs(
                     };
                     let mut run = drive.run(&mut prompts, load).await?;
                     run.round = round;
+                    run.against_base = bound::against_base(&run, &report.runs, &adapters, report.machine.limits);
                     table::run(&run, out)?;
-                    runs.push(run);
+                    report.runs.push(run);
                 }
             }
         }
+    }
+    if plan.rounds > 1 {
+        table::medians(&report.runs, out)?;
     }
     Ok(())
 }

@@ -3,6 +3,7 @@
 
 use serde::Serialize;
 
+use super::bound::AgainstBase;
 use super::machine::Machine;
 use super::plan::Distribution;
 use super::stats::Summary;
@@ -112,6 +113,8 @@ pub struct RunReport {
     pub inter_token_gap_ms: Option<Summary>,
     /// From sending a request to its last token.
     pub request_ms: Option<Summary>,
+    /// Beside the base's run at the same concurrency in the same round; null where there is none.
+    pub against_base: Option<AgainstBase>,
     /// What was loaded meanwhile; null in a run without.
     pub load_while: Option<LoadWhile>,
 }

@@ -71,6 +71,13 @@ impl Zipf {
         Self { sums: sums.collect() }
     }
 
+    /// How many different values so many draws have, in the mean.
+    pub(super) fn distinct(&self, draws: usize) -> f64 {
+        let total = self.sums.last().expect("not empty");
+        let starts = std::iter::once(0.0).chain(self.sums.iter().copied());
+        self.sums.iter().zip(starts).map(|(end, start)| 1.0 - (1.0 - (end - start) / total).powf(draws as f64)).sum()
+    }
+
     /// The value that `unit`, uniform in [0, 1), stands for.
     pub(super) fn at(&self, unit: f64) -> usize {
         let total = self.sums.last().expect("not empty");

@@ -64,16 +64,21 @@ pub(super) fn header(out: &mut dyn Write) -> io::Result<()> {
     )
 }
 
+/// What a run is called.
+fn label(run: &RunReport) -> String {
+    format!("{}{}", run.distribution, if run.load_while.is_some() { ", loading" } else { "" })
+}
+
 /// A row of the table of runs, and beneath it what went wrong.
 pub(super) fn run(run: &RunReport, out: &mut dyn Write) -> io::Result<()> {
-    let label = format!("{}{}", run.distribution, if run.load_while.is_some() { ", loading" } else { "" });
     let get = |summary: &Option<Summary>, of: fn(&Summary) -> f64| {
         summary.as_ref().map_or_else(|| "-".to_owned(), |s| ms(of(s)))
     };
     let (ttft, token, gap) = (&run.ttft_ms, &run.time_per_output_token_ms, &run.inter_token_gap_ms);
     writeln!(
         out,
-        "{label:20} {:>4} {:>5} {:>4}  {:>8.1} {:>8.1} {:>7.2}  {:>7} {:>7}  {:>7} {:>7}  {:>7} {:>7} {:>7} {:>7}",
+        "{:20} {:>4} {:>5} {:>4}  {:>8.1} {:>8.1} {:>7.2}  {:>7} {:>7}  {:>7} {:>7}  {:>7} {:>7} {:>7} {:>7}",
+        label(run),
         run.concurrency,
         run.completed,
         run.errors.count,
@@ -92,11 +97,67 @@ pub(super) fn run(run: &RunReport, out: &mut dyn Write) -> io::Result<()> {
     if let Some(Summary { count, p50, max, .. }) = run.load_while.as_ref().and_then(|load| load.load_ms.as_ref()) {
         writeln!(out, "    {count} loads meanwhile, p50 {} ms, longest {} ms", ms(*p50), ms(*max))?;
     }
+    if let Some(beside) = &run.against_base {
+        write!(
+            out,
+            "    {:.3} of the base's tok/s, {:.3} of its speed per token",
+            beside.output_rate, beside.token_speed
+        )?;
+        match beside.bound {
+            Some(bound) => writeln!(out, "; the bound is {bound:.3}")?,
+            None => writeln!(out)?,
+        }
+    }
     if let Some(message) = &run.errors.first {
         writeln!(out, "    {} errors, the first: {message}", run.errors.count)?;
     }
     if run.short_answers > 0 {
         writeln!(out, "    {} answers are shorter than asked for", run.short_answers)?;
+    }
+    out.flush()
+}
+
+/// Medians over the rounds.
+pub(super) fn medians(runs: &[RunReport], out: &mut dyn Write) -> io::Result<()> {
+    let is_same = |a: &RunReport, b: &RunReport| {
+        (a.distribution, a.concurrency, a.load_while.is_some())
+            == (b.distribution, b.concurrency, b.load_while.is_some())
+    };
+    writeln!(out, "\nmedians")?;
+    writeln!(
+        out,
+        "{:20} {:>4} {:>7}  {:>12} {:>11} {:>13} {:>11}  {:>11} {:>11}",
+        "adapters",
+        "at",
+        "rounds",
+        "output tok/s",
+        "TTFT p50 ms",
+        "per token p50",
+        "gap p99 ms",
+        "/base tok/s",
+        "/base speed"
+    )?;
+    for (idx, first) in runs.iter().enumerate().filter(|(_, run)| run.round == 1) {
+        let rounds: Vec<&RunReport> = runs[idx..].iter().filter(|run| is_same(run, first)).collect();
+        let median = |of: &dyn Fn(&RunReport) -> Option<f64>| {
+            let mut values: Vec<f64> = rounds.iter().filter_map(|run| of(run)).collect();
+            Summary::of(&mut values).map(|summary| summary.p50)
+        };
+        let shown = |value: Option<f64>| value.map_or_else(|| "-".to_owned(), ms);
+        let ratio = |value: Option<f64>| value.map_or_else(|| "-".to_owned(), |value| format!("{value:.3}"));
+        writeln!(
+            out,
+            "{:20} {:>4} {:>7}  {:>12.1} {:>11} {:>13} {:>11}  {:>11} {:>11}",
+            label(first),
+            first.concurrency,
+            rounds.len(),
+            median(&|run| Some(run.output_tokens_per_s)).unwrap_or(0.0),
+            shown(median(&|run| Some(run.ttft_ms?.p50))),
+            shown(median(&|run| Some(run.time_per_output_token_ms?.p50))),
+            shown(median(&|run| Some(run.inter_token_gap_ms?.p99))),
+            ratio(median(&|run| Some(run.against_base?.output_rate))),
+            ratio(median(&|run| Some(run.against_base?.token_speed))),
+        )?;
     }
     out.flush()
 }

@@ -91,7 +91,19 @@ fn every_distribution_is_measured_at_every_concurrency() {
     assert!(report.server.in_process && report.server.start_s.unwrap() > 0.0);
     assert_eq!(report.server.version.as_deref(), Some(env!("CARGO_PKG_VERSION")));
     assert_eq!((report.workload.num_adapters, report.workload.vocab_size), (6, 1536));
-    assert_eq!(table.lines().filter(|line| line.starts_with("zipf:1.1 ")).count(), 4, "{table}");
+    // One line per run and one median over the rounds.
+    assert_eq!(table.lines().filter(|line| line.starts_with("zipf:1.1 ")).count(), 6, "{table}");
+    let base = |run: &RunReport| {
+        let is_base = |other: &&RunReport| {
+            other.distribution == Distribution::Base && (other.round, other.concurrency) == (run.round, run.concurrency)
+        };
+        report.runs.iter().find(is_base).unwrap().output_tokens_per_s
+    };
+    for run in report.runs.iter().filter(|run| run.distribution != Distribution::Base) {
+        let beside = run.against_base.unwrap();
+        assert!((beside.output_rate * base(run) - run.output_tokens_per_s).abs() < 1e-6 * run.output_tokens_per_s);
+        assert!(beside.token_speed > 0.0 && beside.bound.is_none());
+    }
 }
 
 #[test]
@@ -133,7 +145,7 @@ fn runs_are_made_without_and_with_loading() {
         })
         .collect();
     assert!(loads.len() == 4 && loads[0] == 0 && loads[1] > 0 && loads[2] == 0 && loads[3] > 0, "{loads:?}");
-    assert_eq!(table.lines().filter(|line| line.starts_with("base, loading ")).count(), 2, "{table}");
+    assert_eq!(table.lines().filter(|line| line.starts_with("base, loading ")).count(), 3, "{table}");
     assert!(!Path::new("adapters/catalog").exists(), "uploads go to a scratch store");
 }
 
@@ -232,6 +244,7 @@ const FIELDS: &str = "
     runs[].duration_s runs[].prompt_tokens runs[].output_tokens
     runs[].requests_per_s runs[].output_tokens_per_s runs[].total_tokens_per_s
     runs[].load_while
+    runs[].against_base runs[].against_base.output_rate runs[].against_base.token_speed runs[].against_base.bound
     hot_load hot_load.bytes hot_load.ways hot_load.ways[].way";
 /// The summaries.
 const SUMMARIES: &str = "
@@ -261,7 +274,7 @@ fn keys(value: &Json, path: &str, found: &mut BTreeSet<String>) {
 fn the_json_keeps_its_shape_and_the_docs_name_every_field() {
     let loading = Plan {
         load_while: Some(PathBuf::from("adapters/shout")),
-        distributions: vec![Distribution::One],
+        distributions: vec![Distribution::Base, Distribution::One],
         ..plan(sample(1))
     };
     let hot = Plan { hot_load: Some(PathBuf::from("adapters/shout")), requests: Some(1), ..plan(sample(1)) };
