@@ -4,7 +4,7 @@
 //!
 //! | module | owns |
 //! |---|---|
-//! | [`bench`] | measuring a server over HTTP: load, clock, figures |
+//! | [`bench`](mod@bench) | measuring a server over HTTP: load, clock, figures |
 //! | [`app`] | building the parts in order; start, drain, shutdown |
 //! | [`config`] | typed settings: file, then environment, then flags |
 //! | [`server`] | HTTP: routes, bodies, errors, streaming |

@@ -24,7 +24,7 @@ use std::io::Write;
 use std::path::Path;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, anyhow};
 use bytes::Bytes;
 
 use client::Client;
@@ -54,7 +54,13 @@ pub fn run(plan: &Plan, out: &mut dyn Write) -> Result<Report> {
     };
     let runtime =
         tokio::runtime::Builder::new_current_thread().enable_all().build().context("starting the client's runtime")?;
-    let measured = runtime.block_on(measure(plan, machine, local.as_ref(), out));
+    // Interrupted, the scratch store goes away all the same.
+    let measured = runtime.block_on(async {
+        tokio::select! {
+            report = measure(plan, machine, local.as_ref(), out) => report,
+            _ = tokio::signal::ctrl_c() => Err(anyhow!("interrupted")),
+        }
+    });
     if let Some(local) = local {
         local.stop()?;
     }

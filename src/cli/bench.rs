@@ -83,20 +83,21 @@ pub(super) struct BenchArgs {
 /// Measures and prints; `command` is the whole command line.
 pub(super) fn run(args: BenchArgs, command: Vec<String>) -> Result<()> {
     if let (Some(_), Some(flag)) = (&args.url, args.settings.server_flag()) {
-        let reason = format!("sets up a server, but --url measures one that runs; {flag} belongs to its start");
+        let reason = "describes a server to start, but --url measures one that runs".to_owned();
         return Err(PlanError::Argument { argument: flag, reason }.into());
     }
-    let is_quiet = args.json.as_deref().is_some_and(|path| path.as_os_str() == "-");
+    let is_json_printed = args.json.as_deref().is_some_and(|path| path.as_os_str() == "-");
     let json = args.json.clone();
     // Opened first: a file that cannot be written is found before the work is done.
     let file = match &json {
-        Some(path) if !is_quiet => Some(File::create(path).with_context(|| path.display().to_string())?),
+        Some(path) if !is_json_printed => Some(File::create(path).with_context(|| path.display().to_string())?),
         _ => None,
     };
     let plan = args.plan(command)?;
     plan.check()?;
-    let report = if is_quiet { bench::run(&plan, &mut io::stderr()) } else { bench::run(&plan, &mut io::stdout()) }?;
-    if is_quiet {
+    let report =
+        if is_json_printed { bench::run(&plan, &mut io::stderr()) } else { bench::run(&plan, &mut io::stdout()) }?;
+    if is_json_printed {
         write_json(&report, io::stdout())?;
     }
     if let Some(file) = file {

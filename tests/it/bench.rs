@@ -324,7 +324,7 @@ fn arguments_that_make_no_sense_are_wrong_usage() {
     check_refused(&["--copies", "0"], 2, "--copies: expected at least 1, found 0");
     check_refused(&["--repeat", "0"], 2, "--repeat: expected at least 1, found 0");
     check_refused(&["--url", "localhost:8000"], 2, "--url: expected an address such as http://127.0.0.1:8000");
-    check_refused(&["--url", "http://127.0.0.1:1", "--model", "m"], 2, "--model: ");
+    check_refused(&["--url", "http://127.0.0.1:1", "--model", "m"], 2, "--model: describes a server to start");
     check_refused(&["--url", "http://127.0.0.1:1", "--copies", "2"], 2, "--copies");
     let both = ["--hot-load", "adapters/shout", "--load-while", "adapters/shout"];
     check_refused(&both, 2, "--hot-load: cannot be combined with --load-while");
