@@ -4,6 +4,7 @@
 //!
 //! | module | owns |
 //! |---|---|
+//! | [`bench`](mod@bench) | measuring a server over HTTP: load, clock, figures |
 //! | [`app`] | building the parts in order; start, drain, shutdown |
 //! | [`config`] | typed settings: file, then environment, then flags |
 //! | [`server`] | HTTP: routes, bodies, errors, streaming |
@@ -19,6 +20,7 @@
 
 pub mod adapter;
 pub mod app;
+pub mod bench;
 pub mod cli;
 pub mod config;
 pub mod engine;

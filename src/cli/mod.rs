@@ -1,6 +1,7 @@
 //! The command line: what can be typed, and what each command does. Exit codes: 0 done, 1 failed, 2 wrong usage.
 
 mod adapter;
+mod bench;
 mod serve;
 mod settings;
 
@@ -9,6 +10,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
+use crate::bench::PlanError;
 use crate::config::ConfigError;
 use settings::SettingsArgs;
 
@@ -28,6 +30,8 @@ enum Command {
     Serve(SettingsArgs),
     /// Print the effective settings, each with where its value came from.
     Config(SettingsArgs),
+    /// Measure a server's speed: one that runs, or one started for it.
+    Bench(bench::BenchArgs),
     /// Check an adapter offline, or list, add and remove those of a running server.
     #[command(subcommand)]
     Adapter(adapter::AdapterCommand),
@@ -47,7 +51,7 @@ pub fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(e) => {
             let _ = writeln!(io::stderr(), "patchbay: {e:#}");
-            ExitCode::from(if e.is::<ConfigError>() { 2 } else { 1 })
+            ExitCode::from(if e.is::<ConfigError>() || e.is::<PlanError>() { 2 } else { 1 })
         }
     }
 }
@@ -56,6 +60,7 @@ fn run(command: Command) -> anyhow::Result<()> {
     match command {
         Command::Serve(settings) => serve::serve(settings.resolve()?.config),
         Command::Config(settings) => Ok(write!(io::stdout(), "{}", settings.resolve()?.to_toml())?),
+        Command::Bench(args) => bench::run(args, bench::shown(std::env::args())),
         Command::Adapter(command) => adapter::run(command, &mut io::stdout()),
     }
 }

@@ -49,7 +49,8 @@ async fn either(a: &mut Signal, b: &mut Signal) {
     }
 }
 
-fn init_logging(config: &LogConfig) -> anyhow::Result<()> {
+/// Starts the log.
+pub(super) fn init_logging(config: &LogConfig) -> anyhow::Result<()> {
     let filter = EnvFilter::try_new(&config.level).context("log.level")?;
     let json = match config.format {
         LogFormat::Auto => !io::stderr().is_terminal(),

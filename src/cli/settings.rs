@@ -8,7 +8,7 @@ use crate::config::{ConfigError, Resolved, Setting, Sources, environment};
 use crate::model::{DeviceChoice, DtypeChoice, QuantChoice};
 
 /// Flags for the settings that are set most often; `--set` reaches every other one.
-#[derive(Debug, Default, Args)]
+#[derive(Clone, Debug, Default, Args)]
 pub(super) struct SettingsArgs {
     /// Settings file (TOML); its keys are those that `patchbay config` prints.
     #[arg(long, value_name = "FILE", env = "PATCHBAY_CONFIG")]
@@ -80,6 +80,13 @@ impl SettingsArgs {
     /// The effective settings: defaults, file, environment, these flags.
     pub(super) fn resolve(self) -> Result<Resolved, ConfigError> {
         Sources { file: self.config.clone(), environment: environment()?, flags: self.settings() }.resolve()
+    }
+
+    /// The first flag given that says what a server is to be, rather than how to speak to it.
+    pub(super) fn server_flag(&self) -> Option<&'static str> {
+        const SPEAKING: [&str; 3] = ["--api-key", "--admin-key", "--log-level"];
+        let settings = Self { config: None, ..self.clone() }.settings();
+        settings.into_iter().map(|setting| setting.flag).find(|flag| !SPEAKING.contains(flag))
     }
 
     fn settings(self) -> Vec<Setting> {

@@ -1,6 +1,7 @@
 //! All integration tests, in one binary.
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on panics, in helpers too")]
 
+mod bench;
 mod cli_adapter;
 mod config;
 mod engine_sim;

@@ -46,8 +46,15 @@ const RULES: &[Rule] = &[
     Rule { module: "main", imports: &["cli"], never: &[ASYNC], kinds: Names::Never, families: Names::Never },
     Rule {
         module: "cli",
-        imports: &["app", "config", "server", "engine", "store", "text", "metrics", "model", "adapter"],
+        imports: &["bench", "app", "config", "server", "engine", "store", "text", "metrics", "model", "adapter"],
         never: &["axum"],
+        kinds: Names::Never,
+        families: Names::Never,
+    },
+    Rule {
+        module: "bench",
+        imports: &["app", "config", "store", "kernels"],
+        never: &["axum", "candle*"],
         kinds: Names::Never,
         families: Names::Never,
     },

@@ -11,11 +11,12 @@ use super::rotate::{QkPrepare, prepare_qk};
 use super::silu::silu_mul_rows;
 use crate::kernels::AttentionShape;
 
-/// Linears of `x` (rows, in) f32 with their adapters, side by side: (rows, sum of outs) f32; see the module `linear`.
+/// Linears of `x` (rows, in) f32 with their adapters, side by side: (rows, sum of outs) f32;
+/// `scale ⊙ (W pre(x) + sum_j delta_j(x)) + c` per run of rows with one adapter.
 ///
 /// # Errors
 /// When `x` is not an f32 matrix on the CPU.
-pub(crate) fn join_op(x: &Tensor, linears: &[SweepLinear<'_>]) -> Result<Tensor> {
+pub fn join_op(x: &Tensor, linears: &[SweepLinear<'_>]) -> Result<Tensor> {
     x.contiguous()?.apply_op1_no_bwd(&SweepOp { linears, gated: false })
 }
 
