@@ -220,8 +220,10 @@ fn reports_name_kind_modules_ranks_and_bytes() {
             let Lowered { report, adapter, .. } = lower_case(runner, case, false);
             let at = format!("{}: {report:?}", case.dir);
             assert_eq!(report.kind, case.peft_type, "{at}");
-            assert!(report.modules > 0, "{at}");
-            assert_eq!(report.ranks.is_empty(), case.peft_type == "SSF", "{at}");
+            let is_leading = report.leading_tokens > 0;
+            assert_eq!(report.modules == 0, is_leading, "{at}");
+            assert_eq!(report.leading_tokens, adapter.num_leading(), "{at}");
+            assert_eq!(report.ranks.is_empty(), case.peft_type == "SSF" || is_leading, "{at}");
             assert_eq!(report.bytes, adapter.bytes(), "{at}");
             assert!(report.own_weight_bytes <= report.bytes, "{at}");
         }

@@ -5,7 +5,9 @@ use std::path::Path;
 use std::sync::{Arc, Condvar, Mutex};
 
 use candle_core::{DType, Device, Result, Tensor};
-use patchbay::adapter::{AdapterFiles, BaseWeights, Delta, LoadedAdapter, Site, SiteId, SiteKind, SiteTable, Weight};
+use patchbay::adapter::{
+    AdapterFiles, BaseShape, BaseWeights, Delta, LoadedAdapter, Site, SiteId, SiteKind, SiteTable, Weight,
+};
 use patchbay::metrics::{Metrics, MetricsConfig};
 use patchbay::store::{PublishOptions, Store, StoreConfig};
 use serde_json::json;
@@ -57,6 +59,10 @@ impl Base {
 impl BaseWeights for Base {
     fn sites(&self) -> &SiteTable {
         &self.sites
+    }
+
+    fn shape(&self) -> BaseShape {
+        BaseShape { hidden_size: FEATURES, num_layers: 1, kv_width: FEATURES }
     }
 
     fn tied_embeddings(&self) -> bool {
