@@ -113,6 +113,14 @@ pub(crate) fn adapter(value: f32) -> AdapterFiles {
     AdapterFiles { config: config.to_string().into_bytes(), weights }
 }
 
+/// An adapter that puts `number` virtual tokens before every prompt.
+pub(crate) fn virtual_tokens(number: usize) -> AdapterFiles {
+    let config = json!({"peft_type": "PROMPT_TUNING", "task_type": "CAUSAL_LM", "num_virtual_tokens": number});
+    let rows = Tensor::zeros((number, FEATURES), DType::F32, &Device::Cpu).unwrap();
+    let weights = safetensors::serialize([("prompt_embeddings", &rows)], None).unwrap();
+    AdapterFiles { config: config.to_string().into_bytes(), weights }
+}
+
 /// Writes an adapter directory as PEFT does.
 pub(crate) fn write_directory(dir: &Path, files: &AdapterFiles) {
     std::fs::create_dir_all(dir).unwrap();
