@@ -248,6 +248,31 @@ LORA_FILES = [
         "lora_no_version", "a config without the newer keys, as older releases wrote it", ("llama",), edit="old_config"
     ),
 ]
+LORA_ACTIVATED = [
+    lora(
+        "alora",
+        "active from its invocation token on; one prompt has none",
+        ("llama", "phi3"),
+        alora_invocation_tokens=[17],
+        target_modules=["k_proj", "v_proj", "down_proj"],
+    ),
+    lora(
+        "alora_pair",
+        "two invocation tokens, which one prompt has; with bias and rslora",
+        ("llama",),
+        alora_invocation_tokens=[17, 70],
+        use_rslora=True,
+        lora_bias=True,
+        target_modules=["q_proj", "v_proj", "down_proj", "lm_head"],
+    ),
+    lora(
+        "alora_last",
+        "an invocation token that one prompt has twice",
+        ("llama",),
+        alora_invocation_tokens=[38],
+        target_modules=["q_proj", "o_proj"],
+    ),
+]
 MISS_CASES = [
     miss("miss_balance", "balance on all linears", CORE),
     miss("miss_random", "balance with init_weights false", ("llama",), init_weights=False),
@@ -311,7 +336,7 @@ SSF_CASES = [
     ssf("ssf_bf16", "a bf16 file; the outputs are those of the rounded values", ("llama",), edit="bf16"),
     ssf("ssf_identity", "scale one, shift zero: equals the base", identity=True, norm_modules=NORMS),
 ]
-CASES = LORA_PLAIN + LORA_BIAS + LORA_EMBED + LORA_DORA + LORA_FILES + MISS_CASES + SSF_CASES
+CASES = LORA_PLAIN + LORA_BIAS + LORA_EMBED + LORA_DORA + LORA_FILES + LORA_ACTIVATED + MISS_CASES + SSF_CASES
 
 
 def family_names(value: object, rename: Callable[[str], str]) -> object:

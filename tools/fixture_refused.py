@@ -196,7 +196,6 @@ def lora_files() -> list[Refused]:
 def lora_configs() -> list[Refused]:
     """Sound tensors whose config asks for what a plain server cannot do."""
     expert = {"model.layers.0.mlp.experts.gate_up_proj"}
-    alora = {"alora_invocation_tokens": [5, 17]}
     return [
         lora("pissa", "an unconverted PiSSA file", "pissa", init_lora_weights="pissa"),
         lora("pissa_niter", "an unconverted PiSSA file of the fast start", "pissa", init_lora_weights="pissa_niter_4"),
@@ -210,7 +209,6 @@ def lora_configs() -> list[Refused]:
             loftq_config={"loftq_bits": 4, "loftq_iter": 1},
         ),
         lora("lora_ga", "an unconverted LoRA-GA file", "lora_ga", init_lora_weights="lora_ga"),
-        lora("alora", "activated LoRA", "alora_invocation_tokens", **alora),
         lora(
             "qalora",
             "QALoRA: pooled inputs",
@@ -337,6 +335,162 @@ def ssf_files() -> list[Refused]:
     ]
 
 
+def alora_files() -> list[Refused]:
+    """Activated LoRA that would change tokens before its invocation, or that never could be invoked."""
+    names = "alora_invocation_tokens"
+    norm = lora_tensors() | {"base_model.model.model.norm.weight": 1 + noise(32)}
+    rows = {"base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta": noise(1, 32)}
+    embedding = {
+        "base_model.model.model.embed_tokens.lora_embedding_A": noise(2, 128),
+        "base_model.model.model.embed_tokens.lora_embedding_B": noise(32, 2),
+    }
+    both = ["q_proj", "embed_tokens"]
+    tokens = {"alora_invocation_tokens": [5, 17]}
+    dora = lora_tensors() | {f"{P}lora_magnitude_vector": 1 + noise(32)}
+    return [
+        lora("alora_string", "the invocation as text", names, alora_invocation_tokens="now"),
+        lora("alora_vocab", "an invocation token outside the vocabulary", "128", alora_invocation_tokens=[5, 128]),
+        lora("alora_dora", "activated LoRA with DoRA", names, dora, use_dora=True, **tokens),
+        lora("alora_bias", "activated LoRA that replaces biases", names, bias="all", **tokens),
+        lora(
+            "alora_saved", "activated LoRA with a replaced norm", names, norm, modules_to_save=["model.norm"], **tokens
+        ),
+        lora(
+            "alora_embedding",
+            "activated LoRA on the embedding",
+            names,
+            lora_tensors() | embedding,
+            target_modules=both,
+            **tokens,
+        ),
+        lora(
+            "alora_rows",
+            "activated LoRA with token rows",
+            names,
+            lora_tensors() | rows,
+            trainable_token_indices=[3],
+            **tokens,
+        ),
+    ]
+
+
+PROMPT = "prompt_embeddings"
+
+
+def prompt(
+    name: str, what: str, names: str, tensors: dict | None = None, kind: str = "PROMPT_TUNING", **config
+) -> Refused:
+    """A faulty adapter that stands before the prompt; sound virtual tokens unless the arguments say otherwise."""
+    width = 64 if kind in ("PREFIX_TUNING", "CARTRIDGE") else 32
+    sound = {
+        "peft_type": kind,
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": f"patchbay/{MODEL}",
+        "inference_mode": True,
+        "num_virtual_tokens": 4,
+        "token_dim": width // 4 if width == 64 else width,
+        "num_layers": 2,
+        "num_attention_heads": 4,
+        "num_transformer_submodules": 1,
+    }
+    return Refused(name, what, names, sound | config, {PROMPT: noise(4, width)} if tensors is None else tensors)
+
+
+def prompt_files() -> list[Refused]:
+    """Faults of adapters that stand before the prompt."""
+    multitask = {
+        PROMPT: noise(4, 32),
+        "prefix_task_cols": noise(3, 4, 2),
+        "prefix_task_rows": noise(3, 2, 32),
+    }
+    tasks = {"kind": "MULTITASK_PROMPT_TUNING", "num_tasks": 3, "num_ranks": 2}
+    no_rows = {key: value for key, value in multitask.items() if key != "prefix_task_rows"}
+    sound = {PROMPT: noise(4, 32)}
+    saved = sound | {"base_model.model.model.norm.weight": 1 + noise(32)}
+    return [
+        prompt("prompt_rows", "fewer rows than num_virtual_tokens", PROMPT, {PROMPT: noise(3, 32)}),
+        prompt("prompt_width", "rows of another base model", PROMPT, {PROMPT: noise(4, 48)}, token_dim=None),
+        prompt("prompt_token_dim", "token_dim of another base model", "token_dim", token_dim=48),
+        prompt("prompt_key", "rows under another name", "embedding.weight", {"embedding.weight": noise(4, 32)}),
+        prompt("prompt_nan", "a value is NaN", PROMPT, with_value(sound, PROMPT, float("nan"))),
+        prompt("prompt_number", "num_virtual_tokens is missing", "num_virtual_tokens", num_virtual_tokens=None),
+        prompt(
+            "prompt_submodules", "rows for an encoder too", "num_transformer_submodules", num_transformer_submodules=2
+        ),
+        prompt(
+            "prompt_saved", "a replaced norm beside the rows", "modules_to_save", saved, modules_to_save=["model.norm"]
+        ),
+        prompt("prompt_surplus", "tensors of a multitask file", "prefix_task_cols", multitask),
+        prompt("prompt_prefix", "the entries of a KV prefix", PROMPT, {PROMPT: noise(4, 64)}),
+        Refused("prompt_lora_type", "peft_type LORA with virtual tokens", PROMPT, LORA_CONFIG, sound),
+        prompt(
+            "p_tuning_encoder",
+            "encoder weights that were not evaluated",
+            "mlp_head",
+            sound | {"mlp_head.0.weight": noise(8, 8)},
+            kind="P_TUNING",
+        ),
+        prompt("multitask_task", "three tasks and none chosen", "task_id", multitask, **tasks),
+        prompt("multitask_range", "a task that the file does not have", "task_id", multitask, task_id=3, **tasks),
+        prompt(
+            "multitask_number",
+            "fewer tasks than num_tasks",
+            "prefix_task_cols",
+            multitask,
+            task_id=0,
+            **(tasks | {"num_tasks": 4}),
+        ),
+        prompt(
+            "multitask_ranks",
+            "another rank than num_ranks",
+            "prefix_task_cols",
+            multitask,
+            task_id=0,
+            **(tasks | {"num_ranks": 3}),
+        ),
+        prompt("multitask_rows", "a factor is missing", "prefix_task_rows", no_rows, task_id=0, **tasks),
+        prompt("cpt_ids", "fewer token ids than rows", "cpt_token_ids", kind="CPT", cpt_token_ids=[9, 17, 42]),
+        prompt(
+            "prefix_rows", "fewer entries than num_virtual_tokens", PROMPT, {PROMPT: noise(3, 64)}, kind="PREFIX_TUNING"
+        ),
+        prompt(
+            "prefix_layers",
+            "another number of layers",
+            "num_layers",
+            {PROMPT: noise(4, 96)},
+            kind="PREFIX_TUNING",
+            num_layers=3,
+        ),
+        prompt(
+            "prefix_heads",
+            "sizes of query heads instead of key heads",
+            "token_dim",
+            {PROMPT: noise(4, 128)},
+            kind="PREFIX_TUNING",
+            token_dim=32,
+        ),
+        prompt(
+            "prefix_tokens", "virtual tokens instead of entries", PROMPT, {PROMPT: noise(4, 32)}, kind="PREFIX_TUNING"
+        ),
+        prompt(
+            "cartridge_rows",
+            "more entries than num_virtual_tokens",
+            PROMPT,
+            {PROMPT: noise(6, 64)},
+            kind="CARTRIDGE",
+            num_frozen_tokens=1,
+        ),
+        prompt(
+            "cartridge_inf",
+            "a value is infinite",
+            PROMPT,
+            with_value({PROMPT: noise(4, 64)}, PROMPT, float("inf")),
+            kind="CARTRIDGE",
+            num_frozen_tokens=1,
+        ),
+    ]
+
+
 def broken_files(root: Path) -> list[dict]:
     """Directories whose files cannot be read at all."""
     faults: list[tuple[str, str, str, Callable[[Path], object]]] = [
@@ -385,5 +539,5 @@ def write_one(root: Path, case: Refused) -> dict:
 def write_refused(root: Path) -> list[dict]:
     """Writes every faulty adapter; returns the manifest entries."""
     fresh_dir(root / "refused")
-    cases = lora_files() + lora_configs() + miss_files() + ssf_files()
+    cases = lora_files() + lora_configs() + alora_files() + miss_files() + ssf_files() + prompt_files()
     return [write_one(root, case) for case in cases] + broken_files(root)

@@ -45,6 +45,15 @@ from fixture_common import (
     write_json,
 )
 from fixture_models import MODELS, write_model
+from fixture_prompt import (
+    PROMPT_CASES,
+    is_prompt,
+    load_prompt_adapter,
+    name_task,
+    prompt_difference,
+    prompt_outputs,
+    write_prompt_adapter,
+)
 from fixture_refused import write_refused
 
 CONFIGS = {"LORA": LoraConfig, "MISS": MissConfig}
@@ -184,6 +193,8 @@ def check_merge(case: Case, model: torch.nn.Module, expected: dict, prompts: lis
 
 def try_case(case: Case, model_name: str, bases: Bases, directory: Path, prompts: list) -> tuple[dict, dict]:
     """Seeds until the greedy margins and the effect are large enough; returns the outputs and what was measured."""
+    if is_prompt(case):
+        return try_prompt_case(case, model_name, bases, directory, prompts)
     write = write_ssf_adapter if case.peft_type == "SSF" else write_peft_adapter
     base = load_expected(bases.root / "models" / model_name)
     for attempt in range(ATTEMPTS_MAX):
@@ -199,14 +210,34 @@ def try_case(case: Case, model_name: str, bases: Bases, directory: Path, prompts
     raise RuntimeError(f"{model_name}/{case.name}: no seed is good enough (margin {margin}, effect {effect})")
 
 
+def try_prompt_case(case: Case, model_name: str, bases: Bases, directory: Path, prompts: list) -> tuple[dict, dict]:
+    """The same for an adapter that stands before the prompt."""
+    base = load_expected(bases.root / "models" / model_name)
+    for attempt in range(ATTEMPTS_MAX):
+        fresh_dir(directory)
+        trained = write_prompt_adapter(case, model_name, bases, directory, attempt)
+        tidy_adapter_dir(directory, f"patchbay/{model_name}")
+        loaded = load_prompt_adapter(model_name, bases, directory)
+        expected, margin = prompt_outputs(case, model_name, loaded, prompts)
+        effect = largest_difference(expected, base)
+        if margin > MARGIN_MIN and effect > EFFECT_MIN:
+            reload = prompt_difference(case, trained, expected, prompts)
+            return expected, {"margin": round(margin, 5), "effect": round(effect, 3), "reload": float(f"{reload:.2g}")}
+    raise RuntimeError(f"{model_name}/{case.name}: no seed is good enough (margin {margin}, effect {effect})")
+
+
 def write_case(case: Case, model_name: str, bases: Bases, prompts: list) -> dict:
     """Writes one adapter directory with its expected outputs; returns its manifest entry."""
     directory = bases.root / "adapters" / model_name / case.name
     expected, measured = try_case(case, model_name, bases, directory, prompts)
     if case.identity and measured["effect"] > 0:
         raise RuntimeError(f"{model_name}/{case.name}: an identity adapter changed the output by {measured['effect']}")
-    mergeable, note = check_merge(case, load_adapter(case, model_name, bases, directory), expected, prompts)
-    edit_after(case, directory)
+    if is_prompt(case):
+        mergeable, note = False, "nothing of it is a weight"
+        name_task(case, directory)
+    else:
+        mergeable, note = check_merge(case, load_adapter(case, model_name, bases, directory), expected, prompts)
+        edit_after(case, directory)
     save_expected(expected, directory)
     print(f"{model_name}/{case.name}: {measured}, mergeable {mergeable} ({note})", flush=True)
     # What PEFT itself computes before saving and after loading differs for some tied models.
@@ -280,7 +311,9 @@ def main() -> None:
     if not args.only or not models:
         models = [write_model(spec, args.out, prompts) for spec in MODELS]
     bases = Bases(args.out)
-    chosen = [(case, model) for case in CASES for model in case.models if args.only in f"{model}/{case.name}"]
+    chosen = [
+        (case, model) for case in CASES + PROMPT_CASES for model in case.models if args.only in f"{model}/{case.name}"
+    ]
     cases = [write_case(case, model, bases, prompts) for case, model in chosen]
     kept = [entry for entry in old.get("cases", []) if args.only or entry["peft_type"] == "BONE"]
     manifest = {

@@ -12,7 +12,7 @@ use std::sync::LazyLock;
 use candle_core::{DType, Device, Result, Tensor};
 use libfuzzer_sys::fuzz_target;
 use patchbay::adapter::{
-    AdapterFiles, BaseWeights, LowerOptions, Site, SiteId, SiteKind, SiteTable, digest, inspect, lower,
+    AdapterFiles, BaseShape, BaseWeights, LowerOptions, Site, SiteId, SiteKind, SiteTable, digest, inspect, lower,
 };
 
 static BASE: LazyLock<Base> = LazyLock::new(Base::new);
@@ -67,6 +67,10 @@ impl Base {
 impl BaseWeights for Base {
     fn sites(&self) -> &SiteTable {
         &self.sites
+    }
+
+    fn shape(&self) -> BaseShape {
+        BaseShape { hidden_size: 32, num_layers: 2, kv_width: 16 }
     }
 
     fn tied_embeddings(&self) -> bool {

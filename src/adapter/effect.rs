@@ -8,6 +8,10 @@ use super::{
 
 /// Whether the adapter equals the base exactly. `dtype` is the format of own weights and tables; the rest is f32.
 pub(super) fn is_neutral(adapter: &LoweredAdapter, base: &dyn BaseWeights, dtype: DType) -> Result<bool> {
+    // Whatever stands before the prompt is attended to, even zeros.
+    if adapter.num_leading() > 0 {
+        return Ok(false);
+    }
     for (id, slots) in &adapter.linears {
         if !linear_is_neutral(slots, *id, base, dtype)? {
             return Ok(false);

@@ -4,7 +4,7 @@ use candle_core::{Device, Result, Shape, Tensor};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
-use super::{BaseWeights, Site, SiteId, SiteKind, SiteTable};
+use super::{BaseShape, BaseWeights, Site, SiteId, SiteKind, SiteTable};
 
 /// One layer with a biased and an unbiased linear, a head that may be tied, norms, an embedding.
 pub(super) struct FakeBase {
@@ -67,6 +67,10 @@ impl FakeBase {
 impl BaseWeights for FakeBase {
     fn sites(&self) -> &SiteTable {
         &self.sites
+    }
+
+    fn shape(&self) -> BaseShape {
+        BaseShape { hidden_size: HIDDEN, num_layers: 2, kv_width: 8 }
     }
 
     fn tied_embeddings(&self) -> bool {

@@ -32,6 +32,8 @@ pub struct LowerReport {
     pub merged: bool,
     /// Modules of the base model that it changes.
     pub modules: usize,
+    /// Positions of the context that it takes before every prompt, beside the prompt's own.
+    pub leading_tokens: usize,
     /// Distinct ranks, ascending; empty for kinds without one.
     pub ranks: Vec<usize>,
     /// Bytes of all lowered tensors.

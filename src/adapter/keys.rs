@@ -1,4 +1,4 @@
-//! The grammar of tensor keys: `base_model.model.<module path>.<suffix>`.
+//! The grammar of tensor keys: `base_model.model.<module path>.<suffix>`; a suffix that stands alone belongs to no module.
 
 use std::collections::BTreeMap;
 
@@ -17,14 +17,20 @@ pub(super) const COMMON_SUFFIXES: &[&str] =
 /// A file's keys by module and suffix.
 pub(super) type ModuleKeys<T> = BTreeMap<T, BTreeMap<String, String>>;
 
-/// Finds each key's site and suffix. Every suffix must be among `suffixes` or [`COMMON_SUFFIXES`].
+/// Whether `key` belongs to no module: it is one of the kind's suffixes and nothing else.
+pub(super) fn is_bare(key: &str, suffixes: &[&str]) -> bool {
+    suffixes.contains(&key)
+}
+
+/// Finds the site and suffix of each key but the bare ones. Every suffix must be among `suffixes` or
+/// [`COMMON_SUFFIXES`].
 pub(super) fn group_by_site(
     file: &TensorFile<'_>,
     sites: &SiteTable,
     suffixes: &[&str],
 ) -> Result<ModuleKeys<SiteId>, AdapterError> {
     let mut modules = ModuleKeys::new();
-    for key in file.keys() {
+    for key in file.keys().filter(|key| !is_bare(key, suffixes)) {
         let components = components(key)?;
         let place = (1..components.len()).rev().find_map(|at| Some((at, sites.find(&components[..at].join("."))?)));
         let (at, site) = place.ok_or_else(|| refuse(key, "the base model has no such module"))?;
@@ -37,10 +43,10 @@ pub(super) fn group_by_site(
     Ok(modules)
 }
 
-/// Finds each key's module path and suffix without a base model, from the suffixes alone.
+/// Finds the module path and suffix of each key but the bare ones without a base model, from the suffixes alone.
 pub(super) fn group_by_path(file: &TensorFile<'_>, suffixes: &[&str]) -> (ModuleKeys<String>, Vec<AdapterError>) {
     let (mut modules, mut faults) = (ModuleKeys::new(), Vec::new());
-    for key in file.keys() {
+    for key in file.keys().filter(|key| !is_bare(key, suffixes)) {
         let place = components(key).and_then(|components| {
             let known = |at: &usize| is_known(&suffix_of(&components[*at..]), suffixes);
             let at = (1..components.len()).find(known);

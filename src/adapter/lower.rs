@@ -51,8 +51,8 @@ pub fn digest(files: &AdapterFiles, options: &LowerOptions) -> [u8; 32] {
 
 fn finish(mut lowering: Lowering<'_>) -> Result<(LoweredAdapter, LowerReport), AdapterError> {
     lowering.check_complete()?;
-    let modules = lowering.num_modules();
-    if modules == 0 {
+    let (modules, leading_tokens) = (lowering.num_modules(), lowering.out.num_leading());
+    if modules == 0 && leading_tokens == 0 {
         return Err(AdapterError::Empty { reason: "the config names none".to_owned() });
     }
     if effect::is_neutral(&lowering.out, lowering.base, lowering.options.dtype)? {
@@ -60,12 +60,16 @@ fn finish(mut lowering: Lowering<'_>) -> Result<(LoweredAdapter, LowerReport), A
     }
     if lowering.options.merge {
         merge::merge(&mut lowering)?;
+        if modules == 0 {
+            lowering.warnings.push("there is nothing to merge: the adapter stands before the prompt".to_owned());
+        }
     }
     store(&mut lowering)?;
     let report = LowerReport {
         kind: lowering.kind.peft_type.to_owned(),
         merged: lowering.options.merge,
         modules,
+        leading_tokens,
         ranks: lowering.ranks.iter().copied().collect(),
         bytes: lowering.out.bytes(),
         own_weight_bytes: lowering.out.own_bytes(),
@@ -80,10 +84,17 @@ fn store(lowering: &mut Lowering<'_>) -> Result<(), AdapterError> {
     for tensor in lowering.out.tensors_mut() {
         *tensor = tensor.to_dtype(dtype)?.contiguous()?;
     }
-    if let Some(site) = first_infinite(&lowering.out)? {
-        let path = &lowering.site(site).path;
+    let refuse = |tensor: &str| {
         let reason = format!("the lowered values are not finite in {}", dtype.as_str());
-        return Err(AdapterError::Tensor { tensor: path.clone(), reason });
+        Err(AdapterError::Tensor { tensor: tensor.to_owned(), reason })
+    };
+    if let Some(site) = first_infinite(&lowering.out)? {
+        return refuse(&lowering.site(site).path);
+    }
+    for tensor in lowering.out.leading_tensors() {
+        if !is_finite(tensor)? {
+            return refuse("prompt_embeddings");
+        }
     }
     Ok(())
 }

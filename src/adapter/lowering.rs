@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use candle_core::Tensor;
 
 use super::config::{Config, field_error};
-use super::keys::{ModuleKeys, group_by_site, key_of};
+use super::keys::{ModuleKeys, group_by_site, is_bare, key_of};
 use super::kinds::Kind;
 use super::matching::Matcher;
 use super::tensor_file::TensorFile;
@@ -30,6 +30,7 @@ pub(super) struct Lowering<'a> {
     pub(super) warnings: Vec<String>,
     file: TensorFile<'a>,
     unread: ModuleKeys<SiteId>,
+    unread_bare: BTreeSet<String>,
     absent: Option<AdapterError>,
     own_bytes: usize,
 }
@@ -42,6 +43,7 @@ impl<'a> Lowering<'a> {
         options: LowerOptions,
     ) -> Result<Self, AdapterError> {
         let unread = group_by_site(&file, base.sites(), kind.suffixes)?;
+        let unread_bare = file.keys().filter(|key| is_bare(key, kind.suffixes)).map(str::to_owned).collect();
         Ok(Self {
             base,
             options,
@@ -52,6 +54,7 @@ impl<'a> Lowering<'a> {
             warnings: Vec::new(),
             file,
             unread,
+            unread_bare,
             absent: None,
             own_bytes: 0,
         })
@@ -101,6 +104,19 @@ impl<'a> Lowering<'a> {
     pub(super) fn require(&mut self, site: SiteId, suffix: &str, expected: &[usize]) -> Result<Tensor, AdapterError> {
         let tensor = self.take(site, suffix, expected)?;
         tensor.ok_or_else(|| self.refuse(site, suffix, "is missing"))
+    }
+
+    /// Takes a tensor that belongs to no module and that the file must have.
+    pub(super) fn require_bare(&mut self, key: &str, expected: &[usize]) -> Result<Tensor, AdapterError> {
+        let refuse = |reason| AdapterError::Tensor { tensor: key.to_owned(), reason };
+        match self.file.shape(key) {
+            None => Err(refuse("is missing".to_owned())),
+            Some(found) if found != expected => Err(refuse(format!("expected shape {expected:?}, found {found:?}"))),
+            Some(_) => {
+                self.unread_bare.remove(key);
+                self.file.read_f32(key)
+            }
+        }
     }
 
     /// Forgets a tensor that has no effect when serving.
@@ -159,8 +175,8 @@ impl<'a> Lowering<'a> {
         if let Some(fault) = self.absent.take() {
             return Err(fault);
         }
-        match self.unread.values().flatten().next() {
-            Some((_, key)) => {
+        match self.unread.values().flatten().map(|(_, key)| key).chain(&self.unread_bare).next() {
+            Some(key) => {
                 let reason = "nothing in the config accounts for it".to_owned();
                 Err(AdapterError::Tensor { tensor: key.clone(), reason })
             }

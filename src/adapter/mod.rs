@@ -31,6 +31,6 @@ pub use inspect::{Inspection, inspect};
 pub use kinds::{KINDS, Kind};
 pub use lower::{digest, lower};
 pub use normal_form::{
-    Delta, EmbeddingPatch, LinearSlots, LoadedAdapter, LoweredAdapter, NormOverride, Pre, Scale, Weight,
+    Delta, EmbeddingPatch, KvPrefix, LinearSlots, LoadedAdapter, LoweredAdapter, NormOverride, Pre, Scale, Weight,
 };
-pub use site::{BaseWeights, Site, SiteId, SiteKind, SiteTable};
+pub use site::{BaseShape, BaseWeights, Site, SiteId, SiteKind, SiteTable};

@@ -9,6 +9,9 @@
 //! The product with the shared `W` is bias-free and runs once for all tokens of a step. Only that product reads
 //! `pre_t(x)`; the deltas read `x` itself. `c` is the bias when an adapter says nothing about it. All slots default to
 //! neutral.
+//!
+//! Beside the slots an adapter can stand before the prompt: first entries of the KV cache, then virtual tokens. Both take
+//! positions, from 0 on, and the prompt follows. It can also be asleep until its invocation tokens occur in the prompt.
 
 use std::collections::BTreeMap;
 
@@ -25,6 +28,20 @@ pub struct LoweredAdapter {
     pub norms: BTreeMap<SiteId, NormOverride>,
     /// Patches per embedding.
     pub embeddings: BTreeMap<SiteId, EmbeddingPatch>,
+    /// Rows (n, hidden) that stand before every prompt as if they were embedded tokens.
+    pub virtual_tokens: Option<Tensor>,
+    /// Keys and values that stand before every context.
+    pub kv_prefix: Option<KvPrefix>,
+    /// Tokens that switch the adapter on: it acts from the first of their last occurrence in the prompt on, and not at all
+    /// on a prompt without them. Empty where it always acts. Not together with what stands before the prompt.
+    pub invocation_tokens: Vec<u32>,
+}
+
+/// Entries of the KV cache, at least one, in the form that the cache holds them: keys are normed and rotated already.
+#[derive(Clone, Debug)]
+pub struct KvPrefix {
+    /// Keys and values of each layer of the base model, both (entries, kv heads * head_dim).
+    pub layers: Vec<(Tensor, Tensor)>,
 }
 
 /// What an adapter does to one linear.
@@ -182,13 +199,55 @@ impl EmbeddingPatch {
     }
 }
 
+impl KvPrefix {
+    /// How many positions the entries take.
+    pub fn len(&self) -> usize {
+        self.layers.first().map_or(0, |(keys, _)| keys.dims()[0])
+    }
+
+    /// Whether there are none, which a base model without layers would need.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+}
+
 impl LoweredAdapter {
+    /// Virtual tokens before every prompt.
+    pub fn num_virtual_tokens(&self) -> usize {
+        self.virtual_tokens.as_ref().map_or(0, |rows| rows.dims()[0])
+    }
+
+    /// Entries of the KV cache before every context.
+    pub fn num_prefix_entries(&self) -> usize {
+        self.kv_prefix.as_ref().map_or(0, KvPrefix::len)
+    }
+
+    /// Positions it takes before every prompt.
+    pub fn num_leading(&self) -> usize {
+        self.num_prefix_entries() + self.num_virtual_tokens()
+    }
+
+    /// The token of a prompt from which on the adapter acts, generated ones included; `None` when it never does.
+    pub fn active_from(&self, prompt: &[u32]) -> Option<usize> {
+        let invocation = self.invocation_tokens.as_slice();
+        if invocation.is_empty() {
+            return Some(0);
+        }
+        prompt.windows(invocation.len()).rposition(|window| window == invocation)
+    }
+
     /// Every tensor of the adapter.
     pub fn tensors(&self) -> Vec<&Tensor> {
         let linears = self.linears.values().flat_map(LinearSlots::tensors);
         let norms = self.norms.values().flat_map(|norm| norm.weight.iter().chain(&norm.shift));
         let embeddings = self.embeddings.values().flat_map(EmbeddingPatch::tensors);
-        linears.chain(norms).chain(embeddings).collect()
+        linears.chain(norms).chain(embeddings).chain(self.leading_tensors()).collect()
+    }
+
+    /// Every tensor of what stands before the prompt.
+    pub fn leading_tensors(&self) -> impl Iterator<Item = &Tensor> {
+        let prefix = self.kv_prefix.iter().flat_map(|prefix| &prefix.layers).flat_map(|(keys, values)| [keys, values]);
+        self.virtual_tokens.iter().chain(prefix)
     }
 
     /// Every tensor of the adapter, to be replaced in place.
@@ -218,6 +277,10 @@ impl LoweredAdapter {
             tensors.extend(patch.table.iter_mut().chain(&mut patch.scale).chain(&mut patch.shift));
             tensors.extend(patch.rows.iter_mut().map(|(_, rows)| rows));
             tensors.extend(patch.low_rank.iter_mut().flat_map(|(a, b)| [a, b]));
+        }
+        tensors.extend(&mut self.virtual_tokens);
+        for (keys, values) in self.kv_prefix.iter_mut().flat_map(|prefix| &mut prefix.layers) {
+            tensors.extend([keys, values]);
         }
         tensors
     }

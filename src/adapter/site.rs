@@ -101,6 +101,17 @@ impl SiteTable {
     }
 }
 
+/// Sizes of a base model beside its sites.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BaseShape {
+    /// Length of the residual stream's vectors.
+    pub hidden_size: usize,
+    /// Decoder layers.
+    pub num_layers: usize,
+    /// Elements of one token's keys in one layer (kv heads * head_dim), and of its values.
+    pub kv_width: usize,
+}
+
 /// The base model as lowering sees it: its sites and, where a formula needs them, its weights.
 ///
 /// Every tensor is returned in f32 on the CPU and is the value that the forward pass really uses: for a quantised
@@ -108,6 +119,9 @@ impl SiteTable {
 pub trait BaseWeights: Send + Sync {
     /// The sites.
     fn sites(&self) -> &SiteTable;
+
+    /// Its sizes.
+    fn shape(&self) -> BaseShape;
 
     /// Whether the output head shares its weight with the input embedding.
     fn tied_embeddings(&self) -> bool;

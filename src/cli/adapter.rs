@@ -114,6 +114,9 @@ fn describe(report: &LowerReport, out: &mut dyn Write) -> Result<()> {
     if !ranks.is_empty() {
         writeln!(out, "ranks     {}", ranks.join(", "))?;
     }
+    if report.leading_tokens > 0 {
+        writeln!(out, "context   {} positions before every prompt", report.leading_tokens)?;
+    }
     let dense = report.own_weight_bytes;
     writeln!(out, "memory    {} bytes, {dense} of them dense weights", report.bytes)?;
     for warning in &report.warnings {

@@ -52,7 +52,8 @@ impl Admission {
         let adapter = request.adapter.as_ref().map(|adapter| adapter.name.as_str());
         self.metrics.adapter_requests.with_label_values(&[self.metrics.adapter_label(adapter)]).inc();
 
-        let max_tokens = request.max_tokens.min(self.limits.context_tokens_max - request.prompt.len());
+        let context = self.context_tokens_max(&request);
+        let max_tokens = request.max_tokens.min(context - request.prompt.len());
         let (events, receiver) = mpsc::channel(max_tokens + EVENTS_BESIDE_TOKENS);
         let setup = SequenceSetup {
             max_tokens,
@@ -70,7 +71,7 @@ impl Admission {
             return Err(SubmitError::ShuttingDown);
         }
         // A request that generates needs room for one token more.
-        let limit = self.limits.context_tokens_max - request.max_tokens.min(1);
+        let limit = self.context_tokens_max(request).saturating_sub(request.max_tokens.min(1));
         let found = request.prompt.len();
         if found > limit {
             return Err(SubmitError::PromptTooLong { found, limit });
@@ -79,6 +80,12 @@ impl Admission {
             return Err(SubmitError::QueueFull { limit: self.queue_max });
         }
         Ok(())
+    }
+
+    /// Tokens that prompt and answer can have beside what the adapter puts before them.
+    fn context_tokens_max(&self, request: &GenerationRequest) -> usize {
+        let leading = request.adapter.as_ref().map_or(0, |adapter| adapter.lowered.num_leading());
+        self.limits.context_tokens_max.saturating_sub(leading)
     }
 
     /// Sizes of the model and cache.

@@ -1,7 +1,9 @@
 //! Names for the content of full KV blocks.
 //!
-//! A block's hash covers everything its keys and values depend on: the adapter, the cache salt, the RoPE frequencies,
-//! and every token up to the block's end (through its predecessor's hash). SHA-256 makes an accidental or made-up
+//! A block's hash covers everything its keys and values depend on: the adapter (with what it puts before the prompt), the
+//! cache salt, the RoPE frequencies, and every token up to the block's end (through its predecessor's hash). Blocks that
+//! end before the adapter acts are the base's. Blocks that hold nothing but a KV prefix depend on the adapter alone.
+//! SHA-256 makes an accidental or made-up
 //! collision between tenants infeasible, so equal hashes mean equal content and no tokens need comparing; its cost, two
 //! compressions per block of 16 tokens, is nothing beside computing those tokens.
 
@@ -18,11 +20,17 @@ pub(super) struct BlockHash(pub(super) [u8; 32]);
 pub(super) struct PrefixKey<'a> {
     /// Content digest of the adapter; `None` is the bare base.
     pub(super) adapter: Option<&'a [u8; 32]>,
+    /// First position that uses the adapter.
+    pub(super) adapter_from: Option<usize>,
+    /// Entries of the adapter's KV prefix.
+    pub(super) prefix_entries: usize,
+    /// Positions before the first token, the prefix included.
+    pub(super) leading: usize,
     /// Separates tenants.
     pub(super) salt: Option<&'a str>,
     /// Which contexts have equal RoPE frequencies.
     pub(super) rope_length_rule: RopeLengthRule,
-    /// Tokens in the prompt.
+    /// Positions that count as the prompt for RoPE.
     pub(super) prompt_len: usize,
 }
 
@@ -31,6 +39,13 @@ pub(super) struct PrefixKey<'a> {
 pub(super) struct PrefixChain {
     rope_length_rule: RopeLengthRule,
     prompt_len: usize,
+    prefix_entries: usize,
+    leading: usize,
+    /// Where an adapter comes in that was not there from the start, and its digest.
+    comes_in: Option<(usize, [u8; 32])>,
+    /// Precedes the blocks of a KV prefix.
+    prefix_root: BlockHash,
+    /// Precedes the first block that is computed.
     root: BlockHash,
     hashes: Vec<BlockHash>,
 }
@@ -38,31 +53,54 @@ pub(super) struct PrefixChain {
 impl PrefixChain {
     /// An empty chain.
     pub(super) fn new(key: PrefixKey<'_>) -> Self {
+        let digest = key.adapter.map(<[u8; 32]>::as_slice);
         let mut hasher = Sha256::new();
-        hash_optional(&mut hasher, key.adapter.map(<[u8; 32]>::as_slice));
+        hash_optional(&mut hasher, digest.filter(|_| key.adapter_from == Some(0)));
         hash_optional(&mut hasher, key.salt.map(str::as_bytes));
         hasher.update(key.rope_length_rule.regime(key.prompt_len).to_le_bytes());
+        let mut prefix_hasher = Sha256::new();
+        hash_optional(&mut prefix_hasher, digest);
         Self {
             rope_length_rule: key.rope_length_rule,
             prompt_len: key.prompt_len,
+            prefix_entries: key.prefix_entries,
+            leading: key.leading,
+            comes_in: key.adapter_from.filter(|from| *from > 0).zip(key.adapter.copied()),
+            prefix_root: BlockHash(prefix_hasher.finalize().into()),
             root: BlockHash(hasher.finalize().into()),
             hashes: Vec::new(),
         }
     }
 
-    /// Hashes the full blocks of `tokens` that have no hash yet. Blocks with a token whose RoPE regime differs from the
-    /// prompt's get none, nor do any after them.
+    /// Hashes the full blocks of the context with these tokens that have no hash yet. Blocks with a position whose RoPE
+    /// regime differs from the prompt's get none, nor do any after them.
     pub(super) fn extend(&mut self, tokens: &[u32], block_tokens: usize) {
         let regime = self.rope_length_rule.regime(self.prompt_len);
-        for block in tokens.chunks_exact(block_tokens).skip(self.hashes.len()) {
-            let end = (self.hashes.len() + 1) * block_tokens;
-            // Regimes never return to an earlier value, so the last token speaks for the whole block.
-            if self.rope_length_rule.regime(end.max(self.prompt_len)) != regime {
+        loop {
+            let start = self.hashes.len() * block_tokens;
+            let end = start + block_tokens;
+            let is_prefix = end <= self.prefix_entries;
+            // Regimes never return to an earlier value, so the last position speaks for the whole block. What is copied
+            // is not rotated here.
+            let is_same = is_prefix || self.rope_length_rule.regime(end.max(self.prompt_len)) == regime;
+            if end > self.leading + tokens.len() || !is_same {
                 return;
             }
+            let follows_prefix = !is_prefix && start <= self.prefix_entries;
+            let previous = match self.hashes.last() {
+                Some(hash) if !follows_prefix => hash,
+                _ if is_prefix => &self.prefix_root,
+                _ => &self.root,
+            };
             let mut hasher = Sha256::new();
-            hasher.update(self.hashes.last().unwrap_or(&self.root).0);
-            for token in block {
+            hasher.update(previous.0);
+            if let Some((from, digest)) = self.comes_in
+                && (start..end).contains(&from)
+            {
+                hasher.update((from as u64).to_le_bytes());
+                hasher.update(digest);
+            }
+            for token in &tokens[start.saturating_sub(self.leading)..end.saturating_sub(self.leading)] {
                 hasher.update(token.to_le_bytes());
             }
             self.hashes.push(BlockHash(hasher.finalize().into()));
@@ -96,7 +134,15 @@ mod tests {
     const TOKENS: [u32; 12] = [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12];
 
     fn key<'a>(adapter: Option<&'a [u8; 32]>, salt: Option<&'a str>) -> PrefixKey<'a> {
-        PrefixKey { adapter, salt, rope_length_rule: RopeLengthRule::Fixed, prompt_len: 8 }
+        PrefixKey {
+            adapter,
+            adapter_from: adapter.map(|_| 0),
+            prefix_entries: 0,
+            leading: 0,
+            salt,
+            rope_length_rule: RopeLengthRule::Fixed,
+            prompt_len: 8,
+        }
     }
 
     fn hashes(key: PrefixKey<'_>, tokens: &[u32]) -> Vec<BlockHash> {
@@ -145,7 +191,7 @@ mod tests {
     #[test]
     fn only_blocks_of_the_prompts_regime_are_hashed() {
         let check = |rope_length_rule, prompt_len, blocks| {
-            let key = PrefixKey { adapter: None, salt: None, rope_length_rule, prompt_len };
+            let key = PrefixKey { rope_length_rule, prompt_len, ..key(None, None) };
             assert_eq!(hashes(key, &TOKENS).len(), blocks, "{rope_length_rule:?} {prompt_len}");
         };
         check(RopeLengthRule::Fixed, 5, 3);
@@ -159,13 +205,49 @@ mod tests {
     #[test]
     fn different_regimes_never_share() {
         let key = |prompt_len| PrefixKey {
-            adapter: None,
-            salt: None,
             rope_length_rule: RopeLengthRule::Switch { threshold: 8 },
             prompt_len,
+            ..key(None, None)
         };
         assert_ne!(hashes(key(8), &TOKENS)[0], hashes(key(9), &TOKENS)[0]);
         assert_eq!(hashes(key(7), &TOKENS)[0], hashes(key(8), &TOKENS)[0]);
+    }
+
+    #[test]
+    fn what_stands_before_the_prompt_shifts_its_blocks() {
+        let leads = |leading, prefix_entries| PrefixKey { leading, prefix_entries, ..key(Some(&[1; 32]), None) };
+        assert_eq!(hashes(leads(0, 0), &TOKENS).len(), 3);
+        assert_eq!(hashes(leads(5, 0), &TOKENS).len(), 4);
+        assert_eq!(hashes(leads(9, 9), &TOKENS[..2]).len(), 2);
+        // Blocks of virtual tokens differ by their place, and the first with tokens of the prompt by those.
+        let (one, two) = (hashes(leads(5, 0), &TOKENS), hashes(leads(5, 0), &TOKENS[1..]));
+        assert_eq!(one[0], two[0]);
+        assert_ne!(one[1], two[1]);
+    }
+
+    #[test]
+    fn blocks_of_a_kv_prefix_depend_on_the_adapter_alone() {
+        let of = |digest: u8, salt| {
+            let digest = [digest; 32];
+            hashes(PrefixKey { leading: 9, prefix_entries: 9, ..key(Some(&digest), salt) }, &TOKENS)
+        };
+        assert_eq!(of(1, None)[..2], of(1, Some("tenant"))[..2]);
+        assert_ne!(of(1, None)[2], of(1, Some("tenant"))[2]);
+        assert!(of(1, None).iter().all(|hash| !of(2, None).contains(hash)));
+    }
+
+    #[test]
+    fn blocks_before_the_adapter_comes_in_are_the_bases() {
+        let base = hashes(key(None, None), &TOKENS);
+        let of = |adapter_from| hashes(PrefixKey { adapter_from, ..key(Some(&[1; 32]), None) }, &TOKENS);
+        assert_eq!(of(None), base);
+        let shared = |adapter_from| of(Some(adapter_from)).iter().zip(&base).take_while(|(a, b)| a == b).count();
+        assert_eq!([0, 1, 3, 4, 7, 8, 11, 12].map(shared), [0, 0, 0, 1, 1, 2, 2, 3]);
+        let distinct: std::collections::BTreeSet<_> = [0, 4, 5, 6, 7].map(|from| of(Some(from))[2]).into();
+        assert_eq!(distinct.len(), 5);
+        let other = hashes(PrefixKey { adapter_from: Some(5), ..key(Some(&[2; 32]), None) }, &TOKENS);
+        assert_eq!(other[0], base[0]);
+        assert!(other[1..].iter().all(|hash| !of(Some(5)).contains(hash)), "two adapters share the base's blocks only");
     }
 
     /// A key and tokens from small ranges, so that equal ones occur.

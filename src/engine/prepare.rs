@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use super::block_manager::BlockManager;
 use super::sequence::Sequence;
-use crate::model::{AdapterSegment, AttentionSpan, Batch, DeviceAdapter};
+use crate::model::{AdapterSegment, AttentionSpan, Batch, DeviceAdapter, PrefixWrite, VirtualRun};
 
 /// What the logits of one row are for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -36,6 +36,19 @@ pub(super) struct Layout<'a> {
     pub(super) blocks: &'a BlockManager,
 }
 
+impl Layout<'_> {
+    fn resident(&self, slot: usize) -> Arc<DeviceAdapter> {
+        Arc::clone(self.residents[slot].as_ref().expect("a scheduled sequence's adapter is on the device"))
+    }
+
+    /// The KV slot of a position, whose block must be the sequence's own.
+    fn slot_to_write(&self, sequence: &Sequence, position: usize) -> u32 {
+        let block = sequence.block_table[position / self.block_tokens];
+        assert!(self.blocks.is_writable(block), "block {block} is written while shared");
+        block * self.block_tokens as u32 + (position % self.block_tokens) as u32
+    }
+}
+
 /// Lays the chunks of the `scheduled` sequences end to end, and says what each row of logits will be for.
 pub(super) fn prepare(running: &[Sequence], scheduled: &[usize], layout: &Layout<'_>) -> (Batch, Vec<Row>) {
     let mut batch = Batch::default();
@@ -46,19 +59,22 @@ pub(super) fn prepare(running: &[Sequence], scheduled: &[usize], layout: &Layout
         let start = batch.token_ids.len();
         push_tokens(&mut batch, sequence, layout);
         push_rows(&mut batch, &mut rows, sequence, running_idx, start);
+        push_leading(&mut batch, sequence, start, layout);
         let len = sequence.chunk_len;
-        match batch.segments.last_mut() {
-            Some(segment) if previous_slot == Some(sequence.slot) => segment.len += len,
-            _ => {
-                let adapter = sequence.slot.map(|slot| {
-                    Arc::clone(
-                        layout.residents[slot].as_ref().expect("a scheduled sequence's adapter is on the device"),
-                    )
-                });
-                batch.segments.push(AdapterSegment { start, len, adapter });
+        let asleep = sequence.adapter_from.map_or(len, |from| from.saturating_sub(sequence.computed).min(len));
+        for (start, len, slot) in [(start, asleep, None), (start + asleep, len - asleep, sequence.slot)] {
+            if len == 0 {
+                continue;
             }
+            match batch.segments.last_mut() {
+                Some(segment) if previous_slot == Some(slot) => segment.len += len,
+                _ => {
+                    let adapter = slot.map(|slot| layout.resident(slot));
+                    batch.segments.push(AdapterSegment { start, len, adapter });
+                }
+            }
+            previous_slot = Some(slot);
         }
-        previous_slot = Some(sequence.slot);
     }
     if let (true, Some(&running_idx)) = (rows.is_empty(), scheduled.last()) {
         rows.push(Row { running_idx, purpose: RowPurpose::Unused });
@@ -70,19 +86,14 @@ pub(super) fn prepare(running: &[Sequence], scheduled: &[usize], layout: &Layout
 /// Adds a sequence's chunk as a span.
 fn push_tokens(batch: &mut Batch, sequence: &Sequence, layout: &Layout<'_>) {
     let context_len = sequence.computed + sequence.chunk_len;
-    assert!(context_len <= sequence.tokens.len(), "a chunk ends with the known tokens");
+    assert!(context_len <= sequence.context_len(), "a chunk ends with the known tokens");
     assert!(context_len <= sequence.block_table.len() * layout.block_tokens, "a chunk has blocks to be written to");
     let start = batch.token_ids.len();
     for position in sequence.computed..context_len {
-        let block = sequence.block_table[position / layout.block_tokens];
-        let offset = position % layout.block_tokens;
-        if offset == 0 || position == sequence.computed {
-            assert!(layout.blocks.is_writable(block), "block {block} is written while shared");
-        }
-        batch.token_ids.push(sequence.tokens[position]);
+        batch.token_ids.push(position.checked_sub(sequence.leading).map_or(0, |idx| sequence.tokens[idx]));
         batch.positions.push(position as u32);
         batch.rope_lens.push(sequence.rope_prompt_len.max(position + 1) as u32);
-        batch.slot_mapping.push(block * layout.block_tokens as u32 + offset as u32);
+        batch.slot_mapping.push(layout.slot_to_write(sequence, position));
     }
     let num_blocks = context_len.div_ceil(layout.block_tokens);
     batch.spans.push(AttentionSpan {
@@ -93,17 +104,32 @@ fn push_tokens(batch: &mut Batch, sequence: &Sequence, layout: &Layout<'_>) {
     });
 }
 
+/// Adds what of the chunk that begins at token `start` stands before the prompt: virtual tokens, and the KV prefix.
+fn push_leading(batch: &mut Batch, sequence: &Sequence, start: usize, layout: &Layout<'_>) {
+    let Some(slot) = sequence.slot.filter(|_| sequence.leading > 0) else { return };
+    let len = sequence.leading.saturating_sub(sequence.computed).min(sequence.chunk_len);
+    if len > 0 {
+        let first_row = sequence.computed - sequence.prefix_entries;
+        batch.virtual_runs.push(VirtualRun { start, len, first_row, adapter: layout.resident(slot) });
+    }
+    if !sequence.to_copy.is_empty() {
+        let slots = sequence.to_copy.clone().map(|entry| layout.slot_to_write(sequence, entry)).collect();
+        let first_entry = sequence.to_copy.start;
+        batch.prefix_writes.push(PrefixWrite { first_entry, slots, adapter: layout.resident(slot) });
+    }
+}
+
 /// Adds the rows a chunk that begins at token `start` of the batch needs: prompt tokens to score, then the next token.
 fn push_rows(batch: &mut Batch, rows: &mut Vec<Row>, sequence: &Sequence, running_idx: usize, start: usize) {
     let context_len = sequence.computed + sequence.chunk_len;
     if let Some(first) = sequence.next_prompt_score() {
-        assert!(first >= sequence.computed, "no logits that are needed were skipped");
-        for position in first..context_len.min(sequence.prompt_len - 1) {
-            batch.logit_rows.push((start + position - sequence.computed) as u32);
-            rows.push(Row { running_idx, purpose: RowPurpose::ScorePrompt(sequence.tokens[position + 1]) });
+        assert!(sequence.leading + first >= sequence.computed, "no logits that are needed were skipped");
+        for idx in first..context_len.saturating_sub(sequence.leading).min(sequence.prompt_len - 1) {
+            batch.logit_rows.push((start + sequence.leading + idx - sequence.computed) as u32);
+            rows.push(Row { running_idx, purpose: RowPurpose::ScorePrompt(sequence.tokens[idx + 1]) });
         }
     }
-    if context_len == sequence.tokens.len() && sequence.max_tokens > 0 {
+    if context_len == sequence.context_len() && sequence.max_tokens > 0 {
         batch.logit_rows.push((start + sequence.chunk_len - 1) as u32);
         rows.push(Row { running_idx, purpose: RowPurpose::Draw });
     }

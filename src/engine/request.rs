@@ -112,7 +112,7 @@ pub struct TokenLogprob {
 pub struct Finish {
     /// Why.
     pub reason: FinishReason,
-    /// Prompt tokens.
+    /// Prompt tokens, without what the adapter puts before them.
     pub prompt_tokens: usize,
     /// Prompt tokens whose KV came from the prefix cache.
     pub cached_tokens: usize,
@@ -143,7 +143,7 @@ pub enum SubmitError {
     PromptTooLong {
         /// Tokens in the prompt.
         found: usize,
-        /// Most tokens a prompt may have.
+        /// Most tokens a prompt may have, beside what its adapter puts before it.
         limit: usize,
     },
     /// The server is shutting down.

@@ -9,6 +9,10 @@
 //! sequence is preempted: it loses its blocks and waits again, before all that arrived after it, with its generated
 //! tokens kept. Because every sequence alone fits the cache (checked at admission), the oldest always goes on.
 //!
+//! An adapter's KV prefix takes no computing: its entries are copied to blocks. Full blocks of them are shared by all
+//! sequences of the adapter, through the same hashes as the prefix cache and evicted like its blocks once nobody refers to
+//! them; what is left of the prefix shares a block with the sequence's own tokens and is copied for each.
+//!
 //! Fairness: requests enter in order of arrival, and lack of capacity (seats, tokens, blocks) holds everybody behind.
 //! A request is *deferred* when it lacks only a device slot for its adapter; later requests whose adapters are on the
 //! device, and requests for the base, may then pass. But once `sequences_max` requests with adapters have passed a
@@ -44,6 +48,9 @@ pub(super) struct Schedule {
     pub(super) load: Option<SlotLoad>,
     /// Sequences preempted.
     pub(super) num_preempted: usize,
+    /// A sequence copies blocks of its KV prefix that others will share. One a step: that bounds the step, and who needs
+    /// the same blocks finds them in the next.
+    pub(super) copies_prefix: bool,
 }
 
 /// Copy an adapter to a slot.
@@ -202,7 +209,7 @@ impl Scheduler {
                 idx += 1;
                 continue;
             }
-            if !self.take_blocks(idx, blocks) {
+            if !self.take_blocks(idx, blocks, schedule) {
                 return;
             }
             let mut sequence = self.waiting.remove(idx).expect("the index is in range");
@@ -231,20 +238,27 @@ impl Scheduler {
         }
     }
 
-    /// Gives a waiting sequence blocks for all its tokens, cached ones first; `false` when there is no room for it yet.
-    fn take_blocks(&mut self, waiting_idx: usize, blocks: &mut BlockManager) -> bool {
+    /// Gives a waiting sequence blocks for its whole context, cached ones first; `false` when it must wait for room or for
+    /// another's copy of a KV prefix.
+    fn take_blocks(&mut self, waiting_idx: usize, blocks: &mut BlockManager, schedule: &mut Schedule) -> bool {
         let sequence = &mut self.waiting[waiting_idx];
-        let num_blocks = sequence.tokens.len().div_ceil(self.block_tokens);
-        let hashes = if self.prefix_cache { sequence.reusable_hashes(self.block_tokens) } else { &[] };
+        let num_blocks = sequence.context_len().div_ceil(self.block_tokens);
+        let prefix_blocks = sequence.prefix_blocks(self.block_tokens);
+        let hashes = sequence.reusable_hashes(self.block_tokens, self.prefix_cache);
         let hits = blocks.find_prefix(hashes);
         let headroom = self.running.len();
-        if blocks.available() < hits.unreferenced + (num_blocks - hits.blocks) + headroom {
+        let copies_prefix = hits.blocks < prefix_blocks;
+        let has_room = blocks.available() >= hits.unreferenced + (num_blocks - hits.blocks) + headroom;
+        if !has_room || (copies_prefix && schedule.copies_prefix) {
             return false;
         }
+        schedule.copies_prefix |= copies_prefix;
         let mut block_table: Vec<u32> = hashes[..hits.blocks].iter().map(|hash| blocks.take_cached(hash)).collect();
         block_table.extend((hits.blocks..num_blocks).map(|_| blocks.allocate().expect("the room was checked")));
         sequence.block_table = block_table;
-        sequence.computed = hits.blocks * self.block_tokens;
+        let cached = hits.blocks * self.block_tokens;
+        sequence.to_copy = cached.min(sequence.prefix_entries)..sequence.prefix_entries;
+        sequence.computed = cached.max(sequence.prefix_entries);
         sequence.num_published = hits.blocks;
         true
     }
@@ -260,7 +274,8 @@ impl Scheduler {
             assert_eq!(sequence.slot.is_some(), sequence.adapter.is_some());
             assert_eq!(sequence.digest().and_then(|digest| slots.find(digest)), sequence.slot);
             assert!(sequence.computed <= sequence.block_table.len() * self.block_tokens);
-            assert!(sequence.computed < sequence.tokens.len());
+            assert!(sequence.computed < sequence.context_len() && sequence.prefix_entries <= sequence.computed);
+            assert!(sequence.to_copy.is_empty(), "a step copies what it must");
         }
         for sequence in &self.waiting {
             assert!(sequence.block_table.is_empty() && sequence.slot.is_none() && sequence.computed == 0);

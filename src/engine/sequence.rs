@@ -1,5 +1,10 @@
 //! One sequence: its tokens, its place in the KV cache, and its link to the request task.
+//!
+//! A sequence's context is what its adapter puts before the prompt (entries of a KV prefix, then virtual tokens) and then
+//! its tokens. Positions, blocks and whatever counts as computed are those of the context; prompts, scores and answers
+//! are of tokens only.
 
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
@@ -10,7 +15,7 @@ use super::prefix::{BlockHash, PrefixChain, PrefixKey};
 use super::sampler::Sampler;
 use super::status::InFlight;
 use super::{Finish, FinishReason, GenerationEvent, GenerationRequest, TokenLogprob};
-use crate::adapter::LoadedAdapter;
+use crate::adapter::{LoadedAdapter, LoweredAdapter};
 use crate::model::RopeLengthRule;
 
 /// Events beside tokens that a sequence may send: the prompt's logprobs and the end, and one to spare.
@@ -27,13 +32,21 @@ pub(super) struct Sequence {
     pub(super) tokens: Vec<u32>,
     /// Tokens of the prompt.
     pub(super) prompt_len: usize,
-    /// Tokens that count as the prompt for RoPE; more than `prompt_len` after a switch of frequencies.
+    /// Entries of the adapter's KV prefix, the first positions of the context.
+    pub(super) prefix_entries: usize,
+    /// Positions of the context before the first token.
+    pub(super) leading: usize,
+    /// First position that uses the adapter, if there is one; `None` when the adapter stays asleep.
+    pub(super) adapter_from: Option<usize>,
+    /// Positions that count as the prompt for RoPE; more than the prompt takes after a switch of frequencies.
     pub(super) rope_prompt_len: usize,
     /// What is cached was rotated with other frequencies than the context now has: all of it must be recomputed.
     pub(super) must_restart: bool,
-    /// Leading tokens whose keys and values are in the cache.
+    /// Leading positions whose keys and values are in the cache, or are copied there by the next step.
     pub(super) computed: usize,
-    /// Tokens to compute in the current step; 0 when not scheduled.
+    /// Entries of the KV prefix that the next step copies to the sequence's own blocks.
+    pub(super) to_copy: Range<usize>,
+    /// Positions to compute in the current step; 0 when not scheduled.
     pub(super) chunk_len: usize,
     /// KV blocks, in order of the context.
     pub(super) block_table: Vec<u32>,
@@ -115,17 +128,29 @@ pub(super) struct SequenceSetup {
 impl Sequence {
     /// A sequence with nothing computed.
     pub(super) fn new(request: GenerationRequest, setup: SequenceSetup) -> Self {
+        let lowered = request.adapter.as_ref().map(|adapter| &adapter.lowered);
+        let leading = lowered.map_or(0, LoweredAdapter::num_leading);
+        let prefix_entries = lowered.map_or(0, LoweredAdapter::num_prefix_entries);
+        let adapter_from = lowered.map_or(Some(0), |lowered| lowered.active_from(&request.prompt));
+        assert!(leading == 0 || adapter_from == Some(0), "what stands before the prompt acts from there on");
         let prefix = PrefixChain::new(PrefixKey {
             adapter: request.adapter.as_ref().map(|adapter| &adapter.digest),
+            adapter_from,
+            prefix_entries,
+            leading,
             salt: request.cache_salt.as_deref(),
             rope_length_rule: setup.rope_length_rule,
-            prompt_len: request.prompt.len(),
+            prompt_len: leading + request.prompt.len(),
         });
         Self {
             id: 0,
             adapter: request.adapter,
             prompt_len: request.prompt.len(),
-            rope_prompt_len: request.prompt.len(),
+            prefix_entries,
+            leading,
+            adapter_from,
+            rope_prompt_len: leading + request.prompt.len(),
+            to_copy: 0..0,
             must_restart: false,
             computed: 0,
             chunk_len: 0,
@@ -159,9 +184,14 @@ impl Sequence {
         self.tokens.len() - self.prompt_len
     }
 
-    /// Tokens whose keys and values are still missing.
+    /// Positions of the context so far.
+    pub(super) fn context_len(&self) -> usize {
+        self.leading + self.tokens.len()
+    }
+
+    /// Positions whose keys and values are still missing.
     pub(super) fn left_to_compute(&self) -> usize {
-        self.tokens.len() - self.computed
+        self.context_len() - self.computed
     }
 
     /// Whether all but the newest token are computed, so that a chunk of one yields the next token.
@@ -190,24 +220,32 @@ impl Sequence {
         self.adapter.as_ref().map(|adapter| adapter.name.as_str())
     }
 
-    /// First position whose logits the prompt's logprobs still need; `None` when none are asked or all are there.
+    /// First token whose logits the prompt's logprobs still need; `None` when none are asked or all are there.
     pub(super) fn next_prompt_score(&self) -> Option<usize> {
         let next_token = self.prompt_scores.len().max(1);
         (self.prompt_logprobs.is_some() && next_token < self.prompt_len).then(|| next_token - 1)
     }
 
+    /// Leading blocks that hold nothing but entries of the KV prefix: every sequence of the adapter shares them.
+    pub(super) fn prefix_blocks(&self, block_tokens: usize) -> usize {
+        self.prefix_entries / block_tokens
+    }
+
     /// Hashes of the leading blocks it may take from the cache: all but the last token's block, whose logits are needed.
-    /// None while the logits of prompt tokens are needed.
-    pub(super) fn reusable_hashes(&mut self, block_tokens: usize) -> &[BlockHash] {
+    /// Those of its KV prefix only while the logits of prompt tokens are needed, and where nothing else is cached.
+    pub(super) fn reusable_hashes(&mut self, block_tokens: usize, prefix_cache: bool) -> &[BlockHash] {
         self.prefix.extend(&self.tokens, block_tokens);
+        let computed_too = prefix_cache && self.next_prompt_score().is_none();
+        let bound =
+            if computed_too { (self.context_len() - 1) / block_tokens } else { self.prefix_blocks(block_tokens) };
         let hashes = self.prefix.hashes();
-        let bound = if self.next_prompt_score().is_some() { 0 } else { (self.tokens.len() - 1) / block_tokens };
         &hashes[..hashes.len().min(bound)]
     }
 
     /// Forgets what is in the KV cache; the blocks are returned for release. Tokens and scores stay.
     pub(super) fn take_blocks(&mut self) -> Vec<u32> {
         self.computed = 0;
+        self.to_copy = 0..0;
         self.chunk_len = 0;
         self.must_restart = false;
         std::mem::take(&mut self.block_table)
@@ -255,10 +293,13 @@ impl Sequence {
     fn follow_rope_switch(&mut self) {
         let rule = self.rope_length_rule;
         let is_switch = matches!(rule, RopeLengthRule::Switch { .. });
-        if is_switch && rule.regime(self.rope_prompt_len) != rule.regime(self.tokens.len()) {
-            self.rope_prompt_len = self.tokens.len();
+        if is_switch && rule.regime(self.rope_prompt_len) != rule.regime(self.context_len()) {
+            self.rope_prompt_len = self.context_len();
             self.prefix = PrefixChain::new(PrefixKey {
                 adapter: self.digest(),
+                adapter_from: self.adapter_from,
+                prefix_entries: self.prefix_entries,
+                leading: self.leading,
                 salt: self.cache_salt.as_deref(),
                 rope_length_rule: rule,
                 prompt_len: self.rope_prompt_len,
@@ -369,7 +410,7 @@ pub(super) mod tests {
     fn the_last_tokens_block_is_never_reused() {
         let reusable = |len: u32| {
             let (mut sequence, _receiver) = sequence(request(&(0..len).collect::<Vec<_>>(), 1));
-            sequence.reusable_hashes(4).len()
+            sequence.reusable_hashes(4, true).len()
         };
         assert_eq!([reusable(3), reusable(4), reusable(5), reusable(8), reusable(9)], [0, 0, 1, 1, 2]);
     }
@@ -378,6 +419,6 @@ pub(super) mod tests {
     fn scoring_the_prompt_reads_nothing_from_the_cache() {
         let settings = GenerationRequest { prompt_logprobs: Some(1), ..request(&[1, 2, 3, 4, 5], 1) };
         let (mut sequence, _receiver) = sequence(settings);
-        assert!(sequence.reusable_hashes(2).is_empty());
+        assert!(sequence.reusable_hashes(2, true).is_empty());
     }
 }

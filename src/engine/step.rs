@@ -174,7 +174,7 @@ impl Engine {
         let now = Instant::now();
         for sequence in self.scheduler.running.iter_mut().filter(|sequence| sequence.times.scheduled.is_none()) {
             sequence.times.scheduled = Some(now);
-            sequence.cached_tokens = Some(sequence.computed);
+            sequence.cached_tokens = Some(sequence.computed.saturating_sub(sequence.leading));
             let queried = self.config.prefix_cache && sequence.prompt_logprobs.is_none();
             self.observer.scheduled(sequence, if queried { sequence.prompt_len } else { 0 });
         }
@@ -239,9 +239,8 @@ impl Engine {
         for &running_idx in scheduled {
             let sequence = &mut self.scheduler.running[running_idx];
             sequence.computed += sequence.chunk_len;
-            if self.config.prefix_cache {
-                publish_blocks(sequence, &mut self.blocks, self.config.block_tokens);
-            }
+            sequence.to_copy = 0..0;
+            publish_blocks(sequence, &mut self.blocks, &self.config);
         }
         let mut drawn = Vec::new();
         for (row, result) in rows.iter().zip(results) {
@@ -271,7 +270,7 @@ impl Engine {
     /// Reports a prompt that this step completed for the first time; ends a sequence that wanted no more.
     fn commit_prompt(&mut self, running_idx: usize) {
         let sequence = &mut self.scheduler.running[running_idx];
-        let is_complete = sequence.computed == sequence.tokens.len() && sequence.generated() == 0;
+        let is_complete = sequence.computed == sequence.context_len() && sequence.generated() == 0;
         if is_complete && sequence.end.is_none() {
             self.observer.prompt_computed(sequence);
             sequence.report_prompt();
@@ -305,13 +304,15 @@ impl Engine {
     }
 }
 
-/// Offers the sequence's newly filled blocks to the prefix cache.
-fn publish_blocks(sequence: &mut Sequence, blocks: &mut BlockManager, block_tokens: usize) {
-    let num_full = sequence.computed / block_tokens;
+/// Offers the sequence's newly filled blocks to the prefix cache; where that is off, those of its KV prefix only.
+fn publish_blocks(sequence: &mut Sequence, blocks: &mut BlockManager, config: &EngineConfig) {
+    let block_tokens = config.block_tokens;
+    let num_full =
+        if config.prefix_cache { sequence.computed / block_tokens } else { sequence.prefix_blocks(block_tokens) };
     if num_full <= sequence.num_published {
         return;
     }
-    sequence.prefix.extend(&sequence.tokens[..sequence.computed], block_tokens);
+    sequence.prefix.extend(&sequence.tokens[..sequence.computed.saturating_sub(sequence.leading)], block_tokens);
     let hashes = sequence.prefix.hashes();
     for (block, hash) in sequence.block_table[..num_full].iter().zip(hashes).skip(sequence.num_published) {
         blocks.publish(*block, *hash);

@@ -153,6 +153,22 @@ impl PagedKv {
         }
     }
 
+    /// Writes rows of keys and values (rows, kv heads * head_dim) in place at `slots`, one each.
+    ///
+    /// # Errors
+    /// When shapes do not fit or the device fails.
+    pub fn write_slots(
+        &self,
+        slots: &[u32],
+        (k, v): (&Tensor, &Tensor),
+        (num_kv_heads, head_dim): (usize, usize),
+    ) -> Result<()> {
+        // Only the kv heads matter where nobody asks.
+        let shape = AttentionShape { num_heads: num_kv_heads, num_kv_heads, head_dim, scale: 1., window: None };
+        let plan = AttentionPlan::new(self.layout, slots, &[], &[], (num_kv_heads * head_dim, self.device()))?;
+        self.write(&plan, k, v, &shape)
+    }
+
     /// `softmax(scale * q k^T + mask) v` of every span of the plan over its own context, which already holds the step's
     /// own keys and values; q: (tokens, heads * head_dim), the result (tokens, heads * head_dim) in the format of `q`.
     ///

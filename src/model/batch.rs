@@ -7,7 +7,7 @@ use super::DeviceAdapter;
 /// One step's tokens, flat: all spans laid end to end. A prefill is a span of n tokens, a decode a span of one.
 #[derive(Clone, Debug, Default)]
 pub struct Batch {
-    /// Token ids, (tokens).
+    /// Token ids, (tokens). Those of virtual tokens mean nothing.
     pub token_ids: Vec<u32>,
     /// Position of each token in its context, counted from 0, (tokens).
     pub positions: Vec<u32>,
@@ -20,8 +20,36 @@ pub struct Batch {
     pub spans: Vec<AttentionSpan>,
     /// Runs of tokens that use one adapter; they tile the tokens in order.
     pub segments: Vec<AdapterSegment>,
+    /// Runs of tokens that are virtual: ascending, without overlap.
+    pub virtual_runs: Vec<VirtualRun>,
+    /// Entries to write to the KV cache before anything is computed, to slots that this step computes no token for.
+    pub prefix_writes: Vec<PrefixWrite>,
     /// Rows (token indexes, ascending) whose logits are wanted.
     pub logit_rows: Vec<u32>,
+}
+
+/// Consecutive tokens whose embeddings are rows of an adapter's virtual tokens.
+#[derive(Clone, Debug)]
+pub struct VirtualRun {
+    /// First token.
+    pub start: usize,
+    /// Number of tokens, at least 1.
+    pub len: usize,
+    /// Row of the first token.
+    pub first_row: usize,
+    /// Whose rows.
+    pub adapter: Arc<DeviceAdapter>,
+}
+
+/// Consecutive entries of an adapter's KV prefix, to be copied to the cache.
+#[derive(Clone, Debug)]
+pub struct PrefixWrite {
+    /// First entry.
+    pub first_entry: usize,
+    /// KV slot of each entry: `block * block_size + offset`.
+    pub slots: Vec<u32>,
+    /// Whose entries.
+    pub adapter: Arc<DeviceAdapter>,
 }
 
 /// Consecutive tokens of one context.

@@ -10,7 +10,7 @@ use super::families::{self, Built};
 use super::layers::{Decoder, Matrix};
 use super::loader::{Loaded, Loader, Parameters};
 use super::{Batch, DeviceAdapter, DtypeChoice, KvCache, ModelConfig, ModelError, ModelInfo, generation, open_device};
-use crate::adapter::{BaseWeights, LoweredAdapter, SiteId, SiteTable};
+use crate::adapter::{BaseShape, BaseWeights, LoweredAdapter, SiteId, SiteTable};
 use crate::kernels::KvLayout;
 
 const CONFIG_FILE: &str = "config.json";
@@ -62,7 +62,7 @@ impl Model {
         &self.info
     }
 
-    /// Runs one step: writes the batch's keys and values into `cache` and returns the logits of `batch.logit_rows`,
+    /// Runs one step: writes the batch's prefix entries, keys and values into `cache` and returns the logits of `batch.logit_rows`,
     /// (rows, vocab) in f32 on the model's device.
     ///
     /// The batch's adapters are on the model's device already ([`Model::adapter_to_device`]).
@@ -94,6 +94,14 @@ impl Model {
 impl BaseWeights for Model {
     fn sites(&self) -> &SiteTable {
         &self.sites
+    }
+
+    fn shape(&self) -> BaseShape {
+        BaseShape {
+            hidden_size: self.info.hidden_size,
+            num_layers: self.info.num_layers,
+            kv_width: self.info.num_kv_heads * self.info.head_dim,
+        }
     }
 
     fn tied_embeddings(&self) -> bool {

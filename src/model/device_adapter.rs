@@ -5,7 +5,9 @@ use std::collections::HashMap;
 use candle_core::{DType, Device, Result, Tensor};
 use half::bf16;
 
-use crate::adapter::{Delta, EmbeddingPatch, LinearSlots, LoweredAdapter, NormOverride, Pre, Scale, SiteId, Weight};
+use crate::adapter::{
+    Delta, EmbeddingPatch, KvPrefix, LinearSlots, LoweredAdapter, NormOverride, Pre, Scale, SiteId, Weight,
+};
 use crate::kernels::cpu::{NormSlots, PackedDelta, PackedMatrix, PackedPre, PackedSlots, RowMatrix, WeightFormat};
 
 /// An adapter on the model's device.
@@ -61,6 +63,12 @@ impl DeviceAdapter {
         for (site, patch) in &adapter.embeddings {
             placed.tensors.embeddings.insert(*site, place.embedding(patch)?);
         }
+        placed.tensors.virtual_tokens = place.option(&adapter.virtual_tokens)?;
+        if let Some(prefix) = &adapter.kv_prefix {
+            let layers = prefix.layers.iter().map(|(keys, values)| Ok((place.tensor(keys)?, place.tensor(values)?)));
+            placed.tensors.kv_prefix = Some(KvPrefix { layers: layers.collect::<Result<_>>()? });
+        }
+        placed.tensors.invocation_tokens.clone_from(&adapter.invocation_tokens);
         Ok(placed)
     }
 }

@@ -2,7 +2,7 @@
 
 use candle_core::{DType, Device, Result};
 
-use super::ModelInfo;
+use super::{ModelInfo, PrefixWrite};
 use crate::kernels::{KvLayout, PagedKv};
 
 /// Keys and values of all layers, in blocks of `block_tokens` slots.
@@ -12,6 +12,8 @@ pub struct KvCache {
     pub(super) block_tokens: usize,
     /// Length of one token's keys in one layer.
     pub(super) width: usize,
+    /// Key and value heads, and the length of their vectors.
+    heads: (usize, usize),
 }
 
 impl KvCache {
@@ -25,7 +27,20 @@ impl KvCache {
         for _ in 0..info.num_layers {
             layers.push(PagedKv::new(info.kv_layout, (num_blocks, block_tokens), heads, info.dtype, &info.device)?);
         }
-        Ok(Self { layers, num_blocks, block_tokens, width: info.num_kv_heads * info.head_dim })
+        Ok(Self { layers, num_blocks, block_tokens, width: info.num_kv_heads * info.head_dim, heads })
+    }
+
+    /// Copies entries of adapters' prefixes to their slots.
+    pub(super) fn write_prefixes(&self, writes: &[PrefixWrite]) -> Result<()> {
+        for PrefixWrite { first_entry, slots, adapter } in writes {
+            let Some(prefix) = adapter.tensors.kv_prefix.as_ref().filter(|_| !slots.is_empty()) else { continue };
+            assert_eq!(prefix.layers.len(), self.layers.len(), "the prefix was lowered for this model");
+            for (cache, (keys, values)) in self.layers.iter().zip(&prefix.layers) {
+                let rows = (keys.narrow(0, *first_entry, slots.len())?, values.narrow(0, *first_entry, slots.len())?);
+                cache.write_slots(slots, (&rows.0, &rows.1), self.heads)?;
+            }
+        }
+        Ok(())
     }
 
     /// How it is laid out. A model has at least one layer.

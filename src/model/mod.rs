@@ -20,7 +20,7 @@ mod loader;
 mod locate;
 mod step;
 
-pub use batch::{AdapterSegment, AttentionSpan, Batch};
+pub use batch::{AdapterSegment, AttentionSpan, Batch, PrefixWrite, VirtualRun};
 pub use causal_lm::Model;
 pub use config::{DeviceChoice, DtypeChoice, KernelChoice, ModelConfig, QuantChoice};
 pub use device::open_device;

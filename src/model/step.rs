@@ -61,7 +61,20 @@ fn check(batch: &Batch, cache: &KvCache) {
         next += segment.len;
     }
     assert_eq!(next, tokens, "segments cover the tokens");
+    next = 0;
+    for run in &batch.virtual_runs {
+        assert!(run.start >= next && run.len > 0, "virtual runs ascend without overlap");
+        let rows = run.adapter.tensors.num_virtual_tokens();
+        assert!(run.first_row + run.len <= rows, "virtual tokens are the adapter's");
+        next = run.start + run.len;
+    }
+    assert!(next <= tokens, "virtual runs lie among the tokens");
     let slots = cache.num_blocks * cache.block_tokens;
+    for write in &batch.prefix_writes {
+        let entries = write.adapter.tensors.num_prefix_entries();
+        assert!(write.first_entry + write.slots.len() <= entries, "prefix entries are the adapter's");
+        assert!(write.slots.iter().all(|slot| (*slot as usize) < slots), "slots lie in the cache");
+    }
     assert!(batch.slot_mapping.iter().all(|slot| (*slot as usize) < slots), "slots lie in the cache");
     assert!(batch.logit_rows.is_sorted(), "logit rows ascend");
     assert!(batch.logit_rows.last().is_none_or(|row| (*row as usize) < tokens), "logit rows are tokens");

@@ -88,7 +88,8 @@ impl Request {
     fn job(&self, prompts: Vec<Vec<u32>>, adapter: Option<Arc<LoadedAdapter>>, state: &AppState) -> Job {
         let longest = prompts.iter().map(Vec::len).max().unwrap_or(0);
         // The default gives way to the context; a number that was asked for does not.
-        let default = MAX_TOKENS_DEFAULT.min(generate::context(state).saturating_sub(longest)).max(1);
+        let context = generate::context_left(state, adapter.as_deref());
+        let default = MAX_TOKENS_DEFAULT.min(context.saturating_sub(longest)).max(1);
         Job {
             prompts,
             adapter,

@@ -122,6 +122,11 @@ pub(super) struct Answer {
     over: bool,
 }
 
+/// Longest context in tokens that is left to prompt and answer beside what the adapter puts before the prompt.
+pub(super) fn context_left(state: &AppState, adapter: Option<&LoadedAdapter>) -> usize {
+    context(state).saturating_sub(adapter.map_or(0, |adapter| adapter.lowered.num_leading()))
+}
+
 /// Longest context in tokens: what the model can read and the KV cache can hold.
 pub(super) fn context(state: &AppState) -> usize {
     state.model.context_tokens_max.min(state.engine.limits().context_tokens_max)
@@ -156,11 +161,11 @@ pub(super) fn check(state: &AppState, job: &Job, fields: (&str, &str)) -> Result
             let message = format!("token id {id} is not in the vocabulary of {} tokens", limits.vocab_size);
             return Err(ApiError::bad_request(prompt_field, message));
         }
-        let context = context(state);
+        let context = context_left(state, job.adapter.as_deref());
         // A prompt that is only scored may fill the context; any other needs room for a token.
         let room = usize::from(job.max_tokens != Some(0));
         if prompt.len() + room > context {
-            return Err(prompt_too_long(prompt_field, prompt.len(), context - room));
+            return Err(prompt_too_long(prompt_field, prompt.len(), context.saturating_sub(room)));
         }
         if let Some(max_tokens) = job.max_tokens.filter(|&max_tokens| max_tokens > context - prompt.len()) {
             let message = format!(
@@ -191,7 +196,8 @@ pub(super) fn submit(state: &AppState, job: &Job, prompt_field: &str) -> Result<
     let deadline = Instant::now() + Duration::from_secs(state.config.request_timeout_s);
     let mut answers = Vec::new();
     for prompt in &job.prompts {
-        let max_tokens = job.max_tokens.unwrap_or_else(|| context(state) - prompt.len());
+        let context = context_left(state, job.adapter.as_deref());
+        let max_tokens = job.max_tokens.unwrap_or_else(|| context - prompt.len());
         state.metrics.request_params_max_tokens.observe(max_tokens as f64);
         for i in 0..sampling.n {
             let mut params = sampling.params.clone();

@@ -1,18 +1,18 @@
 //! Seeded simulation of the engine over a fake model whose every mistake of accounting shows as a wrong token.
 //!
-//! The fake's logits are a hash of the whole context as read back through the block table: tokens, adapter and RoPE
-//! regime as they were written to the KV slots. Whoever reads a slot of another context, adapter or regime, or one
+//! The fake's logits are a hash of the whole context as read back through the block table: tokens (virtual ones and copied
+//! entries too), adapter and RoPE regime as they were written to the KV slots. Whoever reads a slot of another context, adapter or regime, or one
 //! overwritten too early, gets other tokens than alone. Engines are stepped directly: no threads, no time.
 
 #![allow(clippy::unwrap_used, reason = "a test stops at any surprise")]
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{SyncSender, sync_channel};
 use std::sync::{Arc, Mutex};
 
 use candle_core::{Device, Result, Tensor};
-use patchbay::adapter::{LoadedAdapter, LoweredAdapter, NormOverride, SiteId};
+use patchbay::adapter::{KvPrefix, LoadedAdapter, LoweredAdapter, NormOverride, SiteId};
 use patchbay::engine::{
     Engine, EngineConfig, EngineHandle, Finish, FinishReason, Forward, ForwardLimits, GenerationEvent,
     GenerationRequest, SamplingParams, SubmitError, TokenLogprob,
@@ -45,6 +45,8 @@ struct Probe {
     fault: Mutex<Fault>,
     copies: AtomicUsize,
     tokens: AtomicUsize,
+    /// Entries of KV prefixes copied.
+    entries: AtomicUsize,
 }
 
 impl Probe {
@@ -62,6 +64,7 @@ impl Probe {
 /// Content of one KV slot.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Written {
+    /// A token, or `VOCAB` and the row of a virtual token, or twice that and a copied entry.
     token: u32,
     position: u32,
     adapter: Option<usize>,
@@ -80,15 +83,17 @@ impl FakeModel {
         Self { limits, block_tokens, slots: vec![None; limits.num_blocks * block_tokens], probe }
     }
 
-    /// The adapter of each token. Checks that segments tile the tokens and that equal adapters adjoin.
+    /// The adapter of each token. Checks that segments tile the tokens and that equal adapters adjoin, but for the tokens
+    /// of adapters that can be asleep.
     fn adapters(batch: &Batch) -> Vec<Option<usize>> {
         let mut adapters = Vec::new();
         let mut seen = HashSet::new();
         for segment in &batch.segments {
             assert_eq!(segment.start, adapters.len());
             assert!(segment.len > 0);
-            let adapter = segment.adapter.as_ref().map(|lowered| lowered.tensors.norms.keys().next().unwrap().0);
-            assert!(seen.insert(adapter), "adapter {adapter:?} has two segments");
+            let adapter = segment.adapter.as_deref().map(adapter_id);
+            let may_repeat = adapter.is_none_or(|id| !lead(id).invocation.is_empty());
+            assert!(seen.insert(adapter) || may_repeat, "adapter {adapter:?} has two segments");
             adapters.extend(std::iter::repeat_n(adapter, segment.len));
         }
         assert_eq!(adapters.len(), batch.token_ids.len());
@@ -96,11 +101,29 @@ impl FakeModel {
     }
 
     fn write(&mut self, batch: &Batch, adapters: &[Option<usize>]) {
-        let distinct: HashSet<_> = batch.slot_mapping.iter().collect();
-        assert_eq!(distinct.len(), batch.slot_mapping.len(), "two tokens are written to one slot");
+        let copied: Vec<u32> = batch.prefix_writes.iter().flat_map(|write| write.slots.clone()).collect();
+        let distinct: HashSet<_> = batch.slot_mapping.iter().chain(&copied).collect();
+        assert_eq!(distinct.len(), batch.slot_mapping.len() + copied.len(), "two tokens are written to one slot");
+        self.probe.entries.fetch_add(copied.len(), Ordering::SeqCst);
+        for write in &batch.prefix_writes {
+            let id = adapter_id(&write.adapter);
+            assert!(write.first_entry + write.slots.len() <= lead(id).entries);
+            for (entry, &slot) in (write.first_entry as u32..).zip(&write.slots) {
+                let token = 2 * VOCAB as u32 + entry;
+                self.slots[slot as usize] = Some(Written { token, position: entry, adapter: Some(id), regime: 0 });
+            }
+        }
+        let mut virtual_rows = HashMap::new();
+        for run in &batch.virtual_runs {
+            for (idx, row) in (run.start..run.start + run.len).zip(run.first_row..) {
+                assert!(row < lead(adapter_id(&run.adapter)).virtual_tokens);
+                assert_eq!(adapters[idx], Some(adapter_id(&run.adapter)));
+                assert!(virtual_rows.insert(idx, row).is_none());
+            }
+        }
         for (idx, &slot) in batch.slot_mapping.iter().enumerate() {
             self.slots[slot as usize] = Some(Written {
-                token: batch.token_ids[idx],
+                token: virtual_rows.get(&idx).map_or(batch.token_ids[idx], |row| (VOCAB + row) as u32),
                 position: batch.positions[idx],
                 adapter: adapters[idx],
                 regime: self.limits.rope_length_rule.regime(batch.rope_lens[idx] as usize),
@@ -116,9 +139,13 @@ impl FakeModel {
             let slot = block_table[idx / self.block_tokens] as usize * self.block_tokens + idx % self.block_tokens;
             let written = self.slots[slot].expect("a slot is read before it is written");
             assert_eq!(written.position as usize, idx, "a slot of another position is read");
-            assert_eq!(written.adapter, adapter, "a slot of another adapter is read");
-            hash = mix(hash ^ u64::from(written.token) ^ (written.regime << 32));
-            regimes.insert(written.regime);
+            let was_asleep = written.adapter.is_none() && adapter.is_some_and(|id| !lead(id).invocation.is_empty());
+            assert!(written.adapter == adapter || was_asleep, "a slot of another adapter is read");
+            let id = written.adapter.map_or(0, |id| id as u64 + 1);
+            hash = mix(hash ^ u64::from(written.token) ^ (written.regime << 32) ^ (id << 16));
+            if (written.token as usize) < 2 * VOCAB {
+                regimes.insert(written.regime);
+            }
         }
         let is_switch = matches!(self.limits.rope_length_rule, RopeLengthRule::Switch { .. });
         assert!(!is_switch || regimes.len() == 1, "a context mixes two sets of frequencies");
@@ -186,9 +213,41 @@ fn unit(hash: u64) -> f32 {
     (hash >> 40) as f32 / (1_u64 << 24) as f32
 }
 
+/// What a fake adapter puts before the prompt, and what wakes it.
+#[derive(Default)]
+struct Lead {
+    entries: usize,
+    virtual_tokens: usize,
+    invocation: &'static [u32],
+}
+
+fn lead(id: usize) -> Lead {
+    match id {
+        VIRTUAL => Lead { virtual_tokens: 3, ..Lead::default() },
+        PREFIX => Lead { entries: 9, ..Lead::default() },
+        BOTH => Lead { entries: 4, virtual_tokens: 2, ..Lead::default() },
+        ASLEEP => Lead { invocation: &[15, 22], ..Lead::default() },
+        _ => Lead::default(),
+    }
+}
+
+const VIRTUAL: usize = 3;
+const PREFIX: usize = 4;
+const BOTH: usize = 5;
+const ASLEEP: usize = 6;
+
+fn adapter_id(adapter: &DeviceAdapter) -> usize {
+    adapter.tensors.norms.keys().next().unwrap().0
+}
+
 fn adapter(id: usize) -> Arc<LoadedAdapter> {
     let mut lowered = LoweredAdapter::default();
     lowered.norms.insert(SiteId(id), NormOverride::default());
+    let rows = |count: usize| Tensor::zeros((count, 1), candle_core::DType::F32, &Device::Cpu).unwrap();
+    let Lead { entries, virtual_tokens, invocation } = lead(id);
+    lowered.virtual_tokens = (virtual_tokens > 0).then(|| rows(virtual_tokens));
+    lowered.kv_prefix = (entries > 0).then(|| KvPrefix { layers: vec![(rows(entries), rows(entries))] });
+    lowered.invocation_tokens = invocation.to_vec();
     let digest = [id as u8; 32];
     Arc::new(LoadedAdapter { name: format!("adapter-{id}"), generation: 1, digest, lowered, bytes: 0 })
 }
@@ -455,6 +514,7 @@ struct Met {
     preempted: u64,
     cached: u64,
     copies: u64,
+    entries: usize,
 }
 
 /// One world with random arrivals, cancels and (maybe) faults; every request must end as it would alone.
@@ -504,6 +564,7 @@ fn simulate(seed: u64, faults: &[Fault], met: &mut Met) {
     met.preempted += sim.metrics.preemptions.get();
     met.cached += sim.metrics.prefix_cache_hits.get();
     met.copies += sim.metrics.adapter_slot_copies.get();
+    met.entries += sim.probe.entries.load(Ordering::SeqCst);
     assert_eq!(sim.metrics.requests_running.get(), 0);
     assert_eq!(sim.metrics.requests_waiting.get(), 0);
 }
@@ -516,7 +577,7 @@ fn every_request_ends_as_it_would_alone() {
     }
     assert_eq!(met.failed, 0);
     assert!(met.finished > 1000 && met.cancelled > 50 && met.refused > 50, "{met:?}");
-    assert!(met.preempted > 50 && met.cached > 500 && met.copies > 500, "{met:?}");
+    assert!(met.preempted > 50 && met.cached > 500 && met.copies > 500 && met.entries > 2000, "{met:?}");
 }
 
 #[test]
@@ -659,6 +720,176 @@ fn a_new_generation_of_a_name_shares_nothing_with_the_old() {
     for (outcome, id) in sim.outcomes.iter().zip([1, 1, 2, 1, 2]) {
         assert_eq!(outcome.ids(), run_alone(&with_adapter(prompt(13), 4, id)).ids());
     }
+}
+
+#[test]
+fn what_stands_before_a_prompt_changes_its_answer_and_nothing_else() {
+    for id in [VIRTUAL, PREFIX, BOTH] {
+        let outcome = run_alone(&with_adapter(prompt(9), 5, id));
+        let finish = outcome.finish.unwrap();
+        assert_eq!((finish.prompt_tokens, finish.cached_tokens, finish.generated_tokens), (9, 0, 5));
+        assert!(outcome.tokens.iter().all(|(token, _)| (*token as usize) < VOCAB));
+    }
+}
+
+#[test]
+fn prompt_scores_skip_what_stands_before_the_prompt() {
+    for id in [VIRTUAL, PREFIX, BOTH, ASLEEP] {
+        let request = GenerationRequest { prompt_logprobs: Some(2), ..with_adapter(prompt(13), 2, id) };
+        let whole = run_alone(&request);
+        let scores = whole.prompt.clone().unwrap();
+        assert_eq!(scores.len(), 13);
+        assert!(scores[0].is_none() && scores[1..].iter().all(Option::is_some));
+        for (step_tokens_max, prefix_cache) in [(1, false), (2, true), (4, true), (5, false)] {
+            let world = World { sequences_max: 1, step_tokens_max, prefix_cache, ..ROOMY };
+            let mut sim = Sim::new(&world);
+            sim.submit(request.clone()).unwrap();
+            sim.submit(request.clone()).unwrap();
+            sim.run();
+            assert_eq!(sim.outcomes, [whole.clone(), whole.clone()], "adapter {id}, {step_tokens_max} tokens per step");
+        }
+    }
+}
+
+#[test]
+fn what_stands_before_the_prompt_counts_against_the_context() {
+    let world = World { context_tokens_max: 16, ..ROOMY };
+    let mut sim = Sim::new(&world);
+    for (id, taken) in [(VIRTUAL, 3), (PREFIX, 9), (BOTH, 6), (ASLEEP, 0)] {
+        let limit = 15 - taken;
+        let found = limit + 1;
+        let too_long = Err(SubmitError::PromptTooLong { found, limit });
+        assert_eq!(sim.submit(with_adapter(prompt(found as u32), 1, id)), too_long);
+        let idx = sim.submit(with_adapter(prompt(limit as u32 - 1), 100, id)).unwrap();
+        sim.run();
+        assert_eq!(finish(&sim.outcomes[idx]), (FinishReason::Length, 2));
+    }
+    let mut tiny = Sim::new(&World { context_tokens_max: 8, ..ROOMY });
+    assert_eq!(
+        tiny.submit(with_adapter(prompt(1), 1, PREFIX)),
+        Err(SubmitError::PromptTooLong { found: 1, limit: 0 }),
+        "not even the prefix fits"
+    );
+}
+
+#[test]
+fn a_kv_prefix_is_copied_once_and_counted_once() {
+    for prefix_cache in [false, true] {
+        let world = World { prefix_cache, ..ROOMY };
+        let mut sim = Sim::new(&world);
+        let salted = |salt: usize| {
+            let cache_salt = (salt > 0).then(|| salt.to_string());
+            GenerationRequest { cache_salt, ..with_adapter(prompt(2), 3, PREFIX) }
+        };
+        // Nine entries are two blocks of four and one more, which shares a block with the prompt.
+        for salt in 0..4 {
+            sim.submit(salted(salt)).unwrap();
+        }
+        sim.step();
+        assert_eq!(sim.engine.blocks_in_use(), 3, "one copies, the others wait for it");
+        sim.step();
+        assert_eq!(sim.engine.blocks_in_use(), 2 + 4);
+        assert_eq!(sim.probe.entries.load(Ordering::SeqCst), 8 + 4);
+        sim.run();
+        // Nobody refers to the blocks now, and nobody has needed them otherwise.
+        let idx = sim.submit(salted(9)).unwrap();
+        sim.run();
+        assert_eq!(sim.probe.entries.load(Ordering::SeqCst), 8 + 5);
+        assert_eq!(sim.outcomes[idx].ids(), run_alone(&salted(9)).ids());
+        assert_eq!(sim.outcomes[idx].finish.unwrap().cached_tokens, 0, "the prefix is no part of the prompt");
+    }
+}
+
+#[test]
+fn an_idle_kv_prefix_makes_room_and_comes_back() {
+    let world = World { num_blocks: 8, ..ROOMY };
+    let mut sim = Sim::new(&world);
+    sim.submit(with_adapter(prompt(4), 3, PREFIX)).unwrap();
+    sim.run();
+    assert_eq!(sim.probe.entries.load(Ordering::SeqCst), 9);
+    sim.submit(request(prompt(20), 12)).unwrap();
+    sim.run();
+    assert_eq!(finish(&sim.outcomes[1]), (FinishReason::Length, 12), "the base may use the whole cache");
+    let again = sim.submit(with_adapter(prompt(4), 3, PREFIX)).unwrap();
+    sim.run();
+    assert_eq!(sim.probe.entries.load(Ordering::SeqCst), 18);
+    assert_eq!(sim.outcomes[again], sim.outcomes[0]);
+}
+
+#[test]
+fn a_kv_prefix_whose_step_failed_is_copied_again() {
+    for fault in [Fault::Error, Fault::Panic, Fault::Copy] {
+        let mut sim = Sim::new(&World { prefix_cache: true, ..ROOMY });
+        sim.probe.set_fault(fault);
+        sim.submit(with_adapter(prompt(4), 3, PREFIX)).unwrap();
+        sim.run();
+        assert!(sim.outcomes[0].failed.is_some());
+        let copied = sim.probe.entries.load(Ordering::SeqCst);
+        let idx = sim.submit(with_adapter(prompt(4), 3, PREFIX)).unwrap();
+        sim.run();
+        assert_eq!(sim.probe.entries.load(Ordering::SeqCst), copied + 9);
+        assert_eq!(sim.outcomes[idx].ids(), run_alone(&with_adapter(prompt(4), 3, PREFIX)).ids());
+    }
+}
+
+#[test]
+fn preempted_and_cancelled_sequences_give_their_leading_blocks_back() {
+    let world = World { num_blocks: 14, sequences_max: 4, prefix_cache: true, ..ROOMY };
+    let requests: Vec<_> = [PREFIX, VIRTUAL, BOTH, PREFIX].map(|id| with_adapter(prompt(4), 20, id)).into();
+    let mut sim = Sim::new(&world);
+    for request in &requests {
+        sim.submit(request.clone()).unwrap();
+    }
+    let cancelled = sim.submit(with_adapter(prompt(4), 20, PREFIX)).unwrap();
+    for _ in 0..6 {
+        sim.step();
+    }
+    sim.cancel(cancelled);
+    sim.run();
+    assert!(sim.metrics.preemptions.get() >= 2, "{}", sim.metrics.preemptions.get());
+    for (request, outcome) in requests.iter().zip(&sim.outcomes) {
+        assert_eq!(outcome.clone().apart_from_cache(), run_alone(request));
+    }
+}
+
+#[test]
+fn virtual_tokens_are_shared_under_their_adapter() {
+    let mut sim = Sim::new(&World { prefix_cache: true, ..ROOMY });
+    let mut tokens_of = |request| {
+        let before = sim.probe.tokens.load(Ordering::SeqCst);
+        let idx = sim.submit(request).unwrap();
+        sim.run();
+        (sim.probe.tokens.load(Ordering::SeqCst) - before, sim.outcomes[idx].finish.unwrap().cached_tokens)
+    };
+    assert_eq!(tokens_of(with_adapter(prompt(9), 1, VIRTUAL)), (12, 0));
+    // Three virtual tokens and five of the prompt are two blocks; the last block is never reused.
+    assert_eq!(tokens_of(with_adapter(prompt(9), 1, VIRTUAL)), (4, 5));
+    assert_eq!(tokens_of(with_adapter(prompt(9), 1, 1)), (9, 0));
+}
+
+#[test]
+fn tokens_before_the_invocation_are_the_bases() {
+    let mut sim = Sim::new(&World { prefix_cache: true, ..ROOMY });
+    let [first, second] = lead(ASLEEP).invocation else { panic!("two tokens") };
+    let invoked = [prompt(9), vec![*first, *second], prompt(3)].concat();
+    let mut cached = |request: &GenerationRequest| {
+        let idx = sim.submit(request.clone()).unwrap();
+        sim.run();
+        assert_eq!(sim.outcomes[idx].ids(), run_alone(request).ids());
+        sim.outcomes[idx].finish.unwrap().cached_tokens
+    };
+    let asleep = with_adapter(prompt(13), 4, ASLEEP);
+    assert_eq!(cached(&request(prompt(13), 4)), 0);
+    assert_eq!(cached(&asleep), 12, "never invoked: the base");
+    assert_eq!(run_alone(&asleep).ids(), run_alone(&request(prompt(13), 4)).ids());
+    let awake = with_adapter(invoked.clone(), 4, ASLEEP);
+    assert_eq!(cached(&awake), 8, "invoked at 9");
+    assert_ne!(run_alone(&awake).ids(), run_alone(&request(invoked.clone(), 4)).ids());
+    assert_eq!(cached(&awake), 12);
+    assert_eq!(cached(&request(invoked.clone(), 4)), 8, "what the adapter wrote is not the base's");
+    // The last occurrence decides.
+    let twice = with_adapter([invoked.clone(), invoked].concat(), 1, ASLEEP);
+    assert_eq!(cached(&twice), 12, "the base computed them");
 }
 
 #[test]

@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 
 use candle_core::{DType, Tensor};
 use patchbay::adapter::{AdapterFiles, LowerOptions, LowerReport, LoweredAdapter, lower};
-use patchbay::model::{DtypeChoice, ModelConfig, QuantChoice};
+use patchbay::model::{DtypeChoice, KernelChoice, ModelConfig, QuantChoice};
 
 use crate::fixtures::{self, AdapterCase};
 use crate::runner::{Runner, relative_difference};
@@ -104,6 +104,28 @@ fn check_logits(merge: bool) {
 #[test]
 fn logits_equal_peft() {
     check_logits(false);
+}
+
+/// The device's own kernels have their tests against the plain ones; what stands before a prompt goes another way in each.
+#[test]
+fn logits_of_leading_adapters_equal_peft_with_plain_kernels() {
+    let failures = std::cell::RefCell::new(Vec::new());
+    for_each_model_with(
+        |config| config.kernels = KernelChoice::Plain,
+        |runner, cases| {
+            for case in cases {
+                let lowered = lower_case(runner, case, false);
+                if lowered.adapter.num_leading() == 0 && lowered.adapter.invocation_tokens.is_empty() {
+                    continue;
+                }
+                let difference = difference(runner, &lowered, Some(&lowered.adapter));
+                if difference >= F32_TOLERANCE {
+                    failures.borrow_mut().push(format!("{}: differs by {difference:e}", case.dir));
+                }
+            }
+        },
+    );
+    assert_none(&failures.into_inner());
 }
 
 #[test]
@@ -220,8 +242,10 @@ fn reports_name_kind_modules_ranks_and_bytes() {
             let Lowered { report, adapter, .. } = lower_case(runner, case, false);
             let at = format!("{}: {report:?}", case.dir);
             assert_eq!(report.kind, case.peft_type, "{at}");
-            assert!(report.modules > 0, "{at}");
-            assert_eq!(report.ranks.is_empty(), case.peft_type == "SSF", "{at}");
+            let is_leading = report.leading_tokens > 0;
+            assert_eq!(report.modules == 0, is_leading, "{at}");
+            assert_eq!(report.leading_tokens, adapter.num_leading(), "{at}");
+            assert_eq!(report.ranks.is_empty(), case.peft_type == "SSF" || is_leading, "{at}");
             assert_eq!(report.bytes, adapter.bytes(), "{at}");
             assert!(report.own_weight_bytes <= report.bytes, "{at}");
         }

@@ -14,8 +14,8 @@ use proptest::prelude::*;
 use serde_json::{Value as Json, json};
 use tar::{Builder, EntryType, Header};
 
-use crate::http_support::{Reply, Service, post};
-use crate::store_support::{adapter, files_below, write_directory};
+use crate::http_support::{CONTEXT, Reply, Service, post};
+use crate::store_support::{adapter, files_below, virtual_tokens, write_directory};
 
 const BOUNDARY: &str = "frontier";
 const MULTIPART: &str = "multipart/form-data; boundary=frontier";
@@ -100,11 +100,32 @@ async fn an_uploaded_adapter_answers_at_once() {
     assert_eq!(
         status,
         json!({"name": "new", "generation": 1, "merge": false, "loaded": true, "leases": 0, "report": {
-            "kind": "LORA", "merged": false, "modules": 1, "ranks": [1], "bytes": 32, "own_weight_bytes": 0,
-            "warnings": []}})
+            "kind": "LORA", "merged": false, "modules": 1, "leading_tokens": 0, "ranks": [1], "bytes": 32,
+            "own_weight_bytes": 0, "warnings": []}})
     );
     let answer = completion(&service, "new").await.json();
     assert_eq!(answer["choices"][0]["text"], "ceg");
+}
+
+#[tokio::test]
+async fn virtual_tokens_take_context_and_show_nowhere() {
+    let service = Service::start().await;
+    let reply = upload(&service, "leading", MULTIPART, multipart_of(&virtual_tokens(20))).await;
+    assert_eq!(reply.json()["report"]["leading_tokens"], 20, "{}", reply.text());
+    let request = |len: usize| json!({"model": "leading", "prompt": vec![97; len]});
+    let answer = service.ok("/v1/completions", &request(CONTEXT - 21)).await;
+    assert_eq!(answer["usage"]["prompt_tokens"], CONTEXT - 21);
+    assert_eq!(answer["usage"]["completion_tokens"], 1, "the default gives way to what is left");
+    let limit = format!("the limit is {}", CONTEXT - 21);
+    service.refused("/v1/completions", &request(CONTEXT - 20), (400, Some("prompt")), &limit).await;
+    let mut echo = request(3);
+    echo["max_tokens"] = json!(2);
+    echo["echo"] = json!(true);
+    echo["logprobs"] = json!(0);
+    let answer = service.ok("/v1/completions", &echo).await;
+    assert_eq!(answer["choices"][0]["text"], "aaace");
+    assert_eq!(answer["choices"][0]["logprobs"]["tokens"], json!(["a", "a", "a", "c", "e"]));
+    assert_eq!(answer["choices"][0]["logprobs"]["token_logprobs"][0], Json::Null);
 }
 
 #[tokio::test]

@@ -15,7 +15,7 @@ use axum::body::{Body, Bytes};
 use axum::http::{HeaderMap, Request, StatusCode};
 use candle_core::{DType, Device, Result, Tensor};
 use http_body_util::BodyExt;
-use patchbay::adapter::{BaseWeights, LoweredAdapter, Site, SiteId, SiteKind, SiteTable};
+use patchbay::adapter::{BaseShape, BaseWeights, LoweredAdapter, Site, SiteId, SiteKind, SiteTable};
 use patchbay::engine::{EngineConfig, EngineHandle, Forward, ForwardLimits};
 use patchbay::metrics::{Metrics, MetricsConfig};
 use patchbay::model::{Batch, DeviceAdapter, GenerationDefaults, RopeLengthRule};
@@ -111,6 +111,10 @@ struct Base(SiteTable);
 impl BaseWeights for Base {
     fn sites(&self) -> &SiteTable {
         &self.0
+    }
+
+    fn shape(&self) -> BaseShape {
+        BaseShape { hidden_size: 4, num_layers: 1, kv_width: 4 }
     }
 
     fn tied_embeddings(&self) -> bool {

@@ -1,8 +1,11 @@
 //! Random adapters in normal form: a mixed batch equals each segment alone, merged equals unmerged.
 
+use std::collections::BTreeMap;
+
 use candle_core::{DType, Device, Tensor};
 use patchbay::adapter::{
-    BaseWeights, Delta, EmbeddingPatch, LinearSlots, LoweredAdapter, NormOverride, Pre, Scale, SiteKind, Weight,
+    BaseShape, BaseWeights, Delta, EmbeddingPatch, KvPrefix, LinearSlots, LoweredAdapter, NormOverride, Pre, Scale,
+    SiteKind, Weight,
 };
 use patchbay::model::{DeviceChoice, Model};
 use rand::seq::IndexedRandom;
@@ -10,7 +13,7 @@ use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 use crate::fixtures;
-use crate::runner::{Context, Runner, relative_difference};
+use crate::runner::{Context, Runner, concatenated, relative_difference};
 
 /// Biases, tied head, q/k norms and wide heads, fused linears.
 const MODELS: &[&str] = &["llama_bias", "llama_tied", "qwen3", "phi3"];
@@ -98,12 +101,26 @@ fn random_adapter(rng: &mut ChaCha8Rng, base: &Model) -> LoweredAdapter {
             }
         }
     }
+    let BaseShape { hidden_size, num_layers, kv_width } = base.shape();
+    if rng.random_bool(0.3) {
+        let number = rng.random_range(1..8);
+        adapter.virtual_tokens = Some(random(rng, &[number, hidden_size], 0.));
+    }
+    if rng.random_bool(0.3) {
+        let shape = [rng.random_range(1..14), kv_width];
+        let layers = (0..num_layers).map(|_| (random(rng, &shape, 0.), random(rng, &shape, 0.))).collect();
+        adapter.kv_prefix = Some(KvPrefix { layers });
+    }
+    if adapter.num_leading() == 0 && rng.random_bool(0.5) {
+        // Each occurs in some prompts, at the start, in the middle or at the end.
+        adapter.invocation_tokens = vec![*[5, 17, 42, 74, 52].choose(rng).unwrap()];
+    }
     adapter
 }
 
 /// The same adapter with every linear and embedding as one dense copy, by the formulas of the normal form.
 fn merged(adapter: &LoweredAdapter, base: &Model) -> LoweredAdapter {
-    let mut merged = LoweredAdapter { norms: adapter.norms.clone(), ..LoweredAdapter::default() };
+    let mut merged = LoweredAdapter { linears: BTreeMap::new(), embeddings: BTreeMap::new(), ..adapter.clone() };
     for (id, slots) in &adapter.linears {
         let mut w = match &slots.weight {
             Weight::Base => base.weight(*id).unwrap(),
@@ -196,7 +213,7 @@ fn mixed_batch_of_random_adapters_equals_each_alone() {
                 }
             }
             for (idx, context) in contexts.into_iter().enumerate() {
-                let found = Tensor::cat(&found[idx], 0).unwrap();
+                let found = concatenated(std::mem::take(&mut found[idx]));
                 let what = format!("{name} seed {seed} context {idx}");
                 if fixtures::device_choice() == DeviceChoice::Cpu {
                     // The CPU's kernels reduce in an order that does not depend on what shares the step.

@@ -4,7 +4,9 @@ use std::sync::Arc;
 
 use candle_core::Tensor;
 use patchbay::adapter::LoweredAdapter;
-use patchbay::model::{AdapterSegment, AttentionSpan, Batch, DeviceAdapter, KvCache, Model, RopeLengthRule};
+use patchbay::model::{
+    AdapterSegment, AttentionSpan, Batch, DeviceAdapter, KvCache, Model, PrefixWrite, RopeLengthRule, VirtualRun,
+};
 use rand::SeedableRng;
 use rand::seq::SliceRandom;
 use rand_chacha::ChaCha8Rng;
@@ -21,13 +23,22 @@ pub(crate) struct Runner {
     free: Vec<u32>,
 }
 
-/// One sequence of tokens and what of it is cached.
+/// One sequence of tokens and what of its context is cached. A context is the adapter's KV prefix, its virtual tokens,
+/// then the tokens.
 #[derive(Clone)]
 pub(crate) struct Context {
     pub(crate) tokens: Vec<u32>,
     prompt_len: usize,
-    /// Tokens that count as the prompt for RoPE scalings that depend on the length.
+    /// Entries of the KV prefix.
+    prefix: usize,
+    prefix_written: bool,
+    /// Positions before the first token.
+    leading: usize,
+    /// First position that uses the adapter.
+    active_from: usize,
+    /// Positions that count as the prompt for RoPE scalings that depend on the length.
     rope_prompt_len: usize,
+    /// Positions that are cached, the prefix included.
     cached: usize,
     blocks: Vec<u32>,
     /// The adapter on the model's device.
@@ -44,27 +55,37 @@ impl Runner {
 
     /// A context of which nothing is cached yet, with an adapter in host memory.
     pub(crate) fn context(&self, prompt: &[u32], adapter: Option<&LoweredAdapter>) -> Context {
+        let prefix = adapter.map_or(0, LoweredAdapter::num_prefix_entries);
+        let leading = adapter.map_or(0, LoweredAdapter::num_leading);
+        let active_from = adapter.map_or(0, |adapter| active_from(prompt, &adapter.invocation_tokens));
         let adapter = adapter.map(|adapter| Arc::new(self.model.adapter_to_device(adapter).unwrap()));
         Context {
             tokens: prompt.to_vec(),
             prompt_len: prompt.len(),
-            rope_prompt_len: prompt.len(),
-            cached: 0,
+            prefix,
+            prefix_written: false,
+            leading,
+            active_from,
+            rope_prompt_len: leading + prompt.len(),
+            cached: prefix,
             blocks: Vec::new(),
             adapter,
         }
     }
 
-    /// Runs the next `len` tokens of each context in one batch; returns the logits of all of them, (len, vocab) each,
-    /// on the CPU.
+    /// Runs the next `len` tokens of each context in one batch; returns the logits of all of them but the virtual ones,
+    /// (tokens, vocab) each, on the CPU.
     pub(crate) fn step(&mut self, work: &mut [(&mut Context, usize)]) -> Vec<Tensor> {
         let mut batch = Batch::default();
+        let mut rows = Vec::new();
         for (context, len) in work.iter_mut() {
+            let first = batch.token_ids.len() + context.leading.saturating_sub(context.cached).min(*len);
             self.add(&mut batch, context, *len);
+            rows.push((batch.logit_rows.len(), batch.token_ids.len() - first));
+            batch.logit_rows.extend(first as u32..batch.token_ids.len() as u32);
         }
-        batch.logit_rows = (0..batch.token_ids.len() as u32).collect();
         let logits = self.model.forward(&batch, &mut self.cache).unwrap().to_device(&candle_core::Device::Cpu).unwrap();
-        batch.spans.iter().map(|span| logits.narrow(0, span.start, span.len).unwrap()).collect()
+        rows.into_iter().map(|(start, len)| logits.narrow(0, start, len).unwrap()).collect()
     }
 
     /// Ends a context and takes its blocks back.
@@ -76,12 +97,12 @@ impl Runner {
     pub(crate) fn prompt_logits(&mut self, prompt: &[u32], adapter: Option<&LoweredAdapter>, chunk: usize) -> Tensor {
         let mut context = self.context(prompt, adapter);
         let mut pieces = Vec::new();
-        while context.cached < prompt.len() {
-            let len = chunk.min(prompt.len() - context.cached);
+        while context.remaining() > 0 {
+            let len = chunk.min(context.remaining());
             pieces.extend(self.step(&mut [(&mut context, len)]));
         }
         self.free(context);
-        Tensor::cat(&pieces, 0).unwrap()
+        concatenated(pieces)
     }
 
     /// The `n` most likely next tokens of every prompt, all prompts in one batch.
@@ -92,7 +113,7 @@ impl Runner {
             let mut work: Vec<(&mut Context, usize)> = Vec::new();
             for context in &mut contexts {
                 self.restart_if_frequencies_switch(context);
-                let len = context.tokens.len() - context.cached;
+                let len = context.remaining();
                 work.push((context, len));
             }
             let logits = self.step(&mut work);
@@ -114,9 +135,10 @@ impl Runner {
     fn restart_if_frequencies_switch(&self, context: &mut Context) {
         let rule = self.model.info().rope_length_rule;
         let is_switch = matches!(rule, RopeLengthRule::Switch { .. });
-        if is_switch && rule.regime(context.rope_prompt_len) != rule.regime(context.tokens.len()) {
-            context.rope_prompt_len = context.tokens.len();
-            context.cached = 0;
+        let len = context.leading + context.tokens.len();
+        if is_switch && rule.regime(context.rope_prompt_len) != rule.regime(len) {
+            context.rope_prompt_len = len;
+            context.cached = context.prefix;
         }
     }
 
@@ -127,23 +149,57 @@ impl Runner {
             context.blocks.push(self.free.pop().expect("the test cache is large enough"));
         }
         for position in context.cached..end {
-            batch.token_ids.push(context.tokens[position]);
+            let token = position.checked_sub(context.leading).map_or(0, |idx| context.tokens[idx]);
+            batch.token_ids.push(token);
             batch.positions.push(position as u32);
             batch.rope_lens.push(context.rope_prompt_len.max(position + 1) as u32);
-            let block = context.blocks[position / BLOCK_TOKENS];
-            batch.slot_mapping.push(block * BLOCK_TOKENS as u32 + (position % BLOCK_TOKENS) as u32);
+            batch.slot_mapping.push(context.slot(position));
         }
         batch.spans.push(AttentionSpan { start, len, context_len: end, block_table: context.blocks.clone() });
-        batch.segments.push(AdapterSegment { start, len, adapter: context.adapter.clone() });
+        if let Some(adapter) = &context.adapter {
+            if !std::mem::replace(&mut context.prefix_written, true) {
+                let slots = (0..context.prefix).map(|position| context.slot(position)).collect();
+                batch.prefix_writes.push(PrefixWrite { first_entry: 0, slots, adapter: Arc::clone(adapter) });
+            }
+            let virtual_len = context.leading.saturating_sub(context.cached).min(len);
+            if virtual_len > 0 {
+                let (first_row, adapter) = (context.cached - context.prefix, Arc::clone(adapter));
+                batch.virtual_runs.push(VirtualRun { start, len: virtual_len, first_row, adapter });
+            }
+        }
+        let asleep = context.active_from.saturating_sub(context.cached).min(len);
+        for (start, len, adapter) in [(start, asleep, None), (start + asleep, len - asleep, context.adapter.clone())] {
+            if len > 0 {
+                batch.segments.push(AdapterSegment { start, len, adapter });
+            }
+        }
         context.cached = end;
     }
 }
 
 impl Context {
-    /// Tokens not run yet.
+    /// Tokens not run yet, virtual ones included.
     pub(crate) fn remaining(&self) -> usize {
-        self.tokens.len() - self.cached
+        self.leading + self.tokens.len() - self.cached
     }
+
+    fn slot(&self, position: usize) -> u32 {
+        self.blocks[position / BLOCK_TOKENS] * BLOCK_TOKENS as u32 + (position % BLOCK_TOKENS) as u32
+    }
+}
+
+/// Where the last occurrence of `invocation` in a prompt begins; 0 when there is nothing to wait for.
+fn active_from(prompt: &[u32], invocation: &[u32]) -> usize {
+    if invocation.is_empty() {
+        return 0;
+    }
+    prompt.windows(invocation.len()).rposition(|window| window == invocation).unwrap_or(usize::MAX)
+}
+
+/// Rows one after the other; pieces may be empty, but not all of them.
+pub(crate) fn concatenated(mut pieces: Vec<Tensor>) -> Tensor {
+    pieces.retain(|piece| piece.elem_count() > 0);
+    Tensor::cat(&pieces, 0).unwrap()
 }
 
 /// Largest absolute difference over the largest absolute value of `expected`.

@@ -5,7 +5,9 @@ use std::path::Path;
 use std::sync::{Arc, Condvar, Mutex};
 
 use candle_core::{DType, Device, Result, Tensor};
-use patchbay::adapter::{AdapterFiles, BaseWeights, Delta, LoadedAdapter, Site, SiteId, SiteKind, SiteTable, Weight};
+use patchbay::adapter::{
+    AdapterFiles, BaseShape, BaseWeights, Delta, LoadedAdapter, Site, SiteId, SiteKind, SiteTable, Weight,
+};
 use patchbay::metrics::{Metrics, MetricsConfig};
 use patchbay::store::{PublishOptions, Store, StoreConfig};
 use serde_json::json;
@@ -59,6 +61,10 @@ impl BaseWeights for Base {
         &self.sites
     }
 
+    fn shape(&self) -> BaseShape {
+        BaseShape { hidden_size: FEATURES, num_layers: 1, kv_width: FEATURES }
+    }
+
     fn tied_embeddings(&self) -> bool {
         false
     }
@@ -104,6 +110,14 @@ pub(crate) fn adapter(value: f32) -> AdapterFiles {
     let tensors =
         HashMap::from([(key("lora_A"), filled(1.0, (1, FEATURES))), (key("lora_B"), filled(value, (FEATURES, 1)))]);
     let weights = safetensors::serialize(&tensors, None).unwrap();
+    AdapterFiles { config: config.to_string().into_bytes(), weights }
+}
+
+/// An adapter that puts `number` virtual tokens before every prompt.
+pub(crate) fn virtual_tokens(number: usize) -> AdapterFiles {
+    let config = json!({"peft_type": "PROMPT_TUNING", "task_type": "CAUSAL_LM", "num_virtual_tokens": number});
+    let rows = Tensor::zeros((number, FEATURES), DType::F32, &Device::Cpu).unwrap();
+    let weights = safetensors::serialize([("prompt_embeddings", &rows)], None).unwrap();
     AdapterFiles { config: config.to_string().into_bytes(), weights }
 }
 

@@ -141,7 +141,7 @@ const RULES: &[Rule] = &[
 ];
 
 /// Names of adapter kinds, lower case.
-const KINDS: &[&str] = &["lora", "dora", "ssf", "bone", "miss"];
+const KINDS: &[&str] = &["lora", "dora", "alora", "ssf", "bone", "miss", "cpt", "cartridge", "multitask"];
 /// Names of model families, lower case.
 const FAMILIES: &[&str] = &["llama", "mistral", "qwen2", "qwen3", "phi3"];
 

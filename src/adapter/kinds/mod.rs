@@ -2,6 +2,8 @@
 
 mod lora;
 mod miss;
+mod prefix;
+mod prompt;
 mod ssf;
 
 use super::AdapterError;
@@ -19,7 +21,7 @@ pub struct Kind {
     pub served_as: &'static str,
     /// The dense weight that merging gives, for a linear with weight W.
     pub merged_as: &'static str,
-    /// Key suffixes of its tensors.
+    /// Key suffixes of its tensors. A key that is one of them as a whole belongs to no module.
     pub(super) suffixes: &'static [&'static str],
     /// Suffixes that occur only together.
     pub(super) pairs: &'static [(&'static str, &'static str)],
@@ -34,7 +36,18 @@ pub struct Kind {
 }
 
 /// Every kind that can be loaded.
-pub static KINDS: &[Kind] = &[lora::LORA, ssf::SSF, miss::MISS, miss::BONE];
+pub static KINDS: &[Kind] = &[
+    lora::LORA,
+    ssf::SSF,
+    miss::MISS,
+    miss::BONE,
+    prompt::PROMPT_TUNING,
+    prompt::P_TUNING,
+    prompt::MULTITASK_PROMPT_TUNING,
+    prompt::CPT,
+    prefix::PREFIX_TUNING,
+    prefix::CARTRIDGE,
+];
 
 /// The row with this `peft_type`.
 pub(super) fn find(peft_type: &str) -> Result<&'static Kind, AdapterError> {

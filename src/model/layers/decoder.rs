@@ -49,7 +49,8 @@ impl Decoder {
         windows.sort_unstable();
         windows.dedup();
         let step = Step::new(batch, cache, &self.rope, &windows)?;
-        let mut x = self.embed_tokens.forward(&batch.token_ids, &batch.segments)?; // [tokens, hidden]
+        cache.write_prefixes(&batch.prefix_writes)?;
+        let mut x = self.embed_tokens.forward(batch)?; // [tokens, hidden]
         for (layer, cache) in self.layers.iter().zip(&cache.layers) {
             x = layer.forward(&x, &step, cache)?;
         }

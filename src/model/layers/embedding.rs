@@ -5,7 +5,7 @@ use candle_core::{DType, Result, Tensor};
 use super::Matrix;
 use crate::adapter::{EmbeddingPatch, SiteId};
 use crate::kernels;
-use crate::model::AdapterSegment;
+use crate::model::{AdapterSegment, Batch};
 
 /// `e = scale_t * (row_t(token) + b_t a_t[:, token]) + shift_t` for each token's adapter t; without a patch
 /// `e = row(token)`.
@@ -20,8 +20,27 @@ pub(in crate::model) struct Embedding {
 }
 
 impl Embedding {
-    /// The rows of `token_ids` under `segments`, which tile the tokens: (tokens, dim) in the activations' format.
-    pub(in crate::model) fn forward(&self, token_ids: &[u32], segments: &[AdapterSegment]) -> Result<Tensor> {
+    /// The rows of the batch's tokens under its segments; virtual tokens are rows of their own: (tokens, dim) in the
+    /// activations' format.
+    pub(in crate::model) fn forward(&self, batch: &Batch) -> Result<Tensor> {
+        let e = self.embed(&batch.token_ids, &batch.segments)?;
+        if batch.virtual_runs.is_empty() {
+            return Ok(e);
+        }
+        let mut pieces = Vec::with_capacity(2 * batch.virtual_runs.len() + 1);
+        let mut next = 0;
+        for run in &batch.virtual_runs {
+            let rows = run.adapter.tensors.virtual_tokens.as_ref().expect("a virtual run's adapter has virtual tokens");
+            pieces.push(e.narrow(0, next, run.start - next)?);
+            pieces.push(rows.narrow(0, run.first_row, run.len)?.to_dtype(self.dtype)?);
+            next = run.start + run.len;
+        }
+        pieces.push(e.narrow(0, next, e.dim(0)? - next)?);
+        pieces.retain(|piece| piece.elem_count() > 0);
+        Tensor::cat(&pieces, 0)
+    }
+
+    fn embed(&self, token_ids: &[u32], segments: &[AdapterSegment]) -> Result<Tensor> {
         let patch = |segment: &AdapterSegment| -> bool {
             segment.adapter.as_ref().is_some_and(|adapter| adapter.tensors.embeddings.contains_key(&self.site))
         };

@@ -1,6 +1,7 @@
 //! LoRA: low-rank additions `s * B A`, with every option of PEFT's `LoraConfig` that plain serving can honour.
 //! `s = alpha / r`, or `alpha / sqrt(r)` with `use_rslora` (PEFT 0.21 `tuners/lora`).
 
+mod activation;
 mod dora;
 mod tokens;
 
@@ -16,8 +17,9 @@ use crate::adapter::{AdapterError, Delta, Scale, SiteId, SiteKind, replace};
 /// The row of the table of kinds.
 pub(super) const LORA: Kind = Kind {
     peft_type: "LORA",
-    title: "LoRA, DoRA",
-    served_as: "low-rank delta; with DoRA also a diagonal output scale; embeddings and token rows patched",
+    title: "LoRA, DoRA, activated LoRA",
+    served_as: "low-rank delta; with DoRA also a diagonal output scale; embeddings and token rows patched; activated LoRA \
+                from its invocation tokens on",
     merged_as: "W + s B A; with DoRA diag(g) (W + s B A)",
     suffixes: &[
         "lora_A.weight",
@@ -58,6 +60,7 @@ const FIELDS: &[(&str, Rule)] = &[
     ("init_lora_weights", Rule::Read),
     ("trainable_token_indices", Rule::Read),
     ("ensure_weight_tying", Rule::Read),
+    (activation::FIELD, Rule::Read),
     ("lora_dropout", Rule::Ignored),
     ("megatron_config", Rule::Ignored),
     ("megatron_core", Rule::Ignored),
@@ -70,7 +73,6 @@ const FIELDS: &[(&str, Rule)] = &[
     ("ephemeral_gpu_offload", Rule::Ignored),
     ("qalora_group_size", Rule::Ignored),
     ("unsloth_fixed", Rule::Ignored),
-    ("alora_invocation_tokens", Rule::Refused("activated LoRA is not served")),
     ("use_qalora", Rule::Refused("QALoRA is not served")),
     ("use_bdlora", Rule::Refused("block-diagonal LoRA is not served")),
     ("kasa_config", Rule::Refused("KaSA is not served")),
@@ -96,6 +98,7 @@ struct Options {
 
 fn check(config: &Config) -> Result<(), AdapterError> {
     check_init(config)?;
+    activation::parse(config)?;
     Options::parse(config)?;
     Matcher::parse(config, "target_modules").map(drop)
 }
@@ -138,7 +141,7 @@ fn lower(lowering: &mut Lowering<'_>) -> Result<(), AdapterError> {
             SiteKind::Norm { .. } => return Err(lowering.refuse(id, &suffix, "its module is a norm")),
         }
     }
-    Ok(())
+    activation::lower(lowering)
 }
 
 /// Unconverted files of initialisations that change the base weight make no sense on the base as published.

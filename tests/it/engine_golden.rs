@@ -1,0 +1,116 @@
+//! The engine over real models: adapters that stand before the prompt, or sleep until they are invoked, against PEFT,
+//! while blocks, slots and tokens of a step are short.
+
+use std::sync::Arc;
+
+use candle_core::DType;
+use patchbay::adapter::{AdapterFiles, LoadedAdapter, LowerOptions, digest, lower};
+use patchbay::engine::{Engine, EngineConfig, GenerationEvent, GenerationRequest, ModelRunner, SamplingParams};
+use patchbay::metrics::{Metrics, MetricsConfig};
+use patchbay::model::Model;
+use tokio::sync::mpsc::Receiver;
+
+use crate::fixtures::{self, AdapterCase};
+
+const GREEDY_TOKENS: usize = 16;
+
+/// Less than the running sequences come to need.
+const CACHE_TOKENS: usize = 96;
+
+fn load(case: &AdapterCase, model: &Model) -> Arc<LoadedAdapter> {
+    let read = |name: &str| std::fs::read(fixtures::dir().join(&case.dir).join(name)).expect("a file of the fixture");
+    let files = AdapterFiles { config: read("adapter_config.json"), weights: read("adapter_model.safetensors") };
+    let options = LowerOptions { merge: false, dtype: DType::F32, own_bytes_max: 1 << 20 };
+    let (lowered, report) = lower(&files, model, &options).unwrap_or_else(|error| panic!("{}: {error}", case.dir));
+    let digest = digest(&files, &options);
+    Arc::new(LoadedAdapter { name: case.name.clone(), generation: 1, digest, lowered, bytes: report.bytes })
+}
+
+fn request(prompt: &[u32], adapter: Option<Arc<LoadedAdapter>>) -> GenerationRequest {
+    GenerationRequest {
+        prompt: prompt.to_vec(),
+        adapter,
+        sampling: SamplingParams { temperature: 0., ..SamplingParams::default() },
+        max_tokens: GREEDY_TOKENS,
+        stop_token_ids: Vec::new(),
+        ignore_eos: true,
+        logprobs: None,
+        prompt_logprobs: None,
+        cache_salt: None,
+        satisfied: Arc::default(),
+    }
+}
+
+fn tokens(mut events: Receiver<GenerationEvent>) -> Vec<u32> {
+    let mut tokens = Vec::new();
+    while let Ok(event) = events.try_recv() {
+        match event {
+            GenerationEvent::Token(token) => tokens.push(token.id),
+            GenerationEvent::Finished(_) => return tokens,
+            GenerationEvent::Prompt(_) | GenerationEvent::Failed(_) => panic!("unexpected: {event:?}"),
+        }
+    }
+    panic!("no end after {tokens:?}")
+}
+
+/// Runs every prompt with every adapter of a model that has to do with the context, and with the base, twice over.
+fn check(model_name: &str, (block_tokens, prefix_cache): (usize, bool)) {
+    let model = Arc::new(fixtures::load_model(model_name));
+    let config = EngineConfig {
+        sequences_max: 6,
+        step_tokens_max: 13,
+        block_tokens,
+        kv_cache_bytes: CACHE_TOKENS * model.info().kv_bytes_per_token(),
+        adapter_slots: 3,
+        prefix_cache,
+        ..EngineConfig::default()
+    };
+    let metrics = Arc::new(Metrics::new(model_name, &MetricsConfig::default()));
+    let runner = ModelRunner::new(Arc::clone(&model), &config).expect("the cache is small");
+    let mut engine = Engine::new(Box::new(runner), config, Arc::clone(&metrics));
+    let manifest = fixtures::manifest();
+    let mut chosen =
+        vec![(manifest.models.iter().find(|model| model.name == model_name).expect("listed").dir.clone(), None)];
+    for case in manifest.cases.iter().filter(|case| case.model == model_name) {
+        let adapter = load(case, &model);
+        let shapes_context = adapter.lowered.num_leading() > 0 || !adapter.lowered.invocation_tokens.is_empty();
+        if shapes_context || case.name == "lora_qv" {
+            chosen.push((case.dir.clone(), Some(adapter)));
+        }
+    }
+    assert!(chosen.len() > 1, "{model_name} has no case");
+    for round in 0..2 {
+        let mut running = Vec::new();
+        for (p, prompt) in fixtures::prompts().iter().enumerate() {
+            // Each twice in a row, so that there is something to share.
+            for (dir, adapter) in chosen.iter().flat_map(|choice| [choice, choice]) {
+                let expected = fixtures::expected(dir);
+                let (submission, events) = engine.admission().admit(request(prompt, adapter.clone())).expect("fits");
+                engine.accept(submission);
+                let greedy = expected[&format!("greedy_{p}")].to_vec1::<i64>().expect("token ids");
+                running.push((format!("{dir} prompt {p} round {round}"), events, greedy));
+            }
+        }
+        while !engine.is_idle() {
+            engine.step();
+            engine.audit();
+        }
+        for (at, events, expected) in running {
+            let found: Vec<i64> = tokens(events).into_iter().map(i64::from).collect();
+            assert_eq!(found, expected, "{at}");
+        }
+    }
+    assert_eq!(engine.blocks_in_use(), 0, "blocks leak");
+    assert!(metrics.preemptions.get() > 0, "nothing was short");
+    assert_eq!(metrics.prefix_cache_hits.get() > 0, prefix_cache, "{model_name}: the cache is used");
+}
+
+#[test]
+fn greedy_tokens_equal_peft_however_short_of_everything_the_engine_is() {
+    check("llama", (4, true));
+    check("llama", (7, false));
+    check("qwen2", (5, true));
+    check("phi3", (3, true));
+    // RoPE that counts what stands before the prompt.
+    check("phi3_longrope", (5, true));
+}
