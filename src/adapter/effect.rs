@@ -2,7 +2,9 @@
 
 use candle_core::{DType, Result, Tensor};
 
-use super::{BaseWeights, Delta, EmbeddingPatch, LinearSlots, LoweredAdapter, NormOverride, Scale, SiteId, Weight};
+use super::{
+    BaseWeights, Delta, EmbeddingPatch, LinearSlots, LoweredAdapter, NormOverride, Pre, Scale, SiteId, Weight,
+};
 
 /// Whether the adapter equals the base exactly. `dtype` is the format of own weights and tables; the rest is f32.
 pub(super) fn is_neutral(adapter: &LoweredAdapter, base: &dyn BaseWeights, dtype: DType) -> Result<bool> {
@@ -33,6 +35,11 @@ fn linear_is_neutral(slots: &LinearSlots, id: SiteId, base: &dyn BaseWeights, dt
         if !vanishes {
             return Ok(false);
         }
+    }
+    match &slots.pre {
+        Pre::Identity => {}
+        Pre::Diag(scale) if all_equal(scale, 1.0)? => {}
+        Pre::Diag(_) => return Ok(false),
     }
     if let Scale::Diag(scale) = &slots.scale
         && !all_equal(scale, 1.0)?

@@ -4,10 +4,10 @@
 use candle_core::{DType, Result, Tensor};
 
 use super::lowering::Lowering;
-use super::{AdapterError, Delta, LinearSlots, Scale, SiteId, SiteKind, Weight};
+use super::{AdapterError, Delta, LinearSlots, Pre, Scale, SiteId, SiteKind, Weight};
 
-/// Folds deltas and scales of every linear into own weights. Norms, embeddings and `c` stay as they are; linears
-/// without delta and scale keep what they have.
+/// Folds input transforms, deltas and scales of every linear into own weights. Norms, embeddings and `c` stay as they
+/// are; linears with none of the three keep what they have.
 pub(super) fn merge(lowering: &mut Lowering<'_>) -> std::result::Result<(), AdapterError> {
     let sites: Vec<SiteId> =
         lowering.out.linears.iter().filter(|(_, slots)| is_mergeable(slots)).map(|(id, _)| *id).collect();
@@ -29,16 +29,21 @@ pub(super) fn merge(lowering: &mut Lowering<'_>) -> std::result::Result<(), Adap
 }
 
 fn is_mergeable(slots: &LinearSlots) -> bool {
-    !slots.deltas.is_empty() || matches!(slots.scale, Scale::Diag(_))
+    let keeps_input = matches!(slots.pre, Pre::Identity);
+    !keeps_input || !slots.deltas.is_empty() || matches!(slots.scale, Scale::Diag(_))
 }
 
-/// `diag(scale) (W_t + sum_j delta_j)`. weight: (out, in) f32, before replaced rows; result: (out, in) f32.
+/// `diag(scale) (W_t pre + sum_j delta_j)`. weight: (out, in) f32, before replaced rows; result: (out, in) f32.
 pub(super) fn effective_weight(slots: &LinearSlots, weight: Tensor) -> Result<Tensor> {
     let mut weight = match &slots.rows {
         Some((ids, rows)) => with_rows(&weight, ids, rows)?,
         None => weight,
     };
     let (out_features, in_features) = weight.dims2()?;
+    weight = match &slots.pre {
+        Pre::Identity => weight,
+        Pre::Diag(scale) => weight.broadcast_mul(&scale.to_dtype(DType::F32)?)?,
+    };
     for delta in &slots.deltas {
         weight = (weight + dense(delta, out_features, in_features)?)?;
     }
@@ -78,7 +83,11 @@ mod tests {
             Some((ids, rows)) => with_rows(weight, ids, rows).unwrap(),
             None => weight.clone(),
         };
-        let mut y = x.matmul(&weight.t().unwrap()).unwrap().to_vec2::<f32>().unwrap();
+        let pre_x = match &slots.pre {
+            Pre::Identity => x.clone(),
+            Pre::Diag(scale) => x.broadcast_mul(scale).unwrap(),
+        };
+        let mut y = pre_x.matmul(&weight.t().unwrap()).unwrap().to_vec2::<f32>().unwrap();
         for delta in &slots.deltas {
             match delta {
                 Delta::LowRank { a, b } => {
@@ -122,13 +131,15 @@ mod tests {
         let ragged_mini = || Delta::ShardSum { m: random(6, (3, 4)) };
         let rows = || Some((vec![1, 7, 11], random(7, (3, 10))));
         let scale = || Scale::Diag(random(8, 12));
+        let pre = || Pre::Diag(random(9, 10));
         let slots = |deltas: Vec<Delta>| LinearSlots { deltas, ..LinearSlots::default() };
         check(&slots(vec![low_rank()]));
         check(&slots(vec![balance()]));
         check(&slots(vec![ragged_mini()]));
         check(&LinearSlots { scale: scale(), ..LinearSlots::default() });
         check(&LinearSlots { rows: rows(), ..LinearSlots::default() });
+        check(&LinearSlots { pre: pre(), ..LinearSlots::default() });
         let all = vec![low_rank(), balance(), ragged_mini(), low_rank()];
-        check(&LinearSlots { rows: rows(), scale: scale(), ..slots(all) });
+        check(&LinearSlots { pre: pre(), rows: rows(), scale: scale(), ..slots(all) });
     }
 }

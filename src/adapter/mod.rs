@@ -30,5 +30,7 @@ pub use files::{AdapterFiles, LowerOptions, LowerReport};
 pub use inspect::{Inspection, inspect};
 pub use kinds::{KINDS, Kind};
 pub use lower::{digest, lower};
-pub use normal_form::{Delta, EmbeddingPatch, LinearSlots, LoadedAdapter, LoweredAdapter, NormOverride, Scale, Weight};
+pub use normal_form::{
+    Delta, EmbeddingPatch, LinearSlots, LoadedAdapter, LoweredAdapter, NormOverride, Pre, Scale, Weight,
+};
 pub use site::{BaseWeights, Site, SiteId, SiteKind, SiteTable};

@@ -3,11 +3,12 @@
 //! For one linear with frozen weight `W` (out, in), a token that uses adapter `t` computes
 //!
 //! ```text
-//! y = scale_t * ( W_t x + sum_j delta_{t,j}(x) ) + c_t
+//! y = scale_t * ( W_t pre_t(x) + sum_j delta_{t,j}(x) ) + c_t
 //! ```
 //!
-//! The product with the shared `W` is bias-free and runs once for all tokens of a step. `c` is the bias when an
-//! adapter says nothing about it. All slots default to neutral.
+//! The product with the shared `W` is bias-free and runs once for all tokens of a step. Only that product reads
+//! `pre_t(x)`; the deltas read `x` itself. `c` is the bias when an adapter says nothing about it. All slots default to
+//! neutral.
 
 use std::collections::BTreeMap;
 
@@ -29,6 +30,8 @@ pub struct LoweredAdapter {
 /// What an adapter does to one linear.
 #[derive(Clone, Debug, Default)]
 pub struct LinearSlots {
+    /// What becomes of the input before it meets the weight (replaced rows included); deltas read the input as it is.
+    pub pre: Pre,
     /// The weight to multiply with.
     pub weight: Weight,
     /// Replaced rows of the weight: output indexes in ascending order, and their rows (n, in).
@@ -39,6 +42,16 @@ pub struct LinearSlots {
     pub scale: Scale,
     /// The vector added last, (out). `None` means the base bias, or nothing where the base has none.
     pub c: Option<Tensor>,
+}
+
+/// What becomes of a linear's input before it meets the weight.
+#[derive(Clone, Debug, Default)]
+pub enum Pre {
+    /// Nothing.
+    #[default]
+    Identity,
+    /// Elementwise product, (in).
+    Diag(Tensor),
 }
 
 /// The weight a linear multiplies with.
@@ -119,10 +132,28 @@ pub struct LoadedAdapter {
     pub bytes: usize,
 }
 
+impl Pre {
+    /// Every tensor of the transform.
+    pub fn tensors(&self) -> Vec<&Tensor> {
+        match self {
+            Self::Identity => Vec::new(),
+            Self::Diag(scale) => vec![scale],
+        }
+    }
+
+    /// Every tensor of the transform, to be replaced in place.
+    pub fn tensors_mut(&mut self) -> Vec<&mut Tensor> {
+        match self {
+            Self::Identity => Vec::new(),
+            Self::Diag(scale) => vec![scale],
+        }
+    }
+}
+
 impl LinearSlots {
     /// Every tensor of the slots.
     pub fn tensors(&self) -> Vec<&Tensor> {
-        let mut tensors = Vec::new();
+        let mut tensors = self.pre.tensors();
         if let Weight::Own(w) = &self.weight {
             tensors.push(w);
         }
@@ -164,6 +195,7 @@ impl LoweredAdapter {
     pub fn tensors_mut(&mut self) -> Vec<&mut Tensor> {
         let mut tensors = Vec::new();
         for slots in self.linears.values_mut() {
+            tensors.extend(slots.pre.tensors_mut());
             if let Weight::Own(w) = &mut slots.weight {
                 tensors.push(w);
             }

@@ -11,6 +11,8 @@ pub struct SegmentTerms<'a> {
     pub start: usize,
     /// Number of rows.
     pub len: usize,
+    /// What becomes of the input before it meets the weight.
+    pub pre: Option<InputTerm<'a>>,
     /// Weight (out, in) that these rows multiply with instead of the shared one.
     pub own_weight: Option<&'a Tensor>,
     /// Rows (n, in) that take the place of the weight's, and their indexes in ascending order.
@@ -26,8 +28,22 @@ pub struct SegmentTerms<'a> {
 impl SegmentTerms<'_> {
     /// Whether the rows keep the shared product, but for `c`.
     pub fn is_neutral(&self) -> bool {
-        self.own_weight.is_none() && self.rows.is_none() && self.terms.is_empty() && self.scale.is_none()
+        self.pre.is_none()
+            && self.own_weight.is_none()
+            && self.rows.is_none()
+            && self.terms.is_empty()
+            && self.scale.is_none()
     }
+}
+
+/// A transform of the input.
+#[derive(Clone, Copy, Debug)]
+pub enum InputTerm<'a> {
+    /// Elementwise product.
+    Diag {
+        /// Factors (in).
+        scale: &'a Tensor,
+    },
 }
 
 /// One additive term.
@@ -48,36 +64,60 @@ pub enum Term<'a> {
     },
 }
 
-/// `y = scale * (W x + sum terms(x)) + c`, segment by segment.
+/// `pre(x)`, segment by segment: `x` (rows, in) with the rows of segments that transform their input transformed, and
+/// all others as they are. The segments tile the rows in order. A row's result depends on that row only.
 ///
-/// `x` is (rows, in), `product` the shared `W x` of all rows (rows, out); it may be missing when every segment has its
+/// # Errors
+/// When the shapes do not fit or the device fails.
+pub fn transform_inputs(x: &Tensor, segments: &[SegmentTerms<'_>]) -> Result<Tensor> {
+    if segments.iter().all(|segment| segment.pre.is_none()) {
+        return Ok(x.clone());
+    }
+    let transform = |segment: &SegmentTerms<'_>| {
+        let x = x.narrow(0, segment.start, segment.len)?;
+        match segment.pre {
+            None => Ok(x),
+            Some(InputTerm::Diag { scale }) => x.broadcast_mul(scale),
+        }
+    };
+    Tensor::cat(&segments.iter().map(transform).collect::<Result<Vec<_>>>()?, 0)
+}
+
+/// `y = scale * (W pre(x) + sum terms(x)) + c`, segment by segment.
+///
+/// `x` and `pre_x` are (rows, in), see [`transform_inputs`]; `product` is the shared `W pre(x)` of all rows (rows, out); it may be missing when every segment has its
 /// own weight. The segments tile the rows in order. The result is (rows, out) in the format of `x`. Cost beyond the
 /// shared product: one pass over each touched segment and one concatenation.
 ///
 /// # Errors
 /// When the shapes do not fit or the device fails.
-pub fn apply_segments(x: &Tensor, product: Option<&Tensor>, segments: &[SegmentTerms<'_>]) -> Result<Tensor> {
+pub fn apply_segments(
+    (x, pre_x): (&Tensor, &Tensor),
+    product: Option<&Tensor>,
+    segments: &[SegmentTerms<'_>],
+) -> Result<Tensor> {
     let rows = x.dim(0)?;
     let mut next_row = 0;
     let mut pieces = Vec::with_capacity(segments.len());
     for segment in segments {
         assert_eq!(segment.start, next_row, "the segments tile the rows in order");
         next_row += segment.len;
-        pieces.push(apply_one(x, product, segment)?);
+        pieces.push(apply_one((x, pre_x), product, segment)?);
     }
     assert_eq!(next_row, rows, "the segments cover all rows");
     Tensor::cat(&pieces, 0)
 }
 
-fn apply_one(x: &Tensor, product: Option<&Tensor>, segment: &SegmentTerms<'_>) -> Result<Tensor> {
+fn apply_one((x, pre_x): (&Tensor, &Tensor), product: Option<&Tensor>, segment: &SegmentTerms<'_>) -> Result<Tensor> {
     let x = x.narrow(0, segment.start, segment.len)?;
+    let pre_x = pre_x.narrow(0, segment.start, segment.len)?;
     let mut y = match (segment.own_weight, product) {
-        (Some(w), _) => linear(&x, w)?,
+        (Some(w), _) => linear(&pre_x, w)?,
         (None, Some(product)) => product.narrow(0, segment.start, segment.len)?,
         (None, None) => panic!("a segment without a weight of its own needs the shared product"),
     };
     if let Some((indexes, rows)) = segment.rows {
-        y = with_rows(&y, &x, indexes, rows)?;
+        y = with_rows(&y, &pre_x, indexes, rows)?;
     }
     for term in &segment.terms {
         y = match *term {
@@ -142,8 +182,30 @@ mod tests {
         let product = matrix(&[5., 6., 7., 8., 9., 10.], (2, 3));
         let rows = matrix(&[1., 0., 1., 1.], (2, 2));
         let segment = SegmentTerms { len: 2, rows: Some((&[0, 2], &rows)), ..SegmentTerms::default() };
-        let y = apply_segments(&x, Some(&product), &[segment]).unwrap();
+        let y = apply_segments((&x, &x), Some(&product), &[segment]).unwrap();
         assert_eq!(y.to_vec2::<f32>().unwrap(), [[1., 6., 3.], [3., 9., 7.]]);
+    }
+
+    #[test]
+    fn only_the_weight_reads_the_transformed_input() {
+        let x = matrix(&[1., 2., 3., 4.], (2, 2));
+        let w = matrix(&[1., 1.], (1, 2));
+        let (a, b) = (matrix(&[1., 0.], (1, 2)), matrix(&[1.], (1, 1)));
+        let scale = Tensor::new(&[10f32, 100.], &Device::Cpu).unwrap();
+        let segments = [
+            SegmentTerms { len: 1, ..SegmentTerms::default() },
+            SegmentTerms {
+                start: 1,
+                len: 1,
+                pre: Some(InputTerm::Diag { scale: &scale }),
+                terms: vec![Term::LowRank { a: &a, b: &b }],
+                ..SegmentTerms::default()
+            },
+        ];
+        let pre_x = transform_inputs(&x, &segments).unwrap();
+        let product = linear(&pre_x, &w).unwrap();
+        let y = apply_segments((&x, &pre_x), Some(&product), &segments).unwrap();
+        assert_eq!(y.to_vec2::<f32>().unwrap(), [[3.], [433.]]);
     }
 
     #[test]
@@ -160,7 +222,7 @@ mod tests {
             c: Some(&c),
             ..SegmentTerms::default()
         };
-        let y = apply_segments(&x, Some(&product), &[segment]).unwrap();
+        let y = apply_segments((&x, &x), Some(&product), &[segment]).unwrap();
         assert_eq!(y.to_vec2::<f32>().unwrap(), [[12.5, 30.25]]);
     }
 }

@@ -5,8 +5,8 @@ use std::collections::HashMap;
 use candle_core::{DType, Device, Result, Tensor};
 use half::bf16;
 
-use crate::adapter::{Delta, EmbeddingPatch, LinearSlots, LoweredAdapter, NormOverride, Scale, SiteId, Weight};
-use crate::kernels::cpu::{PackedDelta, PackedMatrix, PackedSlots, RowMatrix, WeightFormat};
+use crate::adapter::{Delta, EmbeddingPatch, LinearSlots, LoweredAdapter, NormOverride, Pre, Scale, SiteId, Weight};
+use crate::kernels::cpu::{PackedDelta, PackedMatrix, PackedPre, PackedSlots, RowMatrix, WeightFormat};
 
 /// An adapter on the model's device.
 ///
@@ -100,6 +100,10 @@ fn pack_slots(slots: &LinearSlots, format: WeightFormat) -> Result<PackedSlots> 
         None => None,
     };
     Ok(PackedSlots {
+        pre: match &slots.pre {
+            Pre::Identity => None,
+            Pre::Diag(scale) => Some(PackedPre::Diag(host(scale)?)),
+        },
         rows,
         own: match &slots.weight {
             Weight::Base => None,
@@ -144,6 +148,10 @@ impl Placement<'_> {
         }
         let rows = slots.rows.as_ref().map(|(indexes, rows)| Result::Ok((indexes.clone(), self.tensor(rows)?)));
         Ok(LinearSlots {
+            pre: match &slots.pre {
+                Pre::Identity => Pre::Identity,
+                Pre::Diag(scale) => Pre::Diag(self.tensor(scale)?),
+            },
             rows: rows.transpose()?,
             weight: match &slots.weight {
                 Weight::Base => Weight::Base,

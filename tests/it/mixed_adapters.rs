@@ -2,7 +2,7 @@
 
 use candle_core::{DType, Device, Tensor};
 use patchbay::adapter::{
-    BaseWeights, Delta, EmbeddingPatch, LinearSlots, LoweredAdapter, NormOverride, Scale, SiteKind, Weight,
+    BaseWeights, Delta, EmbeddingPatch, LinearSlots, LoweredAdapter, NormOverride, Pre, Scale, SiteKind, Weight,
 };
 use patchbay::model::{DeviceChoice, Model};
 use rand::seq::IndexedRandom;
@@ -44,6 +44,9 @@ fn random_linear(rng: &mut ChaCha8Rng, in_features: usize, out_features: usize) 
             let q = *divisors.choose(rng).unwrap();
             Delta::ShardSum { m: random(rng, &[r, q], 0.) }
         });
+    }
+    if rng.random_bool(0.3) {
+        slots.pre = Pre::Diag(random(rng, &[in_features], 1.));
     }
     if rng.random_bool(0.4) {
         slots.scale = Scale::Diag(random(rng, &[out_features], 1.));
@@ -106,6 +109,9 @@ fn merged(adapter: &LoweredAdapter, base: &Model) -> LoweredAdapter {
             Weight::Base => base.weight(*id).unwrap(),
             Weight::Own(w) => w.clone(),
         };
+        if let Pre::Diag(scale) = &slots.pre {
+            w = w.broadcast_mul(scale).unwrap();
+        }
         for delta in &slots.deltas {
             w = (&w + dense(delta, w.dims2().unwrap())).unwrap();
         }

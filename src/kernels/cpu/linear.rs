@@ -1,7 +1,7 @@
 //! A whole linear with its adapters: one sweep over the base weight, everything else while the output is in cache.
 //!
 //! ```text
-//! y = scale ⊙ ( W x + sum_j delta_j(x) ) + c          per run of rows with one adapter
+//! y = scale ⊙ ( W pre(x) + sum_j delta_j(x) ) + c     per run of rows with one adapter
 //! ```
 //!
 //! First every run shrinks its rows (`h = a x`, or the sums of shards), then each panel of output columns is multiplied,
@@ -15,11 +15,14 @@ use super::dispatch::{dispatch, fma};
 use super::gemm::{Output, multiply_panel, to_words};
 use super::isa::Isa;
 use super::packed::{PANEL, PackedMatrix, WeightFormat};
+use super::pre::{PackedPre, transform_rows};
 use super::rows::{RowMatrix, append_row, dot_rows, row_words};
 
 /// What an adapter does to one linear, in the CPU's form.
 #[derive(Debug, Default)]
 pub struct PackedSlots {
+    /// Transform of the rows of `x` before they meet the weight.
+    pub pre: Option<PackedPre>,
     /// Weight of the adapter's own (n, k).
     pub own: Option<PackedMatrix>,
     /// Rows (r, k) that take the place of the weight's, and their indexes in ascending order.
@@ -80,9 +83,10 @@ pub(crate) fn linear_packed(x: &[f32], base: BaseLinear<'_>, runs: &[SlotRun<'_>
     let m = x.len() / base.k;
     assert_eq!((x.len(), y.len()), (m * base.k, m * base.n), "x is (m, k) and y is (m, n)");
     let isa = Isa::best();
-    let shrunk: Vec<Shrunk> = runs.par_iter().map(|run| shrink_run(x, base.k, run, isa)).collect();
+    let pre_x = transform_rows(x, base.k, runs);
+    let shrunk: Vec<Shrunk> = runs.par_iter().map(|run| shrink_run((x, &pre_x), base.k, run, isa)).collect();
     let products = products(base, runs);
-    let words = Words::new(x, base.k, &products);
+    let words = Words::new(&pre_x, base.k, &products);
     let panels = base.n.div_ceil(PANEL);
     let threads = rayon::current_num_threads();
     let output = Output::new(y);
@@ -148,26 +152,27 @@ struct Shrunk {
     replaced: Vec<f32>,
 }
 
-fn shrink_run(x: &[f32], k: usize, run: &SlotRun<'_>, isa: Isa) -> Shrunk {
+fn shrink_run((x, pre_x): (&[f32], &[f32]), k: usize, run: &SlotRun<'_>, isa: Isa) -> Shrunk {
     let Some(slots) = run.slots else { return Shrunk::default() };
-    let x = &x[run.rows.start * k..run.rows.end * k];
-    let mut words: Option<(WeightFormat, Vec<u32>)> = None;
-    let mut dot = |a: &RowMatrix| {
+    let [x, pre_x] = [x, pre_x].map(|x| &x[run.rows.start * k..run.rows.end * k]);
+    let mut words: Option<(WeightFormat, *const f32, Vec<u32>)> = None;
+    let mut dot = |a: &RowMatrix, x: &[f32]| {
         assert_eq!(a.k(), k, "the rows are of the length of x");
-        if words.as_ref().is_none_or(|(format, _)| *format != a.format()) {
+        if words.as_ref().is_none_or(|(format, of, _)| *format != a.format() || *of != x.as_ptr()) {
             let mut rows = Vec::with_capacity(run.rows.len() * row_words(a.format(), k));
             x.chunks_exact(k).for_each(|row| append_row(a.format(), row, &mut rows));
-            words = Some((a.format(), rows));
+            words = Some((a.format(), x.as_ptr(), rows));
         }
         let mut h = vec![0.0; run.rows.len() * a.r()];
-        dot_rows(isa, words.as_ref().map_or(&[], |(_, rows)| rows), a, &mut h);
+        dot_rows(isa, words.as_ref().map_or(&[], |(_, _, rows)| rows), a, &mut h);
         h
     };
     let terms = slots.deltas.iter().map(|delta| match delta {
-        PackedDelta::LowRank { a, .. } => dot(a),
+        PackedDelta::LowRank { a, .. } => dot(a, x),
         PackedDelta::ShardSum { m } => x.chunks_exact(k).flat_map(|row| shard_sum(row, m.k())).collect(),
     });
-    Shrunk { terms: terms.collect(), replaced: slots.rows.as_ref().map_or_else(Vec::new, |(_, rows)| dot(rows)) }
+    let terms = terms.collect();
+    Shrunk { terms, replaced: slots.rows.as_ref().map_or_else(Vec::new, |(_, rows)| dot(rows, pre_x)) }
 }
 
 /// Sums the shards of width `r`, in ascending order.
@@ -266,6 +271,7 @@ mod tests {
 
     /// An adapter's slots as plain f32 matrices.
     struct Plain {
+        pre: Option<Vec<f32>>,
         own: Option<Vec<f32>>,
         rows: Option<(Vec<u32>, Vec<f32>)>,
         low_rank: Option<(usize, Vec<f32>, Vec<f32>)>,
@@ -281,6 +287,7 @@ mod tests {
             let q = if has(5) { n } else { (1..=n).rev().find(|q| n.is_multiple_of(*q) && *q < n).unwrap_or(n) };
             let some = |bit: u64, len: usize| has(bit).then(|| random(len, seed ^ bit));
             Self {
+                pre: some(7, k),
                 own: some(0, n * k),
                 rows: has(6).then(|| {
                     let indexes: Vec<u32> = (0..n as u32).filter(|i| seed >> (i % 60) & 1 == 1).collect();
@@ -310,7 +317,8 @@ mod tests {
                 .rows
                 .as_ref()
                 .map(|(indexes, rows)| (indexes.clone(), RowMatrix::new(WeightFormat::F32, rows, indexes.len(), k)));
-            PackedSlots { own, rows, deltas, scale: self.scale.clone(), c: self.c.clone() }
+            let pre = self.pre.clone().map(PackedPre::Diag);
+            PackedSlots { pre, own, rows, deltas, scale: self.scale.clone(), c: self.c.clone() }
         }
 
         /// One output in f64.
@@ -321,7 +329,9 @@ mod tests {
             let replaced = self.rows.as_ref().and_then(|(indexes, rows)| {
                 indexes.binary_search(&(o as u32)).ok().map(|found| &rows[found * k..][..k])
             });
-            let mut y = dot(x, replaced.unwrap_or(weight));
+            let pre_x =
+                self.pre.as_ref().map(|scale| x.iter().zip(scale).map(|(x, scale)| x * scale).collect::<Vec<_>>());
+            let mut y = dot(pre_x.as_deref().unwrap_or(x), replaced.unwrap_or(weight));
             if let Some((r, a, b)) = &self.low_rank {
                 y += (0..*r).map(|j| f64::from(b[o * r + j]) * dot(x, &a[j * k..][..k])).sum::<f64>();
             }

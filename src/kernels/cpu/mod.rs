@@ -7,6 +7,7 @@ mod isa;
 mod linear;
 mod ops;
 mod packed;
+mod pre;
 mod rows;
 #[cfg(test)]
 mod testing;
@@ -17,4 +18,5 @@ pub use isa::Isa;
 pub use linear::{BaseLinear, PackedDelta, PackedSlots, SlotRun};
 pub(crate) use ops::{attention_op, linear_op, write_cache_op};
 pub use packed::{PackedMatrix, WeightFormat};
+pub use pre::PackedPre;
 pub use rows::RowMatrix;

@@ -6,9 +6,9 @@ use candle_core::quantized::QTensor;
 use candle_core::{DType, Device, Result, Tensor};
 use mistralrs_quant::{GgufMatMul, QuantMethod};
 
-use crate::adapter::{Delta, LinearSlots, Scale, SiteId, Weight};
+use crate::adapter::{Delta, LinearSlots, Pre, Scale, SiteId, Weight};
 use crate::kernels::cpu::{BaseLinear, PackedMatrix, SlotRun, linear_op};
-use crate::kernels::{self, SegmentTerms, Term};
+use crate::kernels::{self, InputTerm, SegmentTerms, Term};
 use crate::model::AdapterSegment;
 
 /// A weight in the format it is kept in.
@@ -27,7 +27,7 @@ pub(in crate::model) enum Matrix {
     },
 }
 
-/// `y = scale_t * (W_t x + sum_j delta_{t,j}(x)) + c_t` for each token's adapter t.
+/// `y = scale_t * (W_t pre_t(x) + sum_j delta_{t,j}(x)) + c_t` for each token's adapter t.
 #[derive(Clone, Debug)]
 pub(in crate::model) struct Linear {
     /// Where it stands.
@@ -112,9 +112,10 @@ impl Linear {
                 None => Ok(product),
             };
         }
+        let pre_x = kernels::transform_inputs(x, &terms)?;
         let shared = terms.iter().any(|terms| terms.own_weight.is_none());
-        let product = if shared { Some(self.weight.product(x)?) } else { None };
-        kernels::apply_segments(x, product.as_ref(), &terms)
+        let product = if shared { Some(self.weight.product(&pre_x)?) } else { None };
+        kernels::apply_segments((x, &pre_x), product.as_ref(), &terms)
     }
 
     fn forward_packed(&self, w: &PackedMatrix, x: &Tensor, segments: &[AdapterSegment]) -> Result<Tensor> {
@@ -159,6 +160,10 @@ impl Linear {
         SegmentTerms {
             start: segment.start,
             len: segment.len,
+            pre: match &slots.pre {
+                Pre::Identity => None,
+                Pre::Diag(scale) => Some(InputTerm::Diag { scale }),
+            },
             own_weight: match &slots.weight {
                 Weight::Base => None,
                 Weight::Own(w) => Some(w),
