@@ -1,6 +1,6 @@
 """Adapters that a server must refuse to load, each with the word that its message must contain.
 
-All are made for the `llama` model and hold one layer's tensors at most, so that each has exactly one fault.
+All but some are made for the `llama` model and hold one layer's tensors at most, so that each has exactly one fault.
 """
 
 import json
@@ -74,6 +74,7 @@ class Refused:
     names: str
     config: dict
     tensors: dict
+    model: str = MODEL
 
 
 def noise(*shape: int) -> torch.Tensor:
@@ -379,11 +380,11 @@ def write_one(root: Path, case: Refused) -> dict:
     write_json(directory / "adapter_config.json", json.loads(json.dumps(case.config)))
     tensors = {key: value.contiguous() for key, value in case.tensors.items()}
     save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
-    return {"dir": f"refused/{case.name}", "model": MODEL, "names": case.names, "what": case.what}
+    return {"dir": f"refused/{case.name}", "model": case.model, "names": case.names, "what": case.what}
 
 
-def write_refused(root: Path) -> list[dict]:
-    """Writes every faulty adapter; returns the manifest entries."""
+def write_refused(root: Path, more: list[Refused]) -> list[dict]:
+    """Writes every faulty adapter, those of this file and `more`; returns the manifest entries."""
     fresh_dir(root / "refused")
     cases = lora_files() + lora_configs() + miss_files() + ssf_files()
-    return [write_one(root, case) for case in cases] + broken_files(root)
+    return [write_one(root, case) for case in cases] + broken_files(root) + [write_one(root, case) for case in more]

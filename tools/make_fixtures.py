@@ -20,10 +20,12 @@ import safetensors
 import tokenizers
 import torch
 import transformers
-from peft import LoraConfig, MissConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, PeftType, get_peft_model
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from safetensors.torch import load_file, save_file
 
 import ssf
+from fixture_affine import AFFINE_CASES
 from fixture_cases import CASES, Case, config_for
 from fixture_common import (
     ATTEMPTS_MAX,
@@ -46,8 +48,9 @@ from fixture_common import (
 )
 from fixture_models import MODELS, write_model
 from fixture_refused import write_refused
+from fixture_refused_affine import affine_refused
 
-CONFIGS = {"LORA": LoraConfig, "MISS": MissConfig}
+ALL_CASES = CASES + AFFINE_CASES
 WEIGHTS = "adapter_model.safetensors"
 # Keys of an adapter_config.json that releases before 0.10 did not write.
 NEWER_KEYS = (
@@ -81,15 +84,19 @@ def write_peft_adapter(case: Case, model_name: str, bases: Bases, directory: Pat
     torch.manual_seed(seed_of(case.name, model_name))
     if case.converted_from:
         return write_converted_adapter(case, model_name, bases, directory, attempt)
-    config = CONFIGS[case.peft_type](task_type="CAUSAL_LM", **config_for(case, model_name))
+    config = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(case.peft_type)](
+        task_type="CAUSAL_LM", **config_for(case, model_name)
+    )
     made_with = config.init_lora_weights if case.peft_type == "LORA" else None
     if isinstance(made_with, str):
         config.init_lora_weights = True
     model = get_peft_model(bases.get(model_name), config)
     if not case.identity:
-        randomize_adapter(model, case.name, model_name, attempt)
+        randomize_adapter(model, case.name, model_name, attempt, values=case.values)
     if isinstance(made_with, str):
         config.init_lora_weights = made_with
+    for key, value in case.late.items():
+        setattr(config, key, value)
     model.save_pretrained(directory)
     return model.eval()
 
@@ -202,6 +209,8 @@ def try_case(case: Case, model_name: str, bases: Bases, directory: Path, prompts
 def write_case(case: Case, model_name: str, bases: Bases, prompts: list) -> dict:
     """Writes one adapter directory with its expected outputs; returns its manifest entry."""
     directory = bases.root / "adapters" / model_name / case.name
+    if case.prompts is not None:
+        prompts = [ids if index in case.prompts else None for index, ids in enumerate(prompts)]
     expected, measured = try_case(case, model_name, bases, directory, prompts)
     if case.identity and measured["effect"] > 0:
         raise RuntimeError(f"{model_name}/{case.name}: an identity adapter changed the output by {measured['effect']}")
@@ -280,14 +289,14 @@ def main() -> None:
     if not args.only or not models:
         models = [write_model(spec, args.out, prompts) for spec in MODELS]
     bases = Bases(args.out)
-    chosen = [(case, model) for case in CASES for model in case.models if args.only in f"{model}/{case.name}"]
+    chosen = [(case, model) for case in ALL_CASES for model in case.models if args.only in f"{model}/{case.name}"]
     cases = [write_case(case, model, bases, prompts) for case, model in chosen]
     kept = [entry for entry in old.get("cases", []) if args.only or entry["peft_type"] == "BONE"]
     manifest = {
         "versions": old.get("versions", {}) | versions(),
         "models": models,
         "cases": merge_entries(kept, cases, ("model", "name")),
-        "refused": write_refused(args.out),
+        "refused": write_refused(args.out, affine_refused()),
     }
     write_json(manifest_path, manifest)
     remove_strays(args.out, manifest["cases"])

@@ -11,9 +11,10 @@ use serde_json::Value;
 
 use super::Kind;
 use crate::adapter::config::{Config, Rule};
+use crate::adapter::linears::{LinearSite, adapted_linears};
 use crate::adapter::lowering::Lowering;
 use crate::adapter::matching::Matcher;
-use crate::adapter::{AdapterError, Delta, SiteId, SiteKind, Weight, replace};
+use crate::adapter::{AdapterError, Delta, Weight};
 
 /// The row of MiSS.
 pub(super) const MISS: Kind = Kind {
@@ -67,24 +68,14 @@ fn check(config: &Config) -> Result<(), AdapterError> {
 }
 
 fn lower(lowering: &mut Lowering<'_>) -> Result<(), AdapterError> {
-    replace::saved_modules(lowering, None)?;
-    replace::biases(lowering)?;
-    replace::base_layers(lowering)?;
-    let matcher = Matcher::parse(&lowering.config, "target_modules")?;
-    let targets = lowering.targets(&matcher, |kind| matches!(kind, SiteKind::Linear { .. }))?;
     let mut blocks = Vec::new();
-    for id in lowering.unread_sites() {
-        let Some(suffix) = lowering.kind_suffixes(id).first().and_then(|suffix| SUFFIXES.iter().find(|s| *s == suffix))
-        else {
-            continue;
-        };
-        if !targets.contains(&id) && !matcher.is_unset() {
-            return Err(lowering.refuse(id, suffix, "`target_modules` does not name its module"));
-        }
-        let (form, shape) = form(lowering, id, suffix)?;
+    for linear in adapted_linears(lowering)? {
+        let LinearSite { id, inputs, outputs } = linear;
+        let first = lowering.kind_suffixes(id).first().and_then(|suffix| SUFFIXES.iter().find(|s| *s == suffix));
+        let Some(suffix) = first else { continue };
+        let (form, shape) = form(lowering, linear, suffix)?;
         if form == Form::Bat {
-            let SiteKind::Linear { in_features, out_features, .. } = lowering.site(id).kind else { continue };
-            lowering.reserve_own(in_features.saturating_mul(out_features))?;
+            lowering.reserve_own(inputs.saturating_mul(outputs))?;
         }
         blocks.push((id, *suffix, form, shape));
     }
@@ -105,11 +96,8 @@ fn lower(lowering: &mut Lowering<'_>) -> Result<(), AdapterError> {
 }
 
 /// The form that a block's shape shows, checked against `r`, `init_weights` and `mini_r`.
-fn form(lowering: &mut Lowering<'_>, id: SiteId, suffix: &str) -> Result<(Form, Vec<usize>), AdapterError> {
-    let SiteKind::Linear { in_features, out_features, .. } = lowering.site(id).kind else {
-        let noun = lowering.site(id).kind.noun();
-        return Err(lowering.refuse(id, suffix, format!("expected a linear, found {noun}")));
-    };
+fn form(lowering: &mut Lowering<'_>, linear: LinearSite, suffix: &str) -> Result<(Form, Vec<usize>), AdapterError> {
+    let LinearSite { id, inputs: in_features, outputs: out_features } = linear;
     let shape = lowering.shape(id, suffix).unwrap_or_default().to_vec();
     let refuse = |reason: String| Err(lowering.refuse(id, suffix, reason));
     let form = match *shape.as_slice() {

@@ -1,12 +1,17 @@
 //! The table of adapter kinds. A kind is one file here and one row of [`KINDS`].
 
+mod beft;
+mod ia3;
+mod ln_tuning;
 mod lora;
 mod miss;
 mod ssf;
+mod trainable_tokens;
 
 use super::AdapterError;
 use super::config::{Config, Rule};
 use super::lowering::Lowering;
+use super::matching::Matcher;
 
 /// One kind of adapter.
 #[derive(Debug)]
@@ -33,8 +38,33 @@ pub struct Kind {
     pub(super) lower: fn(&mut Lowering<'_>) -> Result<(), AdapterError>,
 }
 
+impl Kind {
+    /// What a row says where nothing is special; each kind gives its names, its suffixes and `lower`.
+    const PLAIN: Self = Self {
+        peft_type: "",
+        title: "",
+        served_as: "",
+        merged_as: "",
+        suffixes: &[],
+        pairs: &[],
+        fields: &[],
+        rank: |_, _| None,
+        check: |config| Matcher::parse(config, "target_modules").map(drop),
+        lower: |_| Ok(()),
+    };
+}
+
 /// Every kind that can be loaded.
-pub static KINDS: &[Kind] = &[lora::LORA, ssf::SSF, miss::MISS, miss::BONE];
+pub static KINDS: &[Kind] = &[
+    lora::LORA,
+    ssf::SSF,
+    miss::MISS,
+    miss::BONE,
+    ia3::IA3,
+    ln_tuning::LN_TUNING,
+    trainable_tokens::TRAINABLE_TOKENS,
+    beft::BEFT,
+];
 
 /// The row with this `peft_type`.
 pub(super) fn find(peft_type: &str) -> Result<&'static Kind, AdapterError> {
