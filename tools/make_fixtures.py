@@ -46,11 +46,13 @@ from fixture_common import (
     tidy_adapter_dir,
     write_json,
 )
+from fixture_lowrank import FACTORED_CASES
 from fixture_models import MODELS, write_model
 from fixture_refused import write_refused
 from fixture_refused_affine import affine_refused
+from fixture_refused_lowrank import factored_refused
 
-ALL_CASES = CASES + AFFINE_CASES
+ALL_CASES = CASES + AFFINE_CASES + FACTORED_CASES
 WEIGHTS = "adapter_model.safetensors"
 # Keys of an adapter_config.json that releases before 0.10 did not write.
 NEWER_KEYS = (
@@ -98,6 +100,7 @@ def write_peft_adapter(case: Case, model_name: str, bases: Bases, directory: Pat
     for key, value in case.late.items():
         setattr(config, key, value)
     model.save_pretrained(directory)
+    choose_task(case, model)
     return model.eval()
 
 
@@ -163,6 +166,8 @@ def edit_after(case: Case, directory: Path) -> None:
         save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
     path = directory / "adapter_config.json"
     config = json.loads(path.read_text())
+    if case.edit.startswith("task_"):
+        config["task_id"] = int(case.edit.removeprefix("task_"))
     if case.edit == "megatron":
         config["megatron_config"] = {"tensor_model_parallel_size": 1, "hidden_size": 32}
     if case.edit == "old_config":
@@ -176,7 +181,19 @@ def load_adapter(case: Case, model_name: str, bases: Bases, directory: Path) -> 
     if case.peft_type == "SSF":
         ssf.load(model, directory)
         return model.eval()
-    return PeftModel.from_pretrained(model, directory).eval()
+    model = PeftModel.from_pretrained(model, directory).eval()
+    choose_task(case, model)
+    return model
+
+
+def choose_task(case: Case, model: torch.nn.Module) -> None:
+    """Gives the task that the case names (the first unless it does) to every module that asks for one."""
+    task = int(case.edit.removeprefix("task_")) if case.edit and case.edit.startswith("task_") else 0
+    for name, module in model.named_modules():
+        if name.endswith("poly_router.default"):
+            module.register_forward_pre_hook(
+                lambda module, args, kwargs: (args, kwargs | {"task_ids": torch.tensor([task])}), with_kwargs=True
+            )
 
 
 def check_merge(case: Case, model: torch.nn.Module, expected: dict, prompts: list) -> tuple[bool, str]:
@@ -296,7 +313,7 @@ def main() -> None:
         "versions": old.get("versions", {}) | versions(),
         "models": models,
         "cases": merge_entries(kept, cases, ("model", "name")),
-        "refused": write_refused(args.out, affine_refused()),
+        "refused": write_refused(args.out, affine_refused() + factored_refused()),
     }
     write_json(manifest_path, manifest)
     remove_strays(args.out, manifest["cases"])

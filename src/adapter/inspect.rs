@@ -36,13 +36,19 @@ pub struct Inspection {
 /// When a file cannot be read at all, or the kind is unknown.
 pub fn inspect(files: &AdapterFiles) -> Result<Inspection, AdapterError> {
     let config = Config::parse(&files.config)?;
-    let file = TensorFile::parse(&files.weights)?;
-    let kind = kinds::find(config.peft_type()?)?;
+    let kind = kinds::find(config.peft_type()?);
+    let may_be_empty = kind.as_ref().is_ok_and(|kind| kind.may_be_empty);
+    let file = TensorFile::parse(&files.weights, may_be_empty)?;
+    let kind = kind?;
     let mut problems = config.faults(kind.fields);
     problems.extend((kind.check)(&config).err());
-    let (modules, faults) = group_by_path(&file, kind.suffixes);
+    let (modules, faults) = group_by_path(&file, kind);
     problems.extend(faults);
-    problems.extend(file.keys().filter_map(|key| file.read_f32(key).err()));
+    let holds_integers = |key: &str| kind.integers.iter().any(|suffix| key.contains(suffix));
+    problems.extend(file.keys().filter_map(|key| match holds_integers(key) {
+        true => file.read_indexes(key).err(),
+        false => file.read_f32(key).err(),
+    }));
     if file.len() == 0 {
         problems.push(AdapterError::Empty { reason: "the file holds no tensors".to_owned() });
     }

@@ -1,12 +1,16 @@
-//! The grammar of tensor keys: `base_model.model.<module path>.<suffix>`.
+//! The grammar of tensor keys: `base_model.model.<module path>.<suffix>`, and `base_model.<name>` for what all modules
+//! share.
 
 use std::collections::BTreeMap;
 
+use super::kinds::Kind;
 use super::tensor_file::TensorFile;
 use super::{AdapterError, SiteId, SiteTable};
 
 /// What PEFT puts before every module path.
 const PREFIX: &str = "base_model.model.";
+/// What PEFT puts before the names of tensors that all modules share.
+const SHARED_PREFIX: &str = "base_model.";
 /// The adapter's own name, which some tools leave inside the keys.
 const ADAPTER_NAME: &str = "default";
 
@@ -17,32 +21,42 @@ pub(super) const COMMON_SUFFIXES: &[&str] =
 /// A file's keys by module and suffix.
 pub(super) type ModuleKeys<T> = BTreeMap<T, BTreeMap<String, String>>;
 
-/// Finds each key's site and suffix. Every suffix must be among `suffixes` or [`COMMON_SUFFIXES`].
+/// The keys of tensors that all modules share, by name.
+pub(super) type SharedKeys = BTreeMap<String, String>;
+
+/// Finds each key's site and suffix, or the name that is shared. Every suffix must be the kind's or one of
+/// [`COMMON_SUFFIXES`].
 pub(super) fn group_by_site(
     file: &TensorFile<'_>,
     sites: &SiteTable,
-    suffixes: &[&str],
-) -> Result<ModuleKeys<SiteId>, AdapterError> {
-    let mut modules = ModuleKeys::new();
+    kind: &Kind,
+) -> Result<(ModuleKeys<SiteId>, SharedKeys), AdapterError> {
+    let (mut modules, mut shared) = (ModuleKeys::new(), SharedKeys::new());
     for key in file.keys() {
+        if let Some(name) = shared_name(key, kind.shared) {
+            if let Some(other) = shared.insert(name, key.to_owned()) {
+                return Err(refuse(key, &format!("means the same as `{other}`")));
+            }
+            continue;
+        }
         let components = components(key)?;
         let place = (1..components.len()).rev().find_map(|at| Some((at, sites.find(&components[..at].join("."))?)));
         let (at, site) = place.ok_or_else(|| refuse(key, "the base model has no such module"))?;
         let suffix = suffix_of(&components[at..]);
-        if !is_known(&suffix, suffixes) {
+        if !is_known(&suffix, kind.suffixes) {
             return Err(refuse(key, &format!("`{suffix}` is not part of this kind of adapter")));
         }
         insert(&mut modules, site, suffix, key)?;
     }
-    Ok(modules)
+    Ok((modules, shared))
 }
 
-/// Finds each key's module path and suffix without a base model, from the suffixes alone.
-pub(super) fn group_by_path(file: &TensorFile<'_>, suffixes: &[&str]) -> (ModuleKeys<String>, Vec<AdapterError>) {
+/// Finds each key's module path and suffix without a base model, from the suffixes alone; leaves out what is shared.
+pub(super) fn group_by_path(file: &TensorFile<'_>, kind: &Kind) -> (ModuleKeys<String>, Vec<AdapterError>) {
     let (mut modules, mut faults) = (ModuleKeys::new(), Vec::new());
-    for key in file.keys() {
+    for key in file.keys().filter(|key| shared_name(key, kind.shared).is_none()) {
         let place = components(key).and_then(|components| {
-            let known = |at: &usize| is_known(&suffix_of(&components[*at..]), suffixes);
+            let known = |at: &usize| is_known(&suffix_of(&components[*at..]), kind.suffixes);
             let at = (1..components.len()).find(known);
             let at = at.ok_or_else(|| refuse(key, "its suffix is not part of this kind of adapter"))?;
             insert(&mut modules, components[..at].join("."), suffix_of(&components[at..]), key)
@@ -50,6 +64,18 @@ pub(super) fn group_by_path(file: &TensorFile<'_>, suffixes: &[&str]) -> (Module
         faults.extend(place.err());
     }
     (modules, faults)
+}
+
+/// The key of a tensor that all modules share.
+pub(super) fn shared_key(name: &str) -> String {
+    format!("{SHARED_PREFIX}{name}")
+}
+
+/// The name under which a key is shared by all modules: its first component is one of `shared`.
+fn shared_name(key: &str, shared: &[&str]) -> Option<String> {
+    let rest = key.strip_prefix(SHARED_PREFIX)?;
+    let components: Vec<&str> = rest.split('.').collect();
+    shared.contains(&components[0]).then(|| suffix_of(&components))
 }
 
 /// The usual spelling of a key, for messages about tensors that are missing.

@@ -1,11 +1,11 @@
 //! The workbench of a kind: reads tensors by module and suffix, keeps account of them, and collects the result.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use candle_core::Tensor;
 
 use super::config::{Config, field_error};
-use super::keys::{ModuleKeys, group_by_site, key_of};
+use super::keys::{ModuleKeys, SharedKeys, group_by_site, key_of, shared_key};
 use super::kinds::Kind;
 use super::matching::Matcher;
 use super::tensor_file::TensorFile;
@@ -28,7 +28,10 @@ pub(super) struct Lowering<'a> {
     pub(super) ranks: BTreeSet<usize>,
     /// What is odd but not wrong.
     pub(super) warnings: Vec<String>,
+    /// How many linears are served in an unexpected way, by what is said of them.
+    pub(super) paths: BTreeMap<&'static str, usize>,
     file: TensorFile<'a>,
+    shared: SharedKeys,
     unread: ModuleKeys<SiteId>,
     absent: Option<AdapterError>,
     own_bytes: usize,
@@ -41,7 +44,7 @@ impl<'a> Lowering<'a> {
         base: &'a dyn BaseWeights,
         options: LowerOptions,
     ) -> Result<Self, AdapterError> {
-        let unread = group_by_site(&file, base.sites(), kind.suffixes)?;
+        let (unread, shared) = group_by_site(&file, base.sites(), kind)?;
         Ok(Self {
             base,
             options,
@@ -50,7 +53,9 @@ impl<'a> Lowering<'a> {
             out: LoweredAdapter::default(),
             ranks: BTreeSet::new(),
             warnings: Vec::new(),
+            paths: BTreeMap::new(),
             file,
+            shared,
             unread,
             absent: None,
             own_bytes: 0,
@@ -101,6 +106,38 @@ impl<'a> Lowering<'a> {
     pub(super) fn require(&mut self, site: SiteId, suffix: &str, expected: &[usize]) -> Result<Tensor, AdapterError> {
         let tensor = self.take(site, suffix, expected)?;
         tensor.ok_or_else(|| self.refuse(site, suffix, "is missing"))
+    }
+
+    /// Takes a tensor of integers that the file must have, row by row, with its shape checked.
+    pub(super) fn require_indexes(
+        &mut self,
+        site: SiteId,
+        suffix: &str,
+        expected: &[usize],
+    ) -> Result<Vec<u32>, AdapterError> {
+        let found = self.shape(site, suffix).ok_or_else(|| self.refuse(site, suffix, "is missing"))?;
+        if found != expected {
+            return Err(self.refuse(site, suffix, format!("expected shape {expected:?}, found {found:?}")));
+        }
+        let key = self.unread.get_mut(&site).and_then(|keys| keys.remove(suffix));
+        self.file.read_indexes(&key.unwrap_or_default())
+    }
+
+    /// Shape of a tensor that all modules share.
+    pub(super) fn shared_shape(&self, name: &str) -> Option<&[usize]> {
+        self.file.shape(self.shared.get(name)?)
+    }
+
+    /// The error for a tensor that all modules share.
+    pub(super) fn refuse_shared(&self, name: &str, reason: impl Into<String>) -> AdapterError {
+        let key = self.shared.get(name).cloned();
+        AdapterError::Tensor { tensor: key.unwrap_or_else(|| shared_key(name)), reason: reason.into() }
+    }
+
+    /// Takes a tensor that all modules share and that the file must have, in f32, whatever its shape.
+    pub(super) fn require_shared(&mut self, name: &str) -> Result<Tensor, AdapterError> {
+        let key = self.shared.remove(name).ok_or_else(|| self.refuse_shared(name, "is missing"))?;
+        self.file.read_f32(&key)
     }
 
     /// Forgets a tensor that has no effect when serving.
@@ -159,7 +196,8 @@ impl<'a> Lowering<'a> {
         if let Some(fault) = self.absent.take() {
             return Err(fault);
         }
-        match self.unread.values().flatten().next() {
+        let shared = self.shared.iter().next();
+        match self.unread.values().flatten().next().or(shared) {
             Some((_, key)) => {
                 let reason = "nothing in the config accounts for it".to_owned();
                 Err(AdapterError::Tensor { tensor: key.clone(), reason })
@@ -174,6 +212,16 @@ impl<'a> Lowering<'a> {
         self.own_bytes = self.own_bytes.saturating_add(bytes);
         let (needed, limit) = (self.own_bytes, self.options.own_bytes_max);
         if needed > limit { Err(AdapterError::OverBudget { needed, limit }) } else { Ok(()) }
+    }
+
+    /// Counts bytes of a dense copy against the budget if there is room for it; tells whether there is.
+    pub(super) fn try_reserve_own(&mut self, elements: usize) -> bool {
+        let before = self.own_bytes;
+        let fits = self.reserve_own(elements).is_ok();
+        if !fits {
+            self.own_bytes = before;
+        }
+        fits
     }
 
     /// A dense weight or table in its final format. The caller has reserved its bytes.

@@ -55,12 +55,7 @@ fn lower_case_to(runner: &Runner, case: &AdapterCase, merge: bool, dtype: DType)
     });
     let asked: Vec<Asked> = asked.collect();
     assert!(!asked.is_empty(), "{}", case.dir);
-    Lowered {
-        case: case.clone(),
-        adapter,
-        report,
-        asked,
-    }
+    Lowered { case: case.clone(), adapter, report, asked }
 }
 
 /// Calls `claim` for each model with its cases.
@@ -257,4 +252,28 @@ fn merging_beyond_the_budget_is_refused() {
             assert!(error.contains("merged_bytes_max"), "{}: {error}", case.dir);
         }
     });
+}
+
+/// A delta of high rank is served from a dense weight where that costs less, from its factors where the budget is spent,
+/// and either way the report says so.
+#[test]
+fn without_room_for_dense_weights_high_ranks_stay_factors() {
+    let seen = std::cell::Cell::new(0);
+    for_each_model(|runner, cases| {
+        for case in cases {
+            let dense = lower_case(runner, case, false);
+            if !dense.report.notes.iter().any(|note| note.contains("less than the rank")) {
+                continue;
+            }
+            assert!(dense.report.own_weight_bytes > 0, "{}: {:?}", case.dir, dense.report);
+            let options = LowerOptions { merge: false, dtype: DType::F32, own_bytes_max: 0 };
+            let (adapter, report) = lower(&read(case), &runner.model, &options).unwrap();
+            assert_eq!(report.own_weight_bytes, 0, "{}: {report:?}", case.dir);
+            assert!(report.notes.iter().any(|note| note.contains("merged_bytes_max")), "{}: {report:?}", case.dir);
+            let difference = difference(runner, &dense, Some(&adapter));
+            assert!(difference < F32_TOLERANCE, "{}: differs by {difference:e}", case.dir);
+            seen.set(seen.get() + 1);
+        }
+    });
+    assert!(seen.get() > 0, "no fixture has such a delta");
 }

@@ -23,7 +23,6 @@ pub(super) const MISS: Kind = Kind {
     served_as: "sum of input shards through one block (balance, mini); own dense weight (bat)",
     merged_as: "W + block^T on every shard (balance, mini); W + W block + block per block (bat)",
     suffixes: &SUFFIXES,
-    pairs: &[],
     fields: &[
         ("r", Rule::Read),
         ("init_weights", Rule::Read),
@@ -34,6 +33,7 @@ pub(super) const MISS: Kind = Kind {
     rank: |_, shape| (shape.len() > 1).then(|| shape[shape.len().min(3) - 2]),
     check,
     lower,
+    ..Kind::PLAIN
 };
 
 /// The row of Bone.
@@ -88,6 +88,7 @@ fn lower(lowering: &mut Lowering<'_>) -> Result<(), AdapterError> {
             Form::Bat => {
                 let weight = bat_weight(&lowering.weight(id)?, &block)?;
                 let own = lowering.own(&weight)?;
+                *lowering.paths.entry(BAT).or_default() += 1;
                 lowering.out.linears.entry(id).or_default().weight = Weight::Own(own);
             }
         }
@@ -131,6 +132,8 @@ fn form(lowering: &mut Lowering<'_>, linear: LinearSite, suffix: &str) -> Result
     Ok((form, shape))
 }
 
+/// What the report says of a linear of form bat.
+const BAT: &str = "have a dense weight of their own, because the form bat fits no other slot";
 /// PEFT's default of `r`.
 const DEFAULT_R: usize = 64;
 

@@ -1,12 +1,24 @@
 //! The table of adapter kinds. A kind is one file here and one row of [`KINDS`].
 
+mod adalora;
 mod beft;
+mod delora;
+mod gralora;
 mod ia3;
 mod ln_tuning;
+mod loha;
+mod lokr;
 mod lora;
 mod miss;
+mod poly;
+mod randlora;
+mod scaling;
 mod ssf;
+mod tinylora;
 mod trainable_tokens;
+mod unilora;
+mod vblora;
+mod vera;
 
 use super::AdapterError;
 use super::config::{Config, Rule};
@@ -26,6 +38,12 @@ pub struct Kind {
     pub merged_as: &'static str,
     /// Key suffixes of its tensors.
     pub(super) suffixes: &'static [&'static str],
+    /// First components of the names of tensors that all modules share, right under `base_model.`.
+    pub(super) shared: &'static [&'static str],
+    /// Suffixes of tensors that hold integers.
+    pub(super) integers: &'static [&'static str],
+    /// Whether a tensor may have no values.
+    pub(super) may_be_empty: bool,
     /// Suffixes that occur only together.
     pub(super) pairs: &'static [(&'static str, &'static str)],
     /// Config fields beyond the common ones.
@@ -46,6 +64,9 @@ impl Kind {
         served_as: "",
         merged_as: "",
         suffixes: &[],
+        shared: &[],
+        integers: &[],
+        may_be_empty: false,
         pairs: &[],
         fields: &[],
         rank: |_, _| None,
@@ -64,6 +85,18 @@ pub static KINDS: &[Kind] = &[
     ln_tuning::LN_TUNING,
     trainable_tokens::TRAINABLE_TOKENS,
     beft::BEFT,
+    adalora::ADALORA,
+    loha::LOHA,
+    lokr::LOKR,
+    vera::VERA,
+    vera::PVERA,
+    randlora::RANDLORA,
+    delora::DELORA,
+    gralora::GRALORA,
+    vblora::VBLORA,
+    tinylora::TINYLORA,
+    unilora::UNILORA,
+    poly::POLY,
 ];
 
 /// The row with this `peft_type`.

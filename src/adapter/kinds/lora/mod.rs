@@ -38,6 +38,7 @@ pub(super) const LORA: Kind = Kind {
     },
     check,
     lower,
+    ..Kind::PLAIN
 };
 
 const MAGNITUDE: &str = "lora_magnitude_vector";
