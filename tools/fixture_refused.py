@@ -199,9 +199,7 @@ def lora_configs() -> list[Refused]:
     expert = {"model.layers.0.mlp.experts.gate_up_proj"}
     alora = {"alora_invocation_tokens": [5, 17]}
     return [
-        lora("pissa", "an unconverted PiSSA file", "pissa", init_lora_weights="pissa"),
         lora("pissa_niter", "an unconverted PiSSA file of the fast start", "pissa", init_lora_weights="pissa_niter_4"),
-        lora("olora", "an unconverted OLoRA file", "olora", init_lora_weights="olora"),
         lora("corda", "an unconverted CorDA file", "corda", init_lora_weights="corda"),
         lora(
             "loftq",
@@ -212,26 +210,6 @@ def lora_configs() -> list[Refused]:
         ),
         lora("lora_ga", "an unconverted LoRA-GA file", "lora_ga", init_lora_weights="lora_ga"),
         lora("alora", "activated LoRA", "alora_invocation_tokens", **alora),
-        lora(
-            "qalora",
-            "QALoRA: pooled inputs",
-            "use_qalora",
-            lora_tensors(features_in=16),
-            use_qalora=True,
-            qalora_group_size=2,
-        ),
-        lora(
-            "bdlora",
-            "block-diagonal LoRA",
-            "use_bdlora",
-            {f"{P}lora_A.weight": noise(2, 16), f"{P}lora_B.weight": noise(32, 2)},
-            use_bdlora={
-                "target_modules_bd_a": ["q_proj"],
-                "target_modules_bd_b": [],
-                "nblocks": 2,
-                "match_strict": True,
-            },
-        ),
         lora(
             "kasa",
             "KaSA",

@@ -51,8 +51,10 @@ from fixture_models import MODELS, write_model
 from fixture_refused import write_refused
 from fixture_refused_affine import affine_refused
 from fixture_refused_lowrank import factored_refused
+from fixture_refused_variants import variants_refused
+from fixture_variants import VARIANT_CASES, allow_qalora
 
-ALL_CASES = CASES + AFFINE_CASES + FACTORED_CASES
+ALL_CASES = CASES + AFFINE_CASES + FACTORED_CASES + VARIANT_CASES
 WEIGHTS = "adapter_model.safetensors"
 # Keys of an adapter_config.json that releases before 0.10 did not write.
 NEWER_KEYS = (
@@ -297,6 +299,7 @@ def main() -> None:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     warnings.filterwarnings("ignore")
+    allow_qalora()
     args.out.mkdir(parents=True, exist_ok=True)
     manifest_path = args.out / "manifest.json"
     old = json.loads(manifest_path.read_text()) if manifest_path.exists() else {}
@@ -313,7 +316,7 @@ def main() -> None:
         "versions": old.get("versions", {}) | versions(),
         "models": models,
         "cases": merge_entries(kept, cases, ("model", "name")),
-        "refused": write_refused(args.out, affine_refused() + factored_refused()),
+        "refused": write_refused(args.out, affine_refused() + factored_refused() + variants_refused()),
     }
     write_json(manifest_path, manifest)
     remove_strays(args.out, manifest["cases"])

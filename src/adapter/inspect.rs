@@ -63,11 +63,14 @@ pub fn inspect(files: &AdapterFiles) -> Result<Inspection, AdapterError> {
     for (path, keys) in &modules {
         let suffixes: Vec<&str> = keys.keys().map(String::as_str).collect();
         problems.extend(missing_partner(kind, path, &suffixes));
-        let found: BTreeSet<usize> = keys
+        let mut found: BTreeSet<usize> = keys
             .iter()
             .filter(|(suffix, _)| kind.suffixes.contains(&suffix.as_str()))
             .filter_map(|(suffix, key)| file.shape(key).and_then(|shape| (kind.rank)(suffix, shape)))
             .collect();
+        if (kind.shows_parts)(&config) {
+            found = found.last().copied().into_iter().collect();
+        }
         if found.len() > 1 {
             let reason = format!("its tensors have different ranks: {found:?}");
             problems.push(AdapterError::Tensor { tensor: path.clone(), reason });

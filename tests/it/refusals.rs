@@ -49,7 +49,7 @@ fn faults_that_show_without_a_model_are_found_without_one() {
         "missing_a",
         "rank_mismatch",
         "empty",
-        "pissa",
+        "pissa_niter",
         "alora",
         "kasa",
         "fan_in_fan_out",

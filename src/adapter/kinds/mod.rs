@@ -50,6 +50,8 @@ pub struct Kind {
     pub(super) fields: &'static [(&'static str, Rule)],
     /// Rank that a tensor shows, from its suffix and shape.
     pub(super) rank: fn(&str, &[usize]) -> Option<usize>,
+    /// Whether a config lets tensors show a part of the rank only; the largest is the rank then.
+    pub(super) shows_parts: fn(&Config) -> bool,
     /// Checks what the config alone shows.
     pub(super) check: fn(&Config) -> Result<(), AdapterError>,
     /// Checks the file against config and base model, and lowers it.
@@ -70,6 +72,7 @@ impl Kind {
         pairs: &[],
         fields: &[],
         rank: |_, _| None,
+        shows_parts: |_| false,
         check: |config| Matcher::parse(config, "target_modules").map(drop),
         lower: |_| Ok(()),
     };
