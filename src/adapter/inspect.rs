@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use serde::Serialize;
 
 use super::config::Config;
-use super::keys::{COMMON_SUFFIXES, group_by_path, key_of};
+use super::keys::{COMMON_SUFFIXES, group_by_path, key_of, shared_name};
 use super::kinds::{self, Kind};
 use super::matching::{is_saved, modules_to_save};
 use super::tensor_file::TensorFile;
@@ -40,9 +40,12 @@ pub fn inspect(files: &AdapterFiles) -> Result<Inspection, AdapterError> {
     let kind = kinds::find(config.peft_type()?)?;
     let mut problems = config.faults(kind.fields);
     problems.extend((kind.check)(&config).err());
-    let (modules, faults) = group_by_path(&file, kind.suffixes);
+    let (modules, faults) = group_by_path(&file, kind);
     problems.extend(faults);
-    problems.extend(file.keys().filter_map(|key| file.read_f32(key).err()));
+    problems.extend(file.keys().filter_map(|key| match holds_integers(kind, key) {
+        true => file.read_integers(key).err(),
+        false => file.read_f32(key).err(),
+    }));
     if file.len() == 0 {
         problems.push(AdapterError::Empty { reason: "the file holds no tensors".to_owned() });
     }
@@ -87,6 +90,14 @@ pub fn inspect(files: &AdapterFiles) -> Result<Inspection, AdapterError> {
         tensors: file.len(),
         bytes: file.num_bytes(),
         problems: problems.iter().map(ToString::to_string).collect(),
+    })
+}
+
+fn holds_integers(kind: &Kind, key: &str) -> bool {
+    let shared = shared_name(key, kind.shared);
+    kind.integers.iter().any(|name| match &shared {
+        Some(shared) => shared.split('.').next() == Some(name),
+        None => key.trim_end_matches(".default").ends_with(&format!(".{name}")),
     })
 }
 

@@ -2,11 +2,14 @@
 
 use std::collections::BTreeMap;
 
+use super::kinds::Kind;
 use super::tensor_file::TensorFile;
 use super::{AdapterError, SiteId, SiteTable};
 
 /// What PEFT puts before every module path.
 const PREFIX: &str = "base_model.model.";
+/// What stands before the names of tensors that all modules share.
+const SHARED_PREFIX: &str = "base_model.";
 /// The adapter's own name, which some tools leave inside the keys.
 const ADAPTER_NAME: &str = "default";
 
@@ -17,19 +20,31 @@ pub(super) const COMMON_SUFFIXES: &[&str] =
 /// A file's keys by module and suffix.
 pub(super) type ModuleKeys<T> = BTreeMap<T, BTreeMap<String, String>>;
 
-/// Finds each key's site and suffix. Every suffix must be among `suffixes` or [`COMMON_SUFFIXES`].
+/// The name of a tensor that all modules share, without the prefix; `None` when the key is not one of `shared`.
+pub(super) fn shared_name(key: &str, shared: &[&str]) -> Option<String> {
+    let name = suffix_of(&key.strip_prefix(SHARED_PREFIX)?.split('.').collect::<Vec<_>>());
+    let first = name.split('.').next()?;
+    shared.contains(&first).then_some(name)
+}
+
+/// The usual spelling of a shared tensor's key, for messages.
+pub(super) fn shared_key_of(name: &str) -> String {
+    format!("{SHARED_PREFIX}{name}")
+}
+
+/// Finds each key's site and suffix. Every suffix must be among the kind's or [`COMMON_SUFFIXES`].
 pub(super) fn group_by_site(
     file: &TensorFile<'_>,
     sites: &SiteTable,
-    suffixes: &[&str],
+    kind: &Kind,
 ) -> Result<ModuleKeys<SiteId>, AdapterError> {
     let mut modules = ModuleKeys::new();
-    for key in file.keys() {
+    for key in file.keys().filter(|key| shared_name(key, kind.shared).is_none()) {
         let components = components(key)?;
         let place = (1..components.len()).rev().find_map(|at| Some((at, sites.find(&components[..at].join("."))?)));
         let (at, site) = place.ok_or_else(|| refuse(key, "the base model has no such module"))?;
         let suffix = suffix_of(&components[at..]);
-        if !is_known(&suffix, suffixes) {
+        if !is_known(&suffix, kind.suffixes) {
             return Err(refuse(key, &format!("`{suffix}` is not part of this kind of adapter")));
         }
         insert(&mut modules, site, suffix, key)?;
@@ -38,11 +53,11 @@ pub(super) fn group_by_site(
 }
 
 /// Finds each key's module path and suffix without a base model, from the suffixes alone.
-pub(super) fn group_by_path(file: &TensorFile<'_>, suffixes: &[&str]) -> (ModuleKeys<String>, Vec<AdapterError>) {
+pub(super) fn group_by_path(file: &TensorFile<'_>, kind: &Kind) -> (ModuleKeys<String>, Vec<AdapterError>) {
     let (mut modules, mut faults) = (ModuleKeys::new(), Vec::new());
-    for key in file.keys() {
+    for key in file.keys().filter(|key| shared_name(key, kind.shared).is_none()) {
         let place = components(key).and_then(|components| {
-            let known = |at: &usize| is_known(&suffix_of(&components[*at..]), suffixes);
+            let known = |at: &usize| is_known(&suffix_of(&components[*at..]), kind.suffixes);
             let at = (1..components.len()).find(known);
             let at = at.ok_or_else(|| refuse(key, "its suffix is not part of this kind of adapter"))?;
             insert(&mut modules, components[..at].join("."), suffix_of(&components[at..]), key)

@@ -69,6 +69,7 @@ fn finish(mut lowering: Lowering<'_>) -> Result<(LoweredAdapter, LowerReport), A
         ranks: lowering.ranks.iter().copied().collect(),
         bytes: lowering.out.bytes(),
         own_weight_bytes: lowering.out.own_bytes(),
+        own_weights: lowering.own_weights(),
         warnings: lowering.warnings,
     };
     Ok((lowering.out, report))

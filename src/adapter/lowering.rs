@@ -1,15 +1,17 @@
 //! The workbench of a kind: reads tensors by module and suffix, keeps account of them, and collects the result.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use candle_core::Tensor;
 
 use super::config::{Config, field_error};
-use super::keys::{ModuleKeys, group_by_site, key_of};
+use super::keys::{ModuleKeys, group_by_site, key_of, shared_key_of, shared_name};
 use super::kinds::Kind;
 use super::matching::Matcher;
 use super::tensor_file::TensorFile;
-use super::{AdapterError, BaseWeights, LowerOptions, LoweredAdapter, Site, SiteId, SiteKind, Weight};
+use super::{
+    AdapterError, BaseWeights, Delta, LowerOptions, LoweredAdapter, OwnWeights, Site, SiteId, SiteKind, Weight,
+};
 
 /// What a kind lowers from and into. Tensors in `out` are f32, except whole weights and tables, which
 /// [`Lowering::own`] stores in their final format at once.
@@ -30,8 +32,10 @@ pub(super) struct Lowering<'a> {
     pub(super) warnings: Vec<String>,
     file: TensorFile<'a>,
     unread: ModuleKeys<SiteId>,
+    shared: BTreeMap<String, String>,
     absent: Option<AdapterError>,
     own_bytes: usize,
+    own_reasons: BTreeMap<SiteId, &'static str>,
 }
 
 impl<'a> Lowering<'a> {
@@ -41,7 +45,16 @@ impl<'a> Lowering<'a> {
         base: &'a dyn BaseWeights,
         options: LowerOptions,
     ) -> Result<Self, AdapterError> {
-        let unread = group_by_site(&file, base.sites(), kind.suffixes)?;
+        let unread = group_by_site(&file, base.sites(), kind)?;
+        let mut shared = BTreeMap::new();
+        for key in file.keys() {
+            if let Some(name) = shared_name(key, kind.shared)
+                && let Some(other) = shared.insert(name, key.to_owned())
+            {
+                let reason = format!("means the same as `{other}`");
+                return Err(AdapterError::Tensor { tensor: key.to_owned(), reason });
+            }
+        }
         Ok(Self {
             base,
             options,
@@ -52,8 +65,10 @@ impl<'a> Lowering<'a> {
             warnings: Vec::new(),
             file,
             unread,
+            shared,
             absent: None,
             own_bytes: 0,
+            own_reasons: BTreeMap::new(),
         })
     }
 
@@ -101,6 +116,67 @@ impl<'a> Lowering<'a> {
     pub(super) fn require(&mut self, site: SiteId, suffix: &str, expected: &[usize]) -> Result<Tensor, AdapterError> {
         let tensor = self.take(site, suffix, expected)?;
         tensor.ok_or_else(|| self.refuse(site, suffix, "is missing"))
+    }
+
+    /// Takes a tensor of integers that the file must have; each must be below `limit`. In the order of the file.
+    pub(super) fn require_indexes(
+        &mut self,
+        site: SiteId,
+        suffix: &str,
+        (expected, limit): (&[usize], usize),
+    ) -> Result<Vec<usize>, AdapterError> {
+        match self.shape(site, suffix) {
+            None => return Err(self.refuse(site, suffix, "is missing")),
+            Some(found) if found != expected => {
+                return Err(self.refuse(site, suffix, format!("expected shape {expected:?}, found {found:?}")));
+            }
+            Some(_) => {}
+        }
+        let key = self.unread.get_mut(&site).and_then(|keys| keys.remove(suffix)).unwrap_or_default();
+        indexes(self.file.read_integers(&key)?, limit).map_err(|reason| AdapterError::Tensor { tensor: key, reason })
+    }
+
+    /// The names of the shared tensors that have not been taken yet, without `base_model.`.
+    pub(super) fn shared_names(&self) -> Vec<String> {
+        self.shared.keys().cloned().collect()
+    }
+
+    /// Shape of a shared tensor that has not been taken yet.
+    pub(super) fn shared_shape(&self, name: &str) -> Option<&[usize]> {
+        self.file.shape(self.shared.get(name)?)
+    }
+
+    /// The error for a shared tensor.
+    pub(super) fn refuse_shared(&self, name: &str, reason: impl Into<String>) -> AdapterError {
+        let tensor = self.shared.get(name).cloned().unwrap_or_else(|| shared_key_of(name));
+        AdapterError::Tensor { tensor, reason: reason.into() }
+    }
+
+    /// Takes a shared tensor that the file must have, in f32.
+    pub(super) fn require_shared(&mut self, name: &str, expected: &[usize]) -> Result<Tensor, AdapterError> {
+        let key = self.take_shared_key(name, expected)?;
+        self.file.read_f32(&key)
+    }
+
+    /// Takes a shared tensor of integers that the file must have; each must be below `limit`.
+    pub(super) fn require_shared_indexes(
+        &mut self,
+        name: &str,
+        (expected, limit): (&[usize], usize),
+    ) -> Result<Vec<usize>, AdapterError> {
+        let key = self.take_shared_key(name, expected)?;
+        indexes(self.file.read_integers(&key)?, limit).map_err(|reason| AdapterError::Tensor { tensor: key, reason })
+    }
+
+    fn take_shared_key(&mut self, name: &str, expected: &[usize]) -> Result<String, AdapterError> {
+        match self.shared_shape(name) {
+            None => return Err(self.refuse_shared(name, "is missing")),
+            Some(found) if found != expected => {
+                return Err(self.refuse_shared(name, format!("expected shape {expected:?}, found {found:?}")));
+            }
+            Some(_) => {}
+        }
+        Ok(self.shared.remove(name).unwrap_or_default())
     }
 
     /// Forgets a tensor that has no effect when serving.
@@ -159,8 +235,8 @@ impl<'a> Lowering<'a> {
         if let Some(fault) = self.absent.take() {
             return Err(fault);
         }
-        match self.unread.values().flatten().next() {
-            Some((_, key)) => {
+        match self.unread.values().flat_map(BTreeMap::values).chain(self.shared.values()).next() {
+            Some(key) => {
                 let reason = "nothing in the config accounts for it".to_owned();
                 Err(AdapterError::Tensor { tensor: key.clone(), reason })
             }
@@ -174,6 +250,57 @@ impl<'a> Lowering<'a> {
         self.own_bytes = self.own_bytes.saturating_add(bytes);
         let (needed, limit) = (self.own_bytes, self.options.own_bytes_max);
         if needed > limit { Err(AdapterError::OverBudget { needed, limit }) } else { Ok(()) }
+    }
+
+    /// Gives a linear a dense weight of its own, made from the one it has (out, in) in f32. `reason` is for the report.
+    pub(super) fn serve_own(
+        &mut self,
+        site: SiteId,
+        reason: &'static str,
+        make: impl FnOnce(Tensor) -> Result<Tensor, AdapterError>,
+    ) -> Result<(), AdapterError> {
+        if !self.has_own(site) {
+            self.reserve_own(self.site(site).kind.num_elements())?;
+        }
+        let weight = make(self.weight(site)?)?;
+        let own = self.own(&weight)?;
+        self.out.linears.entry(site).or_default().weight = Weight::Own(own);
+        self.explain_own(site, reason);
+        Ok(())
+    }
+
+    /// Adds `b a` to a linear, a: (r, in), b: (out, r): as a low-rank delta where that costs less than a dense weight, or
+    /// where a dense weight would exceed the budget; otherwise as an own weight.
+    pub(super) fn add_low_rank(&mut self, site: SiteId, a: Tensor, b: Tensor) -> Result<(), AdapterError> {
+        let dense = self.site(site).kind.num_elements();
+        if a.elem_count() + b.elem_count() < dense || !self.can_own(site) {
+            self.out.linears.entry(site).or_default().deltas.push(Delta::LowRank { a, b });
+            return Ok(());
+        }
+        let reason = "a low-rank delta of this rank would cost more than a dense weight";
+        self.serve_own(site, reason, |weight| Ok((weight + b.matmul(&a)?)?))
+    }
+
+    /// Whether the budget has room for a dense weight of this linear.
+    pub(super) fn can_own(&self, site: SiteId) -> bool {
+        let bytes = self.site(site).kind.num_elements().saturating_mul(self.options.dtype.size_in_bytes());
+        self.has_own(site) || self.own_bytes.saturating_add(bytes) <= self.options.own_bytes_max
+    }
+
+    fn has_own(&self, site: SiteId) -> bool {
+        self.out.linears.get(&site).is_some_and(|slots| matches!(slots.weight, Weight::Own(_)))
+    }
+
+    /// Notes why a module has a dense weight or table of its own, for the report. The first reason stays.
+    pub(super) fn explain_own(&mut self, site: SiteId, reason: &'static str) {
+        self.own_reasons.entry(site).or_insert(reason);
+    }
+
+    /// The modules with dense weights or tables of their own, counted by reason.
+    pub(super) fn own_weights(&self) -> Vec<OwnWeights> {
+        let mut counts: BTreeMap<&str, usize> = BTreeMap::new();
+        self.own_reasons.values().for_each(|reason| *counts.entry(reason).or_default() += 1);
+        counts.into_iter().map(|(reason, modules)| OwnWeights { modules, reason: reason.to_owned() }).collect()
     }
 
     /// A dense weight or table in its final format. The caller has reserved its bytes.
@@ -216,4 +343,13 @@ impl<'a> Lowering<'a> {
         let ids: BTreeSet<&SiteId> = out.linears.keys().chain(out.norms.keys()).chain(out.embeddings.keys()).collect();
         ids.len()
     }
+}
+
+/// Numbers as indexes below `limit`, or what is wrong with them.
+fn indexes(values: Vec<i64>, limit: usize) -> Result<Vec<usize>, String> {
+    let index = |value: i64| {
+        let index = usize::try_from(value).ok().filter(|index| *index < limit);
+        index.ok_or_else(|| format!("expected indexes below {limit}, found {value}"))
+    };
+    values.into_iter().map(index).collect()
 }

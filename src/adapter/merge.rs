@@ -22,6 +22,7 @@ pub(super) fn merge(lowering: &mut Lowering<'_>) -> std::result::Result<(), Adap
         let slots = &lowering.out.linears[&id];
         let merged = effective_weight(slots, lowering.weight(id)?)?;
         let own = lowering.own(&merged)?;
+        lowering.explain_own(id, "it was asked to be merged");
         let slots = lowering.out.linears.entry(id).or_default();
         *slots = LinearSlots { weight: Weight::Own(own), c: slots.c.take(), ..LinearSlots::default() };
     }

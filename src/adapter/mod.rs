@@ -5,6 +5,7 @@
 //! `kinds/`. This module does no IO, knows no path, no model family and nothing of the engine: files arrive as bytes
 //! ([`AdapterFiles`]) and the base model as a table of sites with readable weights ([`BaseWeights`]).
 
+mod adapted;
 mod config;
 mod effect;
 mod error;
@@ -26,7 +27,7 @@ mod tensor_file;
 mod tests;
 
 pub use error::AdapterError;
-pub use files::{AdapterFiles, LowerOptions, LowerReport};
+pub use files::{AdapterFiles, LowerOptions, LowerReport, OwnWeights};
 pub use inspect::{Inspection, inspect};
 pub use kinds::{KINDS, Kind};
 pub use lower::{digest, lower};

@@ -65,6 +65,35 @@ impl<'a> TensorFile<'a> {
         }
         Ok(Tensor::from_vec(values, view.shape(), &Device::Cpu)?)
     }
+
+    /// The tensor's values when it holds integers, in the order of the file. Floats are accepted when they are whole:
+    /// some systems cannot save integers.
+    pub(super) fn read_integers(&self, key: &str) -> Result<Vec<i64>, AdapterError> {
+        let refuse = |reason: String| AdapterError::Tensor { tensor: key.to_owned(), reason };
+        let view = self.views.get(key).ok_or_else(|| refuse("is missing".to_owned()))?;
+        let data = view.data();
+        Ok(match view.dtype() {
+            Dtype::U8 => integers(data, |[byte]: [u8; 1]| i64::from(byte)),
+            Dtype::I8 => integers(data, |bytes| i64::from(i8::from_le_bytes(bytes))),
+            Dtype::I16 => integers(data, |bytes| i64::from(i16::from_le_bytes(bytes))),
+            Dtype::U16 => integers(data, |bytes| i64::from(u16::from_le_bytes(bytes))),
+            Dtype::I32 => integers(data, |bytes| i64::from(i32::from_le_bytes(bytes))),
+            Dtype::U32 => integers(data, |bytes| i64::from(u32::from_le_bytes(bytes))),
+            Dtype::I64 => integers(data, i64::from_le_bytes),
+            dtype => {
+                let values =
+                    floats(dtype, data).ok_or_else(|| refuse(format!("expected integers, found {dtype:?}")))?;
+                if let Some(value) = values.iter().find(|value| value.fract() != 0.0) {
+                    return Err(refuse(format!("expected integers, found the value {value}")));
+                }
+                values.iter().map(|value| *value as i64).collect()
+            }
+        })
+    }
+}
+
+fn integers<const N: usize>(data: &[u8], read: impl Fn([u8; N]) -> i64) -> Vec<i64> {
+    data.as_chunks::<N>().0.iter().map(|chunk| read(*chunk)).collect()
 }
 
 fn check_shape(key: &str, shape: &[usize]) -> Result<(), AdapterError> {
@@ -142,6 +171,23 @@ mod tests {
         assert!(read(Dtype::I32, &[0; 8], 2).unwrap_err().to_string().contains("`x`: expected floating point"));
         assert!(read(Dtype::F8_E4M3, &[0x7f], 1).unwrap_err().to_string().contains("value 0 is NaN"));
         assert!(read(Dtype::F32, &f32::INFINITY.to_le_bytes(), 1).unwrap_err().to_string().contains("value 0 is inf"));
+    }
+
+    #[test]
+    fn integers_are_read_and_fractions_refused() {
+        let integers = |dtype, data: &[u8], count| {
+            let bytes = file_of(dtype, &[count], data);
+            TensorFile::parse(&bytes)?.read_integers("x")
+        };
+        let i32s: Vec<u8> = [70_000i32, -2].iter().flat_map(|v| v.to_le_bytes()).collect();
+        assert_eq!(integers(Dtype::I32, &i32s, 2).unwrap(), [70_000, -2]);
+        assert_eq!(integers(Dtype::U8, &[200, 3], 2).unwrap(), [200, 3]);
+        assert_eq!(integers(Dtype::F32, &7f32.to_le_bytes(), 1).unwrap(), [7]);
+        for value in [0.5, f32::NAN, f32::INFINITY] {
+            assert!(
+                integers(Dtype::F32, &value.to_le_bytes(), 1).unwrap_err().to_string().contains("expected integers")
+            );
+        }
     }
 
     #[test]

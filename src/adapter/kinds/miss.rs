@@ -9,11 +9,11 @@
 use candle_core::Tensor;
 use serde_json::Value;
 
-use super::Kind;
+use super::{Kind, PLAIN};
 use crate::adapter::config::{Config, Rule};
 use crate::adapter::lowering::Lowering;
 use crate::adapter::matching::Matcher;
-use crate::adapter::{AdapterError, Delta, SiteId, SiteKind, Weight, replace};
+use crate::adapter::{AdapterError, Delta, SiteId, SiteKind, replace};
 
 /// The row of MiSS.
 pub(super) const MISS: Kind = Kind {
@@ -22,7 +22,6 @@ pub(super) const MISS: Kind = Kind {
     served_as: "sum of input shards through one block (balance, mini); own dense weight (bat)",
     merged_as: "W + block^T on every shard (balance, mini); W + W block + block per block (bat)",
     suffixes: &SUFFIXES,
-    pairs: &[],
     fields: &[
         ("r", Rule::Read),
         ("init_weights", Rule::Read),
@@ -33,6 +32,7 @@ pub(super) const MISS: Kind = Kind {
     rank: |_, shape| (shape.len() > 1).then(|| shape[shape.len().min(3) - 2]),
     check,
     lower,
+    ..PLAIN
 };
 
 /// The row of Bone.
@@ -82,10 +82,6 @@ fn lower(lowering: &mut Lowering<'_>) -> Result<(), AdapterError> {
             return Err(lowering.refuse(id, suffix, "`target_modules` does not name its module"));
         }
         let (form, shape) = form(lowering, id, suffix)?;
-        if form == Form::Bat {
-            let SiteKind::Linear { in_features, out_features, .. } = lowering.site(id).kind else { continue };
-            lowering.reserve_own(in_features.saturating_mul(out_features))?;
-        }
         blocks.push((id, *suffix, form, shape));
     }
     for (id, suffix, form, shape) in blocks {
@@ -95,9 +91,8 @@ fn lower(lowering: &mut Lowering<'_>) -> Result<(), AdapterError> {
                 lowering.out.linears.entry(id).or_default().deltas.push(Delta::ShardSum { m: block });
             }
             Form::Bat => {
-                let weight = bat_weight(&lowering.weight(id)?, &block)?;
-                let own = lowering.own(&weight)?;
-                lowering.out.linears.entry(id).or_default().weight = Weight::Own(own);
+                let reason = "the blocks of form bat multiply the weight by output block";
+                lowering.serve_own(id, reason, |weight| bat_weight(&weight, &block))?;
             }
         }
     }

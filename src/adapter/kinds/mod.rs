@@ -7,6 +7,7 @@ mod ssf;
 use super::AdapterError;
 use super::config::{Config, Rule};
 use super::lowering::Lowering;
+use super::matching::Matcher;
 
 /// One kind of adapter.
 #[derive(Debug)]
@@ -23,6 +24,10 @@ pub struct Kind {
     pub(super) suffixes: &'static [&'static str],
     /// Suffixes that occur only together.
     pub(super) pairs: &'static [(&'static str, &'static str)],
+    /// Suffixes and shared names whose tensors hold integers.
+    pub(super) integers: &'static [&'static str],
+    /// Tensors that all modules share: names directly below `base_model.`, alone or with more components behind.
+    pub(super) shared: &'static [&'static str],
     /// Config fields beyond the common ones.
     pub(super) fields: &'static [(&'static str, Rule)],
     /// Rank that a tensor shows, from its suffix and shape.
@@ -32,6 +37,22 @@ pub struct Kind {
     /// Checks the file against config and base model, and lowers it.
     pub(super) lower: fn(&mut Lowering<'_>) -> Result<(), AdapterError>,
 }
+
+/// What a kind does not say: no such tensors, no rank, and `target_modules` is all that the config alone shows.
+const PLAIN: Kind = Kind {
+    peft_type: "",
+    title: "",
+    served_as: "",
+    merged_as: "",
+    suffixes: &[],
+    pairs: &[],
+    integers: &[],
+    shared: &[],
+    fields: &[],
+    rank: |_, _| None,
+    check: |config| Matcher::parse(config, "target_modules").map(drop),
+    lower: |_| Ok(()),
+};
 
 /// Every kind that can be loaded.
 pub static KINDS: &[Kind] = &[lora::LORA, ssf::SSF, miss::MISS, miss::BONE];

@@ -7,7 +7,7 @@ mod tokens;
 use candle_core::Tensor;
 use serde_json::Value;
 
-use super::Kind;
+use super::{Kind, PLAIN};
 use crate::adapter::config::{Config, Rule, as_number, as_positive, field_error};
 use crate::adapter::lowering::Lowering;
 use crate::adapter::matching::{Matcher, Patterns, is_saved, modules_to_save};
@@ -38,6 +38,7 @@ pub(super) const LORA: Kind = Kind {
     },
     check,
     lower,
+    ..PLAIN
 };
 
 const MAGNITUDE: &str = "lora_magnitude_vector";
