@@ -382,8 +382,8 @@ def write_one(root: Path, case: Refused) -> dict:
     return {"dir": f"refused/{case.name}", "model": MODEL, "names": case.names, "what": case.what}
 
 
-def write_refused(root: Path) -> list[dict]:
-    """Writes every faulty adapter; returns the manifest entries."""
+def write_refused(root: Path, more: list[Refused]) -> list[dict]:
+    """Writes every faulty adapter, and those of `more`; returns the manifest entries."""
     fresh_dir(root / "refused")
     cases = lora_files() + lora_configs() + miss_files() + ssf_files()
-    return [write_one(root, case) for case in cases] + broken_files(root)
+    return [write_one(root, case) for case in cases] + broken_files(root) + [write_one(root, case) for case in more]

@@ -7,6 +7,7 @@ import argparse
 import copy
 import json
 import os
+import re
 import shutil
 import tempfile
 import warnings
@@ -20,11 +21,14 @@ import safetensors
 import tokenizers
 import torch
 import transformers
-from peft import LoraConfig, MissConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, PeftType, get_peft_model
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from safetensors.torch import load_file, save_file
 
+import fixture_dense
 import ssf
-from fixture_cases import CASES, Case, config_for
+from fixture_cases import CASES as FIRST_CASES
+from fixture_cases import Case, config_for
 from fixture_common import (
     ATTEMPTS_MAX,
     EFFECT_MIN,
@@ -47,7 +51,9 @@ from fixture_common import (
 from fixture_models import MODELS, write_model
 from fixture_refused import write_refused
 
-CONFIGS = {"LORA": LoraConfig, "MISS": MissConfig}
+# Modules with cases and faulty adapters of further kinds.
+MORE = (fixture_dense,)
+CASES = FIRST_CASES + [case for module in MORE for case in module.CASES]
 WEIGHTS = "adapter_model.safetensors"
 # Keys of an adapter_config.json that releases before 0.10 did not write.
 NEWER_KEYS = (
@@ -81,7 +87,8 @@ def write_peft_adapter(case: Case, model_name: str, bases: Bases, directory: Pat
     torch.manual_seed(seed_of(case.name, model_name))
     if case.converted_from:
         return write_converted_adapter(case, model_name, bases, directory, attempt)
-    config = CONFIGS[case.peft_type](task_type="CAUSAL_LM", **config_for(case, model_name))
+    config_type = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(case.peft_type)]
+    config = config_type(task_type="CAUSAL_LM", **config_for(case, model_name))
     made_with = config.init_lora_weights if case.peft_type == "LORA" else None
     if isinstance(made_with, str):
         config.init_lora_weights = True
@@ -258,7 +265,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("tests/fixtures"))
     parser.add_argument(
-        "--only", default="", help="make only the adapters whose model/name contains this; keep the rest"
+        "--only", default="", help="make only the adapters whose model/name this expression finds; keep the rest"
     )
     parser.add_argument("--threads", type=int, default=1)
     return parser.parse_args()
@@ -280,14 +287,14 @@ def main() -> None:
     if not args.only or not models:
         models = [write_model(spec, args.out, prompts) for spec in MODELS]
     bases = Bases(args.out)
-    chosen = [(case, model) for case in CASES for model in case.models if args.only in f"{model}/{case.name}"]
+    chosen = [(case, model) for case in CASES for model in case.models if re.search(args.only, f"{model}/{case.name}")]
     cases = [write_case(case, model, bases, prompts) for case, model in chosen]
     kept = [entry for entry in old.get("cases", []) if args.only or entry["peft_type"] == "BONE"]
     manifest = {
         "versions": old.get("versions", {}) | versions(),
         "models": models,
         "cases": merge_entries(kept, cases, ("model", "name")),
-        "refused": write_refused(args.out),
+        "refused": write_refused(args.out, [case for module in MORE for case in module.REFUSED]),
     }
     write_json(manifest_path, manifest)
     remove_strays(args.out, manifest["cases"])

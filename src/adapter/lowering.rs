@@ -269,6 +269,26 @@ impl<'a> Lowering<'a> {
         Ok(())
     }
 
+    /// Gives an embedding a table of its own, made from the one it has (vocab, dim) in f32. `reason` is for the report.
+    pub(super) fn serve_own_table(
+        &mut self,
+        site: SiteId,
+        reason: &'static str,
+        make: impl FnOnce(Tensor) -> Result<Tensor, AdapterError>,
+    ) -> Result<(), AdapterError> {
+        let table = match self.out.embeddings.get(&site).and_then(|patch| patch.table.as_ref()) {
+            Some(table) => table.to_dtype(candle_core::DType::F32)?,
+            None => {
+                self.reserve_own(self.site(site).kind.num_elements())?;
+                self.base.weight(site)?
+            }
+        };
+        let own = self.own(&make(table)?)?;
+        self.out.embeddings.entry(site).or_default().table = Some(own);
+        self.explain_own(site, reason);
+        Ok(())
+    }
+
     /// Adds `b a` to a linear, a: (r, in), b: (out, r): as a low-rank delta where that costs less than a dense weight, or
     /// where a dense weight would exceed the budget; otherwise as an own weight.
     pub(super) fn add_low_rank(&mut self, site: SiteId, a: Tensor, b: Tensor) -> Result<(), AdapterError> {

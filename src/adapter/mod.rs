@@ -5,6 +5,7 @@
 //! `kinds/`. This module does no IO, knows no path, no model family and nothing of the engine: files arrive as bytes
 //! ([`AdapterFiles`]) and the base model as a table of sites with readable weights ([`BaseWeights`]).
 
+mod activation;
 mod adapted;
 mod config;
 mod effect;
@@ -15,6 +16,7 @@ mod files;
 mod inspect;
 mod keys;
 mod kinds;
+mod linalg;
 mod lower;
 mod lowering;
 mod matching;

@@ -5,7 +5,7 @@
 use std::collections::BTreeMap;
 
 use candle_core::{DType, Tensor};
-use patchbay::adapter::{AdapterFiles, LowerOptions, LowerReport, LoweredAdapter, lower};
+use patchbay::adapter::{AdapterFiles, LowerOptions, LowerReport, LoweredAdapter, inspect, lower};
 use patchbay::model::{DtypeChoice, ModelConfig, QuantChoice};
 
 use crate::fixtures::{self, AdapterCase};
@@ -221,7 +221,8 @@ fn reports_name_kind_modules_ranks_and_bytes() {
             let at = format!("{}: {report:?}", case.dir);
             assert_eq!(report.kind, case.peft_type, "{at}");
             assert!(report.modules > 0, "{at}");
-            assert_eq!(report.ranks.is_empty(), case.peft_type == "SSF", "{at}");
+            assert_eq!(report.ranks, inspect(&read(case)).unwrap().ranks, "{at}");
+            assert_eq!(report.own_weights.is_empty(), report.own_weight_bytes == 0, "{at}");
             assert_eq!(report.bytes, adapter.bytes(), "{at}");
             assert!(report.own_weight_bytes <= report.bytes, "{at}");
         }

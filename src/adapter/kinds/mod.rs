@@ -1,7 +1,14 @@
 //! The table of adapter kinds. A kind is one file here and one row of [`KINDS`].
 
+mod deft;
+mod frod;
+mod glora;
+mod hira;
+mod hra;
 mod lora;
 mod miss;
+mod osf;
+mod peanut;
 mod ssf;
 
 use super::AdapterError;
@@ -55,7 +62,19 @@ const PLAIN: Kind = Kind {
 };
 
 /// Every kind that can be loaded.
-pub static KINDS: &[Kind] = &[lora::LORA, ssf::SSF, miss::MISS, miss::BONE];
+pub static KINDS: &[Kind] = &[
+    lora::LORA,
+    ssf::SSF,
+    miss::MISS,
+    miss::BONE,
+    hra::HRA,
+    deft::DEFT,
+    peanut::PEANUT,
+    hira::HIRA,
+    glora::GLORA,
+    osf::OSF,
+    frod::FROD,
+];
 
 /// The row with this `peft_type`.
 pub(super) fn find(peft_type: &str) -> Result<&'static Kind, AdapterError> {
