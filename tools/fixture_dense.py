@@ -30,7 +30,7 @@ deft = case_of("DEFT", r=4)
 peanut = case_of("PEANUT", r=4)
 hira = case_of("HIRA", r=3)
 glora = case_of("GLORA", r=2)
-osf = case_of("OSF", target_modules=["q_proj", "v_proj", "down_proj"])
+osf = case_of("OSF")
 frod = case_of("FROD", target_modules=["q_proj", "up_proj"], progressbar=False)
 
 CASES = [
@@ -42,13 +42,12 @@ CASES = [
     deft("deft_para", "PaRa: the subspace is removed only", ("llama_bias",), para=True, r=2),
     peanut("peanut_flat", "no hidden layers, relu"),
     peanut("peanut_deep", "two hidden layers on each side, gelu, scaling", depth=2, act_fn="gelu", scaling=0.5),
-    hira("hira_patterns", "linears; PEFT keeps the rank_pattern in the config without effect", rank_pattern={"down_proj": 5}),
     hira("hira_embed", "embed_tokens and q_proj", target_modules=["embed_tokens", "q_proj"]),
     hira("hira_identity", "B is zero: equals the base", identity=True, target_modules=["q_proj"]),
     glora("glora_lora", "A, B and C low-rank, D and E constant", ("llama_bias",)),
     glora("glora_vector", "all vectors", ("llama_bias",), config_A_B="vector", config_C="vector", config_D_E="vector"),
     glora("glora_constant", "A and B constant, on a base without biases", config_A_B="constant"),
-    glora("glora_bias", "C, D and E only", ("llama_bias",), config_A_B="none", config_D_E="vector", target_modules=["q_proj"]),
+    glora("glora_bias", "C, D and E only", ("llama_bias",), config_A_B="none", config_D_E="vector", target_modules=["v_proj"]),
     glora("glora_identity", "all zero: equals the base", ("llama_bias",), identity=True, config_A_B="vector"),
     osf("osf_half", "half of the directions trained, the default"),
     osf("osf_few", "few directions trained, a fraction in rank_pattern", effective_rank=29, rank_pattern={"v_proj": 0.75}),

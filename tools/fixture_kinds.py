@@ -7,13 +7,13 @@ import torch
 from fixture_cases import Case
 from fixture_refused import MODEL, SITE, Refused, with_value
 
-# A square linear, fewer outputs than inputs, more, and more inputs than outputs.
-MIXED = ["q_proj", "v_proj", "up_proj", "down_proj"]
+# Fewer outputs than inputs, and more.
+MIXED = ["v_proj", "up_proj"]
 P = f"base_model.model.{SITE}."
 
 
 def case_of(peft_type: str, **defaults) -> Callable[..., Case]:
-    """A function that makes cases of one type; on four linears of `llama` unless the arguments say otherwise."""
+    """A function that makes cases of one type; on two linears of `llama` unless the arguments say otherwise."""
 
     def make(name: str, what: str, models: tuple[str, ...] = ("llama",), **config) -> Case:
         extra = {key: config.pop(key) for key in ("edit", "identity") if key in config}

@@ -1,6 +1,6 @@
 """Makes tests/fixtures: tiny models, adapters of every kind, their float32 outputs, and adapters to be refused.
 
-Run from the repository root. Rerunning gives the same bytes. Entries made by make_fixtures_bone.py are kept.
+Run from the repository root. Rerunning gives the same bytes. Entries made by the other make_fixtures scripts are kept.
 """
 
 import argparse
@@ -26,6 +26,8 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from safetensors.torch import load_file, save_file
 
 import fixture_dense
+import fixture_rotation
+import fixture_sparse
 import ssf
 from fixture_cases import CASES as FIRST_CASES
 from fixture_cases import Case, config_for
@@ -52,7 +54,7 @@ from fixture_models import MODELS, write_model
 from fixture_refused import write_refused
 
 # Modules with cases and faulty adapters of further kinds.
-MORE = (fixture_dense,)
+MORE = (fixture_dense, fixture_sparse, fixture_rotation)
 CASES = FIRST_CASES + [case for module in MORE for case in module.CASES]
 WEIGHTS = "adapter_model.safetensors"
 # Keys of an adapter_config.json that releases before 0.10 did not write.
@@ -252,6 +254,11 @@ def merge_entries(old: list[dict], new: list[dict], keys: tuple[str, ...]) -> li
     return [entries[key] for key in sorted(entries)]
 
 
+def is_made_elsewhere(entry: dict) -> bool:
+    """Whether another script makes this adapter: one with an earlier PEFT release, or for a format that PEFT has not."""
+    return entry["peft_type"] in ("BONE", "SARA") or entry["name"].startswith("oft_0_")
+
+
 def remove_strays(root: Path, cases: list[dict]) -> None:
     """Removes adapter directories that the manifest does not name."""
     named = {root / entry["dir"] for entry in cases}
@@ -289,7 +296,7 @@ def main() -> None:
     bases = Bases(args.out)
     chosen = [(case, model) for case in CASES for model in case.models if re.search(args.only, f"{model}/{case.name}")]
     cases = [write_case(case, model, bases, prompts) for case, model in chosen]
-    kept = [entry for entry in old.get("cases", []) if args.only or entry["peft_type"] == "BONE"]
+    kept = [entry for entry in old.get("cases", []) if args.only or is_made_elsewhere(entry)]
     manifest = {
         "versions": old.get("versions", {}) | versions(),
         "models": models,

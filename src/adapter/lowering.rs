@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use candle_core::Tensor;
+use candle_core::{Device, Tensor};
 
 use super::config::{Config, field_error};
 use super::keys::{ModuleKeys, group_by_site, key_of, shared_key_of, shared_name};
@@ -10,7 +10,7 @@ use super::kinds::Kind;
 use super::matching::Matcher;
 use super::tensor_file::TensorFile;
 use super::{
-    AdapterError, BaseWeights, Delta, LowerOptions, LoweredAdapter, OwnWeights, Site, SiteId, SiteKind, Weight,
+    AdapterError, BaseWeights, Delta, LowerOptions, LoweredAdapter, OwnWeights, Site, SiteId, SiteKind, Weight, merge,
 };
 
 /// What a kind lowers from and into. Tensors in `out` are f32, except whole weights and tables, which
@@ -134,11 +134,6 @@ impl<'a> Lowering<'a> {
         }
         let key = self.unread.get_mut(&site).and_then(|keys| keys.remove(suffix)).unwrap_or_default();
         indexes(self.file.read_integers(&key)?, limit).map_err(|reason| AdapterError::Tensor { tensor: key, reason })
-    }
-
-    /// The names of the shared tensors that have not been taken yet, without `base_model.`.
-    pub(super) fn shared_names(&self) -> Vec<String> {
-        self.shared.keys().cloned().collect()
     }
 
     /// Shape of a shared tensor that has not been taken yet.
@@ -299,6 +294,39 @@ impl<'a> Lowering<'a> {
         }
         let reason = "a low-rank delta of this rank would cost more than a dense weight";
         self.serve_own(site, reason, |weight| Ok((weight + b.matmul(&a)?)?))
+    }
+
+    /// Adds a matrix that is zero but for some entries, each (row, column, value): sparse where that costs less than a
+    /// dense weight, or where a dense weight would exceed the budget; otherwise as an own weight.
+    pub(super) fn add_sparse(
+        &mut self,
+        site: SiteId,
+        mut entries: Vec<(usize, usize, f32)>,
+    ) -> Result<(), AdapterError> {
+        /// An entry costs about as much as this many elements of a dense weight: its index, and a gather.
+        const COST: usize = 4;
+        entries.sort_unstable_by_key(|(row, column, _)| (*row, *column));
+        entries.dedup_by(|next, kept| {
+            let same = (next.0, next.1) == (kept.0, kept.1);
+            kept.2 += if same { next.2 } else { 0.0 };
+            same
+        });
+        let count = entries.len();
+        let index = |of: fn(&(usize, usize, f32)) -> usize| {
+            Tensor::from_vec(entries.iter().map(|entry| of(entry) as u32).collect(), count, &Device::Cpu)
+        };
+        let (rows, columns) = (index(|entry| entry.0)?, index(|entry| entry.1)?);
+        let values = Tensor::from_vec(entries.iter().map(|entry| entry.2).collect(), count, &Device::Cpu)?;
+        let delta = Delta::Sparse { rows, columns, values };
+        if count.saturating_mul(COST) < self.site(site).kind.num_elements() || !self.can_own(site) {
+            self.out.linears.entry(site).or_default().deltas.push(delta);
+            return Ok(());
+        }
+        let reason = "so many entries would cost more than a dense weight";
+        self.serve_own(site, reason, |weight| {
+            let (out_features, in_features) = weight.dims2()?;
+            Ok((weight + merge::dense(&delta, out_features, in_features)?)?)
+        })
     }
 
     /// Whether the budget has room for a dense weight of this linear.

@@ -23,15 +23,18 @@ mod matching;
 mod merge;
 mod normal_form;
 mod replace;
+mod rotation;
 mod site;
 mod tensor_file;
 #[cfg(test)]
 mod tests;
+mod torch_random;
+mod wavelets;
 
 pub use error::AdapterError;
 pub use files::{AdapterFiles, LowerOptions, LowerReport, OwnWeights};
 pub use inspect::{Inspection, inspect};
-pub use kinds::{KINDS, Kind};
+pub use kinds::{KINDS, Kind, REFUSED, Refused};
 pub use lower::{digest, lower};
 pub use normal_form::{
     Delta, EmbeddingPatch, LinearSlots, LoadedAdapter, LoweredAdapter, NormOverride, Pre, Scale, Weight,

@@ -134,7 +134,29 @@ const RULES: &[Rule] = &[
 ];
 
 /// Names of adapter kinds, lower case.
-const KINDS: &[&str] = &["lora", "dora", "ssf", "bone", "miss"];
+const KINDS: &[&str] = &[
+    "lora",
+    "dora",
+    "ssf",
+    "bone",
+    "miss",
+    "hra",
+    "deft",
+    "peanut",
+    "hira",
+    "glora",
+    "osf",
+    "frod",
+    "shira",
+    "sara",
+    "supertuning",
+    "c3a",
+    "fourierft",
+    "waveft",
+    "road",
+    "oft",
+    "boft",
+];
 /// Names of model families, lower case.
 const FAMILIES: &[&str] = &["llama", "mistral", "qwen2", "qwen3", "phi3"];
 

@@ -133,7 +133,7 @@ fn lower(lowering: &mut Lowering<'_>) -> Result<(), AdapterError> {
         }
         lowering.out.linears.entry(id).or_default();
         if let (Some(scale), Some(added)) = (scale, added) {
-            weight(lowering, id, scale, added)?;
+            weight(lowering, id, &scale, &added)?;
         }
         forms = Forms::parse(&lowering.config)?;
     }
@@ -173,13 +173,13 @@ fn term(
 }
 
 /// `W' = W + W * scale + added`; both are (out, in), (out, 1) or (1).
-fn weight(lowering: &mut Lowering<'_>, id: SiteId, scale: Tensor, added: Tensor) -> Result<(), AdapterError> {
+fn weight(lowering: &mut Lowering<'_>, id: SiteId, scale: &Tensor, added: &Tensor) -> Result<(), AdapterError> {
     let (in_features, out_features) = match lowering.site(id).kind {
         SiteKind::Linear { in_features, out_features, .. } => (in_features, out_features),
         SiteKind::Norm { .. } | SiteKind::Embedding { .. } => return Ok(()),
     };
     let is_full = scale.dims() == [out_features, in_features];
-    let least = (&scale + 1.0)?.abs()?.min_all()?.to_scalar::<f32>()?;
+    let least = (scale + 1.0)?.abs()?.min_all()?.to_scalar::<f32>()?;
     if is_full || least < SCALE_MIN {
         let reason = if is_full {
             "the weight is multiplied elementwise, which has full rank"
@@ -187,7 +187,7 @@ fn weight(lowering: &mut Lowering<'_>, id: SiteId, scale: Tensor, added: Tensor)
             "an output scale is too small to stand before the additive term"
         };
         return lowering
-            .serve_own(id, reason, |weight| Ok((&weight + weight.broadcast_mul(&scale)?)?.broadcast_add(&added)?));
+            .serve_own(id, reason, |weight| Ok((&weight + weight.broadcast_mul(scale)?)?.broadcast_add(added)?));
     }
     let scale = (scale.flatten_all()? + 1.0)?.broadcast_as(out_features)?.contiguous()?;
     let b = added.flatten_all()?.broadcast_div(&scale)?.reshape((out_features, 1))?;

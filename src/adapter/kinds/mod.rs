@@ -1,15 +1,26 @@
 //! The table of adapter kinds. A kind is one file here and one row of [`KINDS`].
 
+mod boft;
+mod c3a;
 mod deft;
+mod fourierft;
 mod frod;
 mod glora;
 mod hira;
 mod hra;
 mod lora;
 mod miss;
+mod oft;
 mod osf;
 mod peanut;
+mod refused;
+mod road;
+mod shira;
 mod ssf;
+mod supertuning;
+mod waveft;
+
+pub use refused::{REFUSED, Refused};
 
 use super::AdapterError;
 use super::config::{Config, Rule};
@@ -74,11 +85,23 @@ pub static KINDS: &[Kind] = &[
     glora::GLORA,
     osf::OSF,
     frod::FROD,
+    shira::SHIRA,
+    shira::SARA,
+    supertuning::SUPERTUNING,
+    c3a::C3A,
+    fourierft::FOURIERFT,
+    waveft::WAVEFT,
+    road::ROAD,
+    oft::OFT,
+    boft::BOFT,
 ];
 
 /// The row with this `peft_type`.
 pub(super) fn find(peft_type: &str) -> Result<&'static Kind, AdapterError> {
     KINDS.iter().find(|kind| kind.peft_type == peft_type).ok_or_else(|| {
+        if let Some(refused) = REFUSED.iter().find(|refused| refused.peft_type == peft_type) {
+            return super::config::field_error("peft_type", format!("`{peft_type}` is not served: {}", refused.reason));
+        }
         let known: Vec<&str> = KINDS.iter().map(|kind| kind.peft_type).collect();
         super::config::field_error("peft_type", format!("expected one of {}, found `{peft_type}`", known.join(", ")))
     })

@@ -9,6 +9,8 @@ mod ops;
 mod packed;
 mod pre;
 mod rows;
+mod scale;
+mod sparse;
 #[cfg(test)]
 mod testing;
 mod tile;
@@ -20,3 +22,5 @@ pub(crate) use ops::{attention_op, linear_op, write_cache_op};
 pub use packed::{PackedMatrix, WeightFormat};
 pub use pre::PackedPre;
 pub use rows::RowMatrix;
+pub use scale::PackedScale;
+pub use sparse::SparseRows;

@@ -2,6 +2,8 @@
 
 use std::borrow::Cow;
 
+use rayon::prelude::*;
+
 use super::linear::SlotRun;
 
 /// A transform of the rows of `x`, each by itself, in the CPU's form.
@@ -9,6 +11,13 @@ use super::linear::SlotRun;
 pub enum PackedPre {
     /// Elementwise product, (k).
     Diag(Vec<f32>),
+    /// Each block of `s` inputs times a matrix, as a row.
+    BlockDiag {
+        /// Length of a block.
+        s: usize,
+        /// Matrices (k / s, s, s), or one that all blocks share.
+        blocks: Vec<f32>,
+    },
 }
 
 impl PackedPre {
@@ -19,6 +28,17 @@ impl PackedPre {
                 assert_eq!(row.len(), scale.len(), "the transform is of the length of x");
                 row.iter_mut().zip(scale).for_each(|(x, scale)| *x *= scale);
             }
+            Self::BlockDiag { s, blocks } => {
+                assert!(row.len().is_multiple_of(*s), "the blocks tile x");
+                let mut product = vec![0.0; *s];
+                for (x, m) in row.chunks_exact_mut(*s).zip(blocks.chunks_exact(s * s).cycle()) {
+                    product.fill(0.0);
+                    for (x, m) in x.iter().zip(m.chunks_exact(*s)) {
+                        product.iter_mut().zip(m).for_each(|(sum, m)| *sum += x * m);
+                    }
+                    x.copy_from_slice(&product);
+                }
+            }
         }
     }
 }
@@ -28,9 +48,8 @@ pub(super) fn transform_rows<'a>(x: &'a [f32], k: usize, runs: &[SlotRun<'_>]) -
     let mut rows = Cow::Borrowed(x);
     for run in runs {
         let Some(pre) = run.slots.and_then(|slots| slots.pre.as_ref()) else { continue };
-        for row in rows.to_mut()[run.rows.start * k..run.rows.end * k].chunks_exact_mut(k) {
-            pre.apply(row);
-        }
+        let rows = &mut rows.to_mut()[run.rows.start * k..run.rows.end * k];
+        rows.par_chunks_exact_mut(k).for_each(|row| pre.apply(row));
     }
     rows
 }

@@ -8,7 +8,7 @@ use mistralrs_quant::{GgufMatMul, QuantMethod};
 
 use crate::adapter::{Delta, LinearSlots, Pre, Scale, SiteId, Weight};
 use crate::kernels::cpu::{BaseLinear, PackedMatrix, SlotRun, linear_op};
-use crate::kernels::{self, InputTerm, SegmentTerms, Term};
+use crate::kernels::{self, InputTerm, OutputTerm, SegmentTerms, Term};
 use crate::model::AdapterSegment;
 
 /// A weight in the format it is kept in.
@@ -156,6 +156,7 @@ impl Linear {
         let terms = slots.deltas.iter().map(|delta| match delta {
             Delta::LowRank { a, b } => Term::LowRank { a, b },
             Delta::ShardSum { m } => Term::ShardSum { m },
+            Delta::Sparse { rows, columns, values } => Term::Sparse { rows, columns, values },
         });
         SegmentTerms {
             start: segment.start,
@@ -163,6 +164,7 @@ impl Linear {
             pre: match &slots.pre {
                 Pre::Identity => None,
                 Pre::Diag(scale) => Some(InputTerm::Diag { scale }),
+                Pre::BlockDiag(blocks) => Some(InputTerm::BlockDiag { blocks }),
             },
             own_weight: match &slots.weight {
                 Weight::Base => None,
@@ -172,7 +174,8 @@ impl Linear {
             terms: terms.collect(),
             scale: match &slots.scale {
                 Scale::One => None,
-                Scale::Diag(scale) => Some(scale),
+                Scale::Diag(scale) => Some(OutputTerm::Diag { scale }),
+                Scale::PairRot { p, q, half } => Some(OutputTerm::PairRot { p, q, half: *half }),
             },
             c: slots.c.as_ref().or(self.bias.as_ref()),
         }
