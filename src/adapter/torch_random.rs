@@ -5,8 +5,12 @@ use std::collections::HashMap;
 /// Length of the generator's state, and the distance its recurrence reaches ahead.
 const STATE: usize = 624;
 const AHEAD: usize = 397;
-/// From this many elements on a permutation draws 64 bits for each.
-const WIDE: usize = u32::MAX as usize / 20;
+/// From this many elements on torch permutes in another way, which is not reproduced here.
+const PERMUTED_MAX: usize = u32::MAX as usize / 20;
+
+/// What to tell about a permutation that is not reproduced.
+pub(super) const NOT_PERMUTED: &str = "the weight has so many entries that torch draws the places of the coefficients in \
+                                        a way that is not reproduced here; merge the adapter with PEFT";
 
 /// torch's default generator.
 pub(super) struct TorchRandom {
@@ -47,27 +51,23 @@ impl TorchRandom {
         self.next = 0;
     }
 
-    fn next_u64(&mut self) -> u64 {
-        u64::from(self.next_u32()) << 32 | u64::from(self.next_u32())
-    }
-
-    /// The first `count` elements of `torch.randperm(n)`. Cost and memory are in proportion to `count`.
-    pub(super) fn permutation(&mut self, n: usize, count: usize) -> Vec<usize> {
+    /// The first `count` elements of `torch.randperm(n)`; `None` when n is so large that torch permutes in another way.
+    /// Cost and memory are in proportion to `count`.
+    pub(super) fn permutation(&mut self, n: usize, count: usize) -> Option<Vec<usize>> {
+        if n >= PERMUTED_MAX {
+            return None;
+        }
         let mut moved: HashMap<usize, usize> = HashMap::new();
         let mut drawn = Vec::with_capacity(count.min(n));
         for at in 0..count.min(n) {
             // The last element is not drawn; it is what is left.
             let left = n - at;
-            let step = match (left, n < WIDE) {
-                (1, _) => 0,
-                (_, true) => self.next_u32() as usize % left,
-                (_, false) => (self.next_u64() % left as u64) as usize,
-            };
+            let step = if left == 1 { 0 } else { self.next_u32() as usize % left };
             let here = moved.get(&at).copied().unwrap_or(at);
             let there = moved.insert(at + step, here).unwrap_or(at + step);
             drawn.push(if step == 0 { here } else { there });
         }
-        drawn
+        Some(drawn)
     }
 }
 
@@ -78,9 +78,10 @@ mod tests {
     /// The values are torch's own (2.15, CPU).
     #[test]
     fn permutations_are_those_of_torch() {
-        assert_eq!(TorchRandom::new(0).permutation(10, 10), PERM_0_10);
-        assert_eq!(TorchRandom::new(777).permutation(1536, 6), PERM_777_1536);
-        assert_eq!(TorchRandom::new(42).permutation(250_000_000, 5), PERM_42_WIDE);
+        assert_eq!(TorchRandom::new(0).permutation(10, 10).unwrap(), PERM_0_10);
+        assert_eq!(TorchRandom::new(777).permutation(1536, 6).unwrap(), PERM_777_1536);
+        assert_eq!(TorchRandom::new(42).permutation(214_748_363, 3).unwrap(), [105_399_001, 199_900_638, 3_068_019]);
+        assert!(TorchRandom::new(42).permutation(214_748_364, 3).is_none());
     }
 
     #[test]
@@ -94,5 +95,4 @@ mod tests {
 
     const PERM_0_10: [usize; 10] = [4, 1, 7, 5, 3, 9, 0, 8, 6, 2];
     const PERM_777_1536: [usize; 6] = [1127, 190, 1005, 1004, 471, 296];
-    const PERM_42_WIDE: [usize; 5] = [85514504, 93417259, 199404010, 60269803, 87481865];
 }

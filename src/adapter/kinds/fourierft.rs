@@ -15,7 +15,7 @@ use crate::adapter::adapted::{self, AdaptedLinear};
 use crate::adapter::config::{Config, Rule, as_positive, field_error, wrong_type};
 use crate::adapter::lowering::Lowering;
 use crate::adapter::matching::{Matcher, Patterns};
-use crate::adapter::torch_random::TorchRandom;
+use crate::adapter::torch_random::{NOT_PERMUTED, TorchRandom};
 use crate::adapter::{AdapterError, Delta};
 
 /// The row of the table of kinds.
@@ -80,6 +80,7 @@ fn lower(lowering: &mut Lowering<'_>) -> Result<(), AdapterError> {
         }
         let spectrum = lowering.require(id, SPECTRUM, &[count])?.to_vec1::<f32>()?;
         let places = TorchRandom::new(seed).permutation(all, count);
+        let places = places.ok_or_else(|| lowering.refuse(id, SPECTRUM, NOT_PERMUTED))?;
         let terms: Vec<(usize, usize, f64)> = places
             .iter()
             .zip(&spectrum)

@@ -18,7 +18,7 @@ use crate::adapter::adapted::{self, AdaptedLinear};
 use crate::adapter::config::{Config, Rule, as_positive, field_error};
 use crate::adapter::lowering::Lowering;
 use crate::adapter::matching::{Matcher, Patterns};
-use crate::adapter::torch_random::TorchRandom;
+use crate::adapter::torch_random::{NOT_PERMUTED, TorchRandom};
 use crate::adapter::wavelets::FILTERS;
 
 /// The row of the table of kinds.
@@ -110,6 +110,7 @@ fn lower(lowering: &mut Lowering<'_>) -> Result<(), AdapterError> {
         }
         let spectrum = lowering.require(id, SPECTRUM, &[count])?.to_vec1::<f32>()?;
         let places = TorchRandom::new(seed).permutation(all, count);
+        let places = places.ok_or_else(|| lowering.refuse(id, SPECTRUM, NOT_PERMUTED))?;
         let coefficients = places.iter().zip(spectrum);
         let coefficients = coefficients.map(|(at, c)| (at / in_features, at % in_features, f64::from(c) * scaling));
         let (low, high) = match &transform {
