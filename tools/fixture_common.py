@@ -7,6 +7,7 @@ import copy
 import json
 import shutil
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -218,9 +219,16 @@ def randomize_adapter(model: torch.nn.Module, *seed_parts: object, values: dict 
                 param.data.copy_(random_like(name, param.data, rng))
 
 
+# Further rules for `random_like`: the first whose key is part of the name decides. Modules of cases add theirs.
+RANDOM_RULES: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {}
+
+
 def random_like(name: str, old: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
     """Random values for one adapter tensor, scaled by what the tensor does."""
     noise = torch.randn(old.shape, generator=rng)
+    for part, rule in RANDOM_RULES.items():
+        if part in name:
+            return rule(old, noise)
     if "lora_embedding_A" in name:
         return noise
     if "lora_A" in name:

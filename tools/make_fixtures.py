@@ -1,12 +1,13 @@
 """Makes tests/fixtures: tiny models, adapters of every kind, their float32 outputs, and adapters to be refused.
 
-Run from the repository root. Rerunning gives the same bytes. Entries made by make_fixtures_bone.py are kept.
+Run from the repository root. Rerunning gives the same bytes. Entries made by the other make_fixtures scripts are kept.
 """
 
 import argparse
 import copy
 import json
 import os
+import re
 import shutil
 import tempfile
 import warnings
@@ -24,9 +25,13 @@ from peft import LoraConfig, PeftModel, PeftType, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from safetensors.torch import load_file, save_file
 
+import fixture_dense
+import fixture_rotation
+import fixture_sparse
 import ssf
 from fixture_affine import AFFINE_CASES
-from fixture_cases import CASES, Case, config_for
+from fixture_cases import CASES as FIRST_CASES
+from fixture_cases import Case, config_for
 from fixture_common import (
     ATTEMPTS_MAX,
     EFFECT_MIN,
@@ -63,7 +68,10 @@ from fixture_refused_lowrank import factored_refused
 from fixture_refused_variants import variants_refused
 from fixture_variants import VARIANT_CASES, allow_qalora
 
-ALL_CASES = CASES + PROMPT_CASES + AFFINE_CASES + FACTORED_CASES + VARIANT_CASES
+# Modules with cases and faulty adapters of further kinds.
+MORE = (fixture_dense, fixture_sparse, fixture_rotation)
+CASES = FIRST_CASES + PROMPT_CASES + AFFINE_CASES + FACTORED_CASES + VARIANT_CASES
+CASES += [case for module in MORE for case in module.CASES]
 WEIGHTS = "adapter_model.safetensors"
 # Keys of an adapter_config.json that releases before 0.10 did not write.
 NEWER_KEYS = (
@@ -97,9 +105,8 @@ def write_peft_adapter(case: Case, model_name: str, bases: Bases, directory: Pat
     torch.manual_seed(seed_of(case.name, model_name))
     if case.converted_from:
         return write_converted_adapter(case, model_name, bases, directory, attempt)
-    config = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(case.peft_type)](
-        task_type="CAUSAL_LM", **config_for(case, model_name)
-    )
+    config_type = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(case.peft_type)]
+    config = config_type(task_type="CAUSAL_LM", **config_for(case, model_name))
     made_with = config.init_lora_weights if case.peft_type == "LORA" else None
     if isinstance(made_with, str):
         config.init_lora_weights = True
@@ -304,6 +311,11 @@ def merge_entries(old: list[dict], new: list[dict], keys: tuple[str, ...]) -> li
     return [entries[key] for key in sorted(entries)]
 
 
+def is_made_elsewhere(entry: dict) -> bool:
+    """Whether another script makes this adapter: one with an earlier PEFT release, or for a format that PEFT has not."""
+    return entry["peft_type"] in ("BONE", "SARA") or entry["name"].startswith("oft_0_")
+
+
 def remove_strays(root: Path, cases: list[dict]) -> None:
     """Removes adapter directories that the manifest does not name."""
     named = {root / entry["dir"] for entry in cases}
@@ -317,7 +329,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("tests/fixtures"))
     parser.add_argument(
-        "--only", default="", help="make only the adapters whose model/name contains this; keep the rest"
+        "--only", default="", help="make only the adapters whose model/name this expression finds; keep the rest"
     )
     parser.add_argument("--threads", type=int, default=1)
     return parser.parse_args()
@@ -340,14 +352,16 @@ def main() -> None:
     if not args.only or not models:
         models = [write_model(spec, args.out, prompts) for spec in MODELS]
     bases = Bases(args.out)
-    chosen = [(case, model) for case in ALL_CASES for model in case.models if args.only in f"{model}/{case.name}"]
+    chosen = [(case, model) for case in CASES for model in case.models if re.search(args.only, f"{model}/{case.name}")]
     cases = [write_case(case, model, bases, prompts) for case, model in chosen]
-    kept = [entry for entry in old.get("cases", []) if args.only or entry["peft_type"] == "BONE"]
+    kept = [entry for entry in old.get("cases", []) if args.only or is_made_elsewhere(entry)]
+    refused = affine_refused() + factored_refused() + variants_refused()
+    refused += [case for module in MORE for case in module.REFUSED]
     manifest = {
         "versions": old.get("versions", {}) | versions(),
         "models": models,
         "cases": merge_entries(kept, cases, ("model", "name")),
-        "refused": write_refused(args.out, affine_refused() + factored_refused() + variants_refused()),
+        "refused": write_refused(args.out, refused),
     }
     write_json(manifest_path, manifest)
     remove_strays(args.out, manifest["cases"])

@@ -113,7 +113,7 @@ def main() -> None:
     prompts = json.loads((args.out / "prompts.json").read_text())
     bases = Bases(args.out)
     made = [write_case(case, model, bases, prompts) for case in CASES for model in case.models]
-    others = [entry for entry in manifest["cases"] if entry["peft_type"] != "BONE"]
+    others = [e for e in manifest["cases"] if e["peft_type"] != "BONE" or e["name"].startswith("bone_native_")]
     manifest["cases"] = sorted(others + made, key=lambda entry: (entry["model"], entry["name"]))
     manifest["versions"]["bone"] = {"peft": peft.__version__, "transformers": transformers.__version__}
     write_json(args.out / "manifest.json", manifest)

@@ -35,6 +35,7 @@ fn linear_is_neutral(slots: &LinearSlots, id: SiteId, base: &dyn BaseWeights, dt
         let vanishes = match delta {
             Delta::LowRank { a, b } => all_equal(b, 0.0)? || all_equal(a, 0.0)?,
             Delta::ShardSum { m } => all_equal(m, 0.0)?,
+            Delta::Sparse { values, .. } => all_equal(values, 0.0)?,
         };
         if !vanishes {
             return Ok(false);
@@ -43,12 +44,14 @@ fn linear_is_neutral(slots: &LinearSlots, id: SiteId, base: &dyn BaseWeights, dt
     match &slots.pre {
         Pre::Identity => {}
         Pre::Diag(scale) if all_equal(scale, 1.0)? => {}
-        Pre::Diag(_) => return Ok(false),
+        Pre::BlockDiag(blocks) if equal(blocks, &identity_blocks(blocks)?)? => {}
+        Pre::Diag(_) | Pre::BlockDiag(_) => return Ok(false),
     }
-    if let Scale::Diag(scale) = &slots.scale
-        && !all_equal(scale, 1.0)?
-    {
-        return Ok(false);
+    match &slots.scale {
+        Scale::One => {}
+        Scale::Diag(scale) if all_equal(scale, 1.0)? => {}
+        Scale::PairRot { p, q, .. } if all_equal(p, 1.0)? && all_equal(q, 0.0)? => {}
+        Scale::Diag(_) | Scale::PairRot { .. } => return Ok(false),
     }
     if let Some(c) = &slots.c
         && !equals_bias(c, base.bias(id)?)?
@@ -100,6 +103,12 @@ fn rows_are_neutral(rows: Option<&(Vec<u32>, Tensor)>, id: SiteId, base: &dyn Ba
 
 fn equals_bias(vector: &Tensor, bias: Option<Tensor>) -> Result<bool> {
     bias.map_or_else(|| all_equal(vector, 0.0), |bias| equal(vector, &bias))
+}
+
+/// Identity matrices, as many and as large as `blocks` (n, s, s).
+fn identity_blocks(blocks: &Tensor) -> Result<Tensor> {
+    let eye = Tensor::eye(blocks.dim(1)?, blocks.dtype(), blocks.device())?;
+    eye.broadcast_as(blocks.shape())?.contiguous()
 }
 
 fn all_equal(tensor: &Tensor, value: f64) -> Result<bool> {

@@ -23,6 +23,15 @@ pub struct LowerOptions {
     pub own_bytes_max: usize,
 }
 
+/// Modules that are served from dense weights or tables of the adapter's own.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct OwnWeights {
+    /// How many.
+    pub modules: usize,
+    /// Why they are not served from the shared weight.
+    pub reason: String,
+}
+
 /// What was found and done; shown to whoever loads the adapter.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct LowerReport {
@@ -40,8 +49,9 @@ pub struct LowerReport {
     pub bytes: usize,
     /// Bytes of dense weight copies among them.
     pub own_weight_bytes: usize,
-    /// Which linears are not served from the slots one would expect of the kind, and why.
-    pub notes: Vec<String>,
+    /// Why modules have dense copies; the others use the shared weight.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub own_weights: Vec<OwnWeights>,
     /// What is odd but not wrong, for example an adapter without effect.
     pub warnings: Vec<String>,
 }

@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use serde::Serialize;
 
 use super::config::Config;
-use super::keys::{COMMON_SUFFIXES, group_by_path, key_of};
+use super::keys::{COMMON_SUFFIXES, group_by_path, holds_integers, key_of};
 use super::kinds::{self, Kind};
 use super::matching::{is_saved, modules_to_save};
 use super::tensor_file::TensorFile;
@@ -44,9 +44,8 @@ pub fn inspect(files: &AdapterFiles) -> Result<Inspection, AdapterError> {
     problems.extend((kind.check)(&config).err());
     let (modules, faults) = group_by_path(&file, kind);
     problems.extend(faults);
-    let holds_integers = |key: &str| kind.integers.iter().any(|suffix| key.contains(suffix));
-    problems.extend(file.keys().filter_map(|key| match holds_integers(key) {
-        true => file.read_indexes(key).err(),
+    problems.extend(file.keys().filter_map(|key| match holds_integers(kind, key) {
+        true => file.read_integers(key).err(),
         false => file.read_f32(key).err(),
     }));
     if file.len() == 0 {

@@ -67,8 +67,20 @@ pub(super) fn group_by_path(file: &TensorFile<'_>, kind: &Kind) -> (ModuleKeys<S
 /// The name of a tensor that belongs to no module: it is one of `shared`, or one of them and more components.
 pub(super) fn shared_name(key: &str, shared: &[&str]) -> Option<String> {
     let name = suffix_of(&key.split('.').collect::<Vec<_>>());
-    let begins = |with: &&str| name.strip_prefix(with).is_some_and(|rest| rest.is_empty() || rest.starts_with('.'));
-    shared.iter().any(begins).then_some(name)
+    shared.iter().any(|beginning| begins_with(&name, beginning)).then_some(name)
+}
+
+/// Whether a tensor's values are integers: those of the kind's suffixes and shared names that say so.
+pub(super) fn holds_integers(kind: &Kind, key: &str) -> bool {
+    let shared = shared_name(key, kind.shared);
+    kind.integers.iter().any(|name| match &shared {
+        Some(shared) => begins_with(shared, name),
+        None => key.trim_end_matches(".default").ends_with(&format!(".{name}")),
+    })
+}
+
+fn begins_with(name: &str, beginning: &str) -> bool {
+    name.strip_prefix(beginning).is_some_and(|rest| rest.is_empty() || rest.starts_with('.'))
 }
 
 /// The usual spelling of a key, for messages about tensors that are missing.

@@ -66,6 +66,9 @@ fn finish(mut lowering: Lowering<'_>) -> Result<(LoweredAdapter, LowerReport), A
             lowering.warnings.push("there is nothing to merge: the adapter stands before the prompt".to_owned());
         }
     }
+    if !lowering.options.merge {
+        lowering.warn_of_room();
+    }
     store(&mut lowering)?;
     let report = LowerReport {
         kind: lowering.kind.peft_type.to_owned(),
@@ -75,7 +78,7 @@ fn finish(mut lowering: Lowering<'_>) -> Result<(LoweredAdapter, LowerReport), A
         ranks: lowering.ranks.iter().copied().collect(),
         bytes: lowering.out.bytes(),
         own_weight_bytes: lowering.out.own_bytes(),
-        notes: lowering.paths.iter().map(|(path, linears)| format!("{linears} linears {path}")).collect(),
+        own_weights: lowering.own_weights(),
         warnings: lowering.warnings,
     };
     Ok((lowering.out, report))

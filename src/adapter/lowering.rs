@@ -2,14 +2,16 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use candle_core::Tensor;
+use candle_core::{Device, Tensor};
 
 use super::config::{Config, field_error};
 use super::keys::{ModuleKeys, SharedKeys, group_by_site, key_of};
 use super::kinds::Kind;
 use super::matching::Matcher;
 use super::tensor_file::TensorFile;
-use super::{AdapterError, BaseWeights, LowerOptions, LoweredAdapter, Site, SiteId, SiteKind, Weight};
+use super::{
+    AdapterError, BaseWeights, Delta, LowerOptions, LoweredAdapter, OwnWeights, Site, SiteId, SiteKind, Weight, merge,
+};
 
 /// What a kind lowers from and into. Tensors in `out` are f32, except whole weights and tables, which
 /// [`Lowering::own`] stores in their final format at once.
@@ -28,13 +30,13 @@ pub(super) struct Lowering<'a> {
     pub(super) ranks: BTreeSet<usize>,
     /// What is odd but not wrong.
     pub(super) warnings: Vec<String>,
-    /// How many linears are served in an unexpected way, by what is said of them.
-    pub(super) paths: BTreeMap<&'static str, usize>,
     file: TensorFile<'a>,
-    shared: SharedKeys,
     unread: ModuleKeys<SiteId>,
+    shared: SharedKeys,
     absent: Option<AdapterError>,
     own_bytes: usize,
+    own_reasons: BTreeMap<SiteId, &'static str>,
+    without_room: BTreeSet<SiteId>,
 }
 
 impl<'a> Lowering<'a> {
@@ -53,12 +55,13 @@ impl<'a> Lowering<'a> {
             out: LoweredAdapter::default(),
             ranks: BTreeSet::new(),
             warnings: Vec::new(),
-            paths: BTreeMap::new(),
             file,
-            shared,
             unread,
+            shared,
             absent: None,
             own_bytes: 0,
+            own_reasons: BTreeMap::new(),
+            without_room: BTreeSet::new(),
         })
     }
 
@@ -108,19 +111,22 @@ impl<'a> Lowering<'a> {
         tensor.ok_or_else(|| self.refuse(site, suffix, "is missing"))
     }
 
-    /// Takes a tensor of integers that the file must have, row by row, with its shape checked.
+    /// Takes a tensor of integers that the file must have, row by row; each must be below `limit`.
     pub(super) fn require_indexes(
         &mut self,
         site: SiteId,
         suffix: &str,
-        expected: &[usize],
-    ) -> Result<Vec<u32>, AdapterError> {
-        let found = self.shape(site, suffix).ok_or_else(|| self.refuse(site, suffix, "is missing"))?;
-        if found != expected {
-            return Err(self.refuse(site, suffix, format!("expected shape {expected:?}, found {found:?}")));
+        (expected, limit): (&[usize], usize),
+    ) -> Result<Vec<usize>, AdapterError> {
+        match self.shape(site, suffix) {
+            None => return Err(self.refuse(site, suffix, "is missing")),
+            Some(found) if found != expected => {
+                return Err(self.refuse(site, suffix, format!("expected shape {expected:?}, found {found:?}")));
+            }
+            Some(_) => {}
         }
-        let key = self.unread.get_mut(&site).and_then(|keys| keys.remove(suffix));
-        self.file.read_indexes(&key.unwrap_or_default())
+        let key = self.unread.get_mut(&site).and_then(|keys| keys.remove(suffix)).unwrap_or_default();
+        indexes(self.file.read_integers(&key)?, limit).map_err(|reason| AdapterError::Tensor { tensor: key, reason })
     }
 
     /// Shape of a tensor that belongs to no module and has not been taken yet.
@@ -138,6 +144,16 @@ impl<'a> Lowering<'a> {
     pub(super) fn require_shared(&mut self, name: &str, expected: &[usize]) -> Result<Tensor, AdapterError> {
         let key = self.take_shared_key(name, expected)?;
         self.file.read_f32(&key)
+    }
+
+    /// Takes a tensor of integers that belongs to no module and that the file must have; each must be below `limit`.
+    pub(super) fn require_shared_indexes(
+        &mut self,
+        name: &str,
+        (expected, limit): (&[usize], usize),
+    ) -> Result<Vec<usize>, AdapterError> {
+        let key = self.take_shared_key(name, expected)?;
+        indexes(self.file.read_integers(&key)?, limit).map_err(|reason| AdapterError::Tensor { tensor: key, reason })
     }
 
     fn take_shared_key(&mut self, name: &str, expected: &[usize]) -> Result<String, AdapterError> {
@@ -207,9 +223,8 @@ impl<'a> Lowering<'a> {
         if let Some(fault) = self.absent.take() {
             return Err(fault);
         }
-        let shared = self.shared.iter().next();
-        match self.unread.values().flatten().next().or(shared) {
-            Some((_, key)) => {
+        match self.unread.values().flat_map(BTreeMap::values).chain(self.shared.values()).next() {
+            Some(key) => {
                 let reason = "nothing in the config accounts for it".to_owned();
                 Err(AdapterError::Tensor { tensor: key.clone(), reason })
             }
@@ -225,14 +240,145 @@ impl<'a> Lowering<'a> {
         if needed > limit { Err(AdapterError::OverBudget { needed, limit }) } else { Ok(()) }
     }
 
-    /// Counts bytes of a dense copy against the budget if there is room for it; tells whether there is.
-    pub(super) fn try_reserve_own(&mut self, elements: usize) -> bool {
-        let before = self.own_bytes;
-        let fits = self.reserve_own(elements).is_ok();
+    /// Gives a linear a dense weight of its own, made from the one it has (out, in) in f32. `reason` is for the report.
+    pub(super) fn serve_own(
+        &mut self,
+        site: SiteId,
+        reason: &'static str,
+        make: impl FnOnce(Tensor) -> Result<Tensor, AdapterError>,
+    ) -> Result<(), AdapterError> {
+        if !self.has_own(site) {
+            self.reserve_own(self.site(site).kind.num_elements())?;
+        }
+        let weight = make(self.weight(site)?)?;
+        let own = self.own(&weight)?;
+        self.out.linears.entry(site).or_default().weight = Weight::Own(own);
+        self.explain_own(site, reason);
+        Ok(())
+    }
+
+    /// Gives an embedding a table of its own, made from the one it has (vocab, dim) in f32. `reason` is for the report.
+    pub(super) fn serve_own_table(
+        &mut self,
+        site: SiteId,
+        reason: &'static str,
+        make: impl FnOnce(Tensor) -> Result<Tensor, AdapterError>,
+    ) -> Result<(), AdapterError> {
+        let table = match self.out.embeddings.get(&site).and_then(|patch| patch.table.as_ref()) {
+            Some(table) => table.to_dtype(candle_core::DType::F32)?,
+            None => {
+                self.reserve_own(self.site(site).kind.num_elements())?;
+                self.base.weight(site)?
+            }
+        };
+        let own = self.own(&make(table)?)?;
+        self.out.embeddings.entry(site).or_default().table = Some(own);
+        self.explain_own(site, reason);
+        Ok(())
+    }
+
+    /// Adds `b a` to a linear, a: (r, in), b: (out, r), both f32; see [`Lowering::add_product`].
+    pub(super) fn add_low_rank(&mut self, site: SiteId, a: Tensor, b: Tensor) -> Result<(), AdapterError> {
+        let (rank, left, right) = (a.dim(0)?, b.clone(), a.clone());
+        self.add_product(site, rank, || Ok((a, b)), || left.matmul(&right))
+    }
+
+    /// Adds a matrix of rank `rank` to a linear, in f32: as the factors a: (rank, in) and b: (out, rank), or where these
+    /// cost more than a dense weight and the budget has room for one, as the matrix (out, in) in an own weight. Only the
+    /// form that is chosen is computed.
+    pub(super) fn add_product(
+        &mut self,
+        site: SiteId,
+        rank: usize,
+        factors: impl FnOnce() -> candle_core::Result<(Tensor, Tensor)>,
+        matrix: impl FnOnce() -> candle_core::Result<Tensor>,
+    ) -> Result<(), AdapterError> {
+        if self.costs_more(site, rank) && self.finds_room(site) {
+            let reason = "a low-rank delta of this rank would cost more than a dense weight";
+            return self.serve_own(site, reason, |weight| Ok((weight + matrix()?)?));
+        }
+        let (a, b) = factors()?;
+        self.out.linears.entry(site).or_default().deltas.push(Delta::LowRank { a, b });
+        Ok(())
+    }
+
+    /// Whether the factors of a low-rank delta have more elements than a linear's weight.
+    pub(super) fn costs_more(&self, site: SiteId, rank: usize) -> bool {
+        match self.site(site).kind {
+            SiteKind::Linear { in_features, out_features, .. } => {
+                rank.saturating_mul(in_features + out_features) > in_features * out_features
+            }
+            SiteKind::Norm { .. } | SiteKind::Embedding { .. } => false,
+        }
+    }
+
+    /// Adds a matrix that is zero but for some entries, each (row, column, value): sparse where that costs less than a
+    /// dense weight, or where a dense weight would exceed the budget; otherwise as an own weight.
+    pub(super) fn add_sparse(
+        &mut self,
+        site: SiteId,
+        mut entries: Vec<(usize, usize, f32)>,
+    ) -> Result<(), AdapterError> {
+        /// An entry costs about as much as this many elements of a dense weight: its index, and a gather.
+        const COST: usize = 4;
+        entries.sort_unstable_by_key(|(row, column, _)| (*row, *column));
+        entries.dedup_by(|next, kept| {
+            let same = (next.0, next.1) == (kept.0, kept.1);
+            kept.2 += if same { next.2 } else { 0.0 };
+            same
+        });
+        let count = entries.len();
+        let index = |of: fn(&(usize, usize, f32)) -> usize| {
+            Tensor::from_vec(entries.iter().map(|entry| of(entry) as u32).collect(), count, &Device::Cpu)
+        };
+        let (rows, columns) = (index(|entry| entry.0)?, index(|entry| entry.1)?);
+        let values = Tensor::from_vec(entries.iter().map(|entry| entry.2).collect(), count, &Device::Cpu)?;
+        let delta = Delta::Sparse { rows, columns, values };
+        if count.saturating_mul(COST) <= self.site(site).kind.num_elements() || !self.finds_room(site) {
+            self.out.linears.entry(site).or_default().deltas.push(delta);
+            return Ok(());
+        }
+        let reason = "so many entries would cost more than a dense weight";
+        self.serve_own(site, reason, |weight| {
+            let (out_features, in_features) = weight.dims2()?;
+            Ok((weight + merge::dense(&delta, out_features, in_features)?)?)
+        })
+    }
+
+    /// Whether the budget has room for a dense weight of this linear; if not, that is remembered for the report.
+    fn finds_room(&mut self, site: SiteId) -> bool {
+        let bytes = self.site(site).kind.num_elements().saturating_mul(self.options.dtype.size_in_bytes());
+        let fits = self.has_own(site) || self.own_bytes.saturating_add(bytes) <= self.options.own_bytes_max;
         if !fits {
-            self.own_bytes = before;
+            self.without_room.insert(site);
         }
         fits
+    }
+
+    /// What to say of linears that are served from a delta although a dense weight would cost less.
+    pub(super) fn warn_of_room(&mut self) {
+        if !self.without_room.is_empty() {
+            self.warnings.push(format!(
+                "{} linears keep a delta that costs more than a dense weight, for which adapters.merged_bytes_max has no room",
+                self.without_room.len()
+            ));
+        }
+    }
+
+    fn has_own(&self, site: SiteId) -> bool {
+        self.out.linears.get(&site).is_some_and(|slots| matches!(slots.weight, Weight::Own(_)))
+    }
+
+    /// Notes why a module has a dense weight or table of its own, for the report. The first reason stays.
+    pub(super) fn explain_own(&mut self, site: SiteId, reason: &'static str) {
+        self.own_reasons.entry(site).or_insert(reason);
+    }
+
+    /// The modules with dense weights or tables of their own, counted by reason.
+    pub(super) fn own_weights(&self) -> Vec<OwnWeights> {
+        let mut counts: BTreeMap<&str, usize> = BTreeMap::new();
+        self.own_reasons.values().for_each(|reason| *counts.entry(reason).or_default() += 1);
+        counts.into_iter().map(|(reason, modules)| OwnWeights { modules, reason: reason.to_owned() }).collect()
     }
 
     /// A dense weight or table in its final format. The caller has reserved its bytes.
@@ -275,4 +421,13 @@ impl<'a> Lowering<'a> {
         let ids: BTreeSet<&SiteId> = out.linears.keys().chain(out.norms.keys()).chain(out.embeddings.keys()).collect();
         ids.len()
     }
+}
+
+/// Numbers as indexes below `limit`, or what is wrong with them.
+fn indexes(values: Vec<i64>, limit: usize) -> Result<Vec<usize>, String> {
+    let index = |value: i64| {
+        let index = usize::try_from(value).ok().filter(|index| *index < limit);
+        index.ok_or_else(|| format!("expected indexes below {limit}, found {value}"))
+    };
+    values.into_iter().map(index).collect()
 }

@@ -158,8 +158,17 @@ impl Layers {
 }
 
 impl Patterns {
-    /// Reads a field that maps expressions to values.
+    /// Reads a field that maps expressions to values; an expression matches the end of a path.
     pub(super) fn parse(config: &Config, field: &'static str) -> Result<Self, AdapterError> {
+        Self::parse_as(config, field, |key| format!(r"\A(?:.*\.)?(?:{key})\z"))
+    }
+
+    /// The same where an expression of the config stands for another one.
+    pub(super) fn parse_as(
+        config: &Config,
+        field: &'static str,
+        expression: impl Fn(&str) -> String,
+    ) -> Result<Self, AdapterError> {
         let entries = config.entries(field)?;
         if entries.len() > PATTERNS_MAX {
             return Err(field_error(
@@ -167,8 +176,7 @@ impl Patterns {
                 format!("expected at most {PATTERNS_MAX} entries, found {}", entries.len()),
             ));
         }
-        let compile =
-            |(key, value): (&String, &Value)| Ok((regex(field, &format!(r"\A(?:.*\.)?(?:{key})\z"))?, value.clone()));
+        let compile = |(key, value): (&String, &Value)| Ok((regex(field, &expression(key))?, value.clone()));
         Ok(Self { field, entries: entries.into_iter().map(compile).collect::<Result<_, AdapterError>>()? })
     }
 

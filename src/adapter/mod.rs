@@ -5,6 +5,8 @@
 //! `kinds/`. This module does no IO, knows no path, no model family and nothing of the engine: files arrive as bytes
 //! ([`AdapterFiles`]) and the base model as a table of sites with readable weights ([`BaseWeights`]).
 
+mod activation;
+mod adapted;
 mod config;
 mod effect;
 mod error;
@@ -14,23 +16,26 @@ mod files;
 mod inspect;
 mod keys;
 mod kinds;
-mod linears;
+mod linalg;
 mod lower;
 mod lowering;
 mod matching;
 mod merge;
 mod normal_form;
 mod replace;
+mod rotation;
 mod site;
 mod tensor_file;
 #[cfg(test)]
 mod tests;
 mod token_rows;
+mod torch_random;
+mod wavelets;
 
 pub use error::AdapterError;
-pub use files::{AdapterFiles, LowerOptions, LowerReport};
+pub use files::{AdapterFiles, LowerOptions, LowerReport, OwnWeights};
 pub use inspect::{Inspection, inspect};
-pub use kinds::{KINDS, Kind};
+pub use kinds::{KINDS, Kind, REFUSED, Refused};
 pub use lower::{digest, lower};
 pub use normal_form::{
     Delta, EmbeddingPatch, KvPrefix, LinearSlots, LoadedAdapter, LoweredAdapter, NormOverride, Pre, Scale, Weight,

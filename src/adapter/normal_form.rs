@@ -69,6 +69,9 @@ pub enum Pre {
     Identity,
     /// Elementwise product, (in).
     Diag(Tensor),
+    /// Each block of consecutive inputs times a matrix: `x'[k*s + j] = sum_i x[k*s + i] m_k[i, j]`, blocks (n, s, s) with
+    /// n s inputs, or (1, s, s) when all blocks of the input share one.
+    BlockDiag(Tensor),
 }
 
 /// The weight a linear multiplies with.
@@ -97,6 +100,16 @@ pub enum Delta {
         /// Block matrix (r, q).
         m: Tensor,
     },
+    /// `y[rows[i]] += values[i] * x[columns[i]]` for each entry i. The entries are sorted by row, and no place occurs
+    /// twice.
+    Sparse {
+        /// Output indexes, (entries) of 32-bit integers.
+        rows: Tensor,
+        /// Input indexes, (entries) of 32-bit integers.
+        columns: Tensor,
+        /// Values, (entries).
+        values: Tensor,
+    },
 }
 
 /// Output scale of a linear.
@@ -107,6 +120,16 @@ pub enum Scale {
     One,
     /// Elementwise, (out).
     Diag(Tensor),
+    /// Pairs of outputs are mixed. The outputs are in groups of `2 half`; for j below `half`, `a = y[j]` and
+    /// `b = y[half + j]` of a group become `p[j] a - q[j] b` and `p[half + j] b + q[half + j] a`.
+    PairRot {
+        /// What each output keeps of itself, (out).
+        p: Tensor,
+        /// What it takes of its partner, (out).
+        q: Tensor,
+        /// Distance of the partners.
+        half: usize,
+    },
 }
 
 /// Replacement of a norm's parameters: `y = weight * normalised(x) + shift`.
@@ -154,7 +177,7 @@ impl Pre {
     pub fn tensors(&self) -> Vec<&Tensor> {
         match self {
             Self::Identity => Vec::new(),
-            Self::Diag(scale) => vec![scale],
+            Self::Diag(tensor) | Self::BlockDiag(tensor) => vec![tensor],
         }
     }
 
@@ -162,13 +185,23 @@ impl Pre {
     pub fn tensors_mut(&mut self) -> Vec<&mut Tensor> {
         match self {
             Self::Identity => Vec::new(),
-            Self::Diag(scale) => vec![scale],
+            Self::Diag(tensor) | Self::BlockDiag(tensor) => vec![tensor],
+        }
+    }
+}
+
+impl Delta {
+    /// Tensors of indexes, whose format never changes.
+    pub fn indexes(&self) -> Vec<&Tensor> {
+        match self {
+            Self::LowRank { .. } | Self::ShardSum { .. } => Vec::new(),
+            Self::Sparse { rows, columns, .. } => vec![rows, columns],
         }
     }
 }
 
 impl LinearSlots {
-    /// Every tensor of the slots.
+    /// Every tensor of the slots, but for indexes.
     pub fn tensors(&self) -> Vec<&Tensor> {
         let mut tensors = self.pre.tensors();
         if let Weight::Own(w) = &self.weight {
@@ -179,10 +212,13 @@ impl LinearSlots {
             match delta {
                 Delta::LowRank { a, b } => tensors.extend([a, b]),
                 Delta::ShardSum { m } => tensors.push(m),
+                Delta::Sparse { values, .. } => tensors.push(values),
             }
         }
-        if let Scale::Diag(g) = &self.scale {
-            tensors.push(g);
+        match &self.scale {
+            Scale::One => {}
+            Scale::Diag(g) => tensors.push(g),
+            Scale::PairRot { p, q, .. } => tensors.extend([p, q]),
         }
         tensors.extend(&self.c);
         tensors
@@ -250,7 +286,7 @@ impl LoweredAdapter {
         self.virtual_tokens.iter().chain(prefix)
     }
 
-    /// Every tensor of the adapter, to be replaced in place.
+    /// Every tensor of the adapter, but for indexes, to be replaced in place.
     pub fn tensors_mut(&mut self) -> Vec<&mut Tensor> {
         let mut tensors = Vec::new();
         for slots in self.linears.values_mut() {
@@ -263,10 +299,13 @@ impl LoweredAdapter {
                 match delta {
                     Delta::LowRank { a, b } => tensors.extend([a, b]),
                     Delta::ShardSum { m } => tensors.push(m),
+                    Delta::Sparse { values, .. } => tensors.push(values),
                 }
             }
-            if let Scale::Diag(g) = &mut slots.scale {
-                tensors.push(g);
+            match &mut slots.scale {
+                Scale::One => {}
+                Scale::Diag(g) => tensors.push(g),
+                Scale::PairRot { p, q, .. } => tensors.extend([p, q]),
             }
             tensors.extend(&mut slots.c);
         }
@@ -297,6 +336,8 @@ impl LoweredAdapter {
 
     /// Bytes of all tensors.
     pub fn bytes(&self) -> usize {
-        self.tensors().iter().map(|t| t.elem_count() * t.dtype().size_in_bytes()).sum()
+        let deltas = self.linears.values().flat_map(|slots| &slots.deltas);
+        let indexes = deltas.flat_map(Delta::indexes);
+        self.tensors().into_iter().chain(indexes).map(|t| t.elem_count() * t.dtype().size_in_bytes()).sum()
     }
 }

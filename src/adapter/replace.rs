@@ -7,6 +7,9 @@ use super::lowering::Lowering;
 use super::matching::{is_saved, modules_to_save};
 use super::{AdapterError, SiteId, SiteKind, Weight};
 
+/// Why such a module does not use the shared weight.
+const REPLACED: &str = "the file replaces the weight as a whole";
+
 /// Applies `modules_to_save`: complete tensors of the modules it names. `also` is one more module, for weight tying.
 pub(super) fn saved_modules(lowering: &mut Lowering<'_>, also: Option<SiteId>) -> Result<(), AdapterError> {
     let names = modules_to_save(&lowering.config)?;
@@ -60,6 +63,7 @@ fn set_weight(lowering: &mut Lowering<'_>, id: SiteId, weight: &Tensor) -> Resul
     lowering.reserve_own(weight.elem_count())?;
     let own = lowering.own(weight)?;
     lowering.out.linears.entry(id).or_default().weight = Weight::Own(own);
+    lowering.explain_own(id, REPLACED);
     Ok(())
 }
 
@@ -67,6 +71,7 @@ fn set_table(lowering: &mut Lowering<'_>, id: SiteId, table: &Tensor) -> Result<
     lowering.reserve_own(table.elem_count())?;
     let own = lowering.own(table)?;
     lowering.out.embeddings.entry(id).or_default().table = Some(own);
+    lowering.explain_own(id, REPLACED);
     Ok(())
 }
 

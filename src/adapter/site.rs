@@ -39,6 +39,15 @@ pub enum SiteKind {
 }
 
 impl SiteKind {
+    /// Number of elements of its weight.
+    pub(super) fn num_elements(&self) -> usize {
+        match *self {
+            Self::Linear { in_features, out_features, .. } => in_features.saturating_mul(out_features),
+            Self::Norm { dim, .. } => dim,
+            Self::Embedding { vocab, dim } => vocab.saturating_mul(dim),
+        }
+    }
+
     /// What stands there, in words.
     pub(super) fn noun(&self) -> &'static str {
         match self {

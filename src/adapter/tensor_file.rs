@@ -67,16 +67,29 @@ impl<'a> TensorFile<'a> {
         Ok(Tensor::from_vec(values, view.shape(), &Device::Cpu)?)
     }
 
-    /// A tensor of integers, row by row. Refuses other formats and negative values.
-    pub(super) fn read_indexes(&self, key: &str) -> Result<Vec<u32>, AdapterError> {
+    /// The tensor's values when it holds integers, in the order of the file. Floats are accepted when they are whole:
+    /// some systems cannot save integers.
+    pub(super) fn read_integers(&self, key: &str) -> Result<Vec<i64>, AdapterError> {
         let refuse = |reason: String| AdapterError::Tensor { tensor: key.to_owned(), reason };
         let view = self.views.get(key).ok_or_else(|| refuse("is missing".to_owned()))?;
-        let values = integers(view.dtype(), view.data())
-            .ok_or_else(|| refuse(format!("expected integers, found {:?}", view.dtype())))?;
-        let index = |(idx, value): (usize, &i64)| {
-            u32::try_from(*value).map_err(|_| refuse(format!("value {idx} is {value}, which is no index")))
-        };
-        values.iter().enumerate().map(index).collect()
+        let data = view.data();
+        Ok(match view.dtype() {
+            Dtype::U8 => chunks(data, |[byte]: [u8; 1]| i64::from(byte)),
+            Dtype::I8 => chunks(data, |bytes| i64::from(i8::from_le_bytes(bytes))),
+            Dtype::I16 => chunks(data, |bytes| i64::from(i16::from_le_bytes(bytes))),
+            Dtype::U16 => chunks(data, |bytes| i64::from(u16::from_le_bytes(bytes))),
+            Dtype::I32 => chunks(data, |bytes| i64::from(i32::from_le_bytes(bytes))),
+            Dtype::U32 => chunks(data, |bytes| i64::from(u32::from_le_bytes(bytes))),
+            Dtype::I64 => chunks(data, i64::from_le_bytes),
+            dtype => {
+                let values =
+                    floats(dtype, data).ok_or_else(|| refuse(format!("expected integers, found {dtype:?}")))?;
+                if let Some(value) = values.iter().find(|value| value.fract() != 0.0) {
+                    return Err(refuse(format!("expected integers, found the value {value}")));
+                }
+                values.iter().map(|value| *value as i64).collect()
+            }
+        })
     }
 }
 
@@ -104,17 +117,6 @@ fn floats(dtype: Dtype, data: &[u8]) -> Option<Vec<f32>> {
         _ => return None,
     };
     Some(values)
-}
-
-/// Little-endian integers; `None` for floats and packed formats.
-fn integers(dtype: Dtype, data: &[u8]) -> Option<Vec<i64>> {
-    Some(match dtype {
-        Dtype::U8 => chunks(data, |[byte]| i64::from(byte)),
-        Dtype::I16 => chunks(data, |bytes| i64::from(i16::from_le_bytes(bytes))),
-        Dtype::I32 => chunks(data, |bytes| i64::from(i32::from_le_bytes(bytes))),
-        Dtype::I64 => chunks(data, i64::from_le_bytes),
-        _ => return None,
-    })
 }
 
 fn chunks<const N: usize, T>(data: &[u8], read: impl Fn([u8; N]) -> T) -> Vec<T> {
@@ -169,15 +171,20 @@ mod tests {
     }
 
     #[test]
-    fn indexes_are_integers_of_at_least_zero() {
-        let read =
-            |dtype, data: &[u8], count| TensorFile::parse(&file_of(dtype, &[count], data), false)?.read_indexes("x");
-        let i64s: Vec<u8> = [3i64, 70_000].iter().flat_map(|v| v.to_le_bytes()).collect();
-        assert_eq!(read(Dtype::U8, &[0, 255], 2).unwrap(), [0, 255]);
-        assert_eq!(read(Dtype::I16, &[1, 1], 1).unwrap(), [257]);
-        assert_eq!(read(Dtype::I64, &i64s, 2).unwrap(), [3, 70_000]);
-        assert!(read(Dtype::I32, &[255; 4], 1).unwrap_err().to_string().contains("value 0 is -1"));
-        assert!(read(Dtype::F32, &[0; 4], 1).unwrap_err().to_string().contains("expected integers"));
+    fn integers_are_read_and_fractions_refused() {
+        let integers = |dtype, data: &[u8], count| {
+            let bytes = file_of(dtype, &[count], data);
+            TensorFile::parse(&bytes, false)?.read_integers("x")
+        };
+        let i32s: Vec<u8> = [70_000i32, -2].iter().flat_map(|v| v.to_le_bytes()).collect();
+        assert_eq!(integers(Dtype::I32, &i32s, 2).unwrap(), [70_000, -2]);
+        assert_eq!(integers(Dtype::U8, &[200, 3], 2).unwrap(), [200, 3]);
+        assert_eq!(integers(Dtype::F32, &7f32.to_le_bytes(), 1).unwrap(), [7]);
+        for value in [0.5, f32::NAN, f32::INFINITY] {
+            assert!(
+                integers(Dtype::F32, &value.to_le_bytes(), 1).unwrap_err().to_string().contains("expected integers")
+            );
+        }
     }
 
     #[test]

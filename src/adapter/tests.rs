@@ -441,7 +441,7 @@ proptest! {
 
     #[test]
     fn strange_configs_and_tensors_never_panic(
-        kind in 0..4usize,
+        kind in 0..KINDS.len(),
         fields in proptest::collection::vec((0..60usize, any_value()), 0..6),
         tensors in any_tensors(),
     ) {

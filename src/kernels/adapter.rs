@@ -19,8 +19,8 @@ pub struct SegmentTerms<'a> {
     pub rows: Option<(&'a [u32], &'a Tensor)>,
     /// Additive terms.
     pub terms: Vec<Term<'a>>,
-    /// Output scale (out) of product and terms.
-    pub scale: Option<&'a Tensor>,
+    /// Output scale of product and terms.
+    pub scale: Option<OutputTerm<'a>>,
     /// Vector (out) added last.
     pub c: Option<&'a Tensor>,
 }
@@ -44,6 +44,11 @@ pub enum InputTerm<'a> {
         /// Factors (in).
         scale: &'a Tensor,
     },
+    /// Each block of consecutive inputs times a matrix, as a row.
+    BlockDiag {
+        /// Matrices (n, s, s), n s inputs; (1, s, s) when all blocks share one.
+        blocks: &'a Tensor,
+    },
 }
 
 /// One additive term.
@@ -62,6 +67,35 @@ pub enum Term<'a> {
         /// Block matrix (r, q), q divides out.
         m: &'a Tensor,
     },
+    /// `y[rows[i]] += values[i] * x[columns[i]]`.
+    Sparse {
+        /// Output indexes (entries), u32.
+        rows: &'a Tensor,
+        /// Input indexes (entries), u32.
+        columns: &'a Tensor,
+        /// Values (entries).
+        values: &'a Tensor,
+    },
+}
+
+/// An output scale of product and terms.
+#[derive(Clone, Copy, Debug)]
+pub enum OutputTerm<'a> {
+    /// Elementwise product.
+    Diag {
+        /// Factors (out).
+        scale: &'a Tensor,
+    },
+    /// In groups of `2 half` outputs, `a = y[j]` and `b = y[half + j]` become `p[j] a - q[j] b` and
+    /// `p[half + j] b + q[half + j] a`.
+    PairRot {
+        /// (out).
+        p: &'a Tensor,
+        /// (out).
+        q: &'a Tensor,
+        /// Distance of the partners.
+        half: usize,
+    },
 }
 
 /// `pre(x)`, segment by segment: `x` (rows, in) with the rows of segments that transform their input transformed, and
@@ -78,6 +112,7 @@ pub fn transform_inputs(x: &Tensor, segments: &[SegmentTerms<'_>]) -> Result<Ten
         match segment.pre {
             None => Ok(x),
             Some(InputTerm::Diag { scale }) => x.broadcast_mul(scale),
+            Some(InputTerm::BlockDiag { blocks }) => times_blocks(&x, blocks),
         }
     };
     Tensor::cat(&segments.iter().map(transform).collect::<Result<Vec<_>>>()?, 0)
@@ -123,11 +158,14 @@ fn apply_one((x, pre_x): (&Tensor, &Tensor), product: Option<&Tensor>, segment: 
         y = match *term {
             Term::LowRank { a, b } => (y + low_rank(&x, a, b)?)?,
             Term::ShardSum { m } => add_shard_sum(&y, &x, m)?,
+            Term::Sparse { rows, columns, values } => add_sparse(&y, &x, (rows, columns), values)?,
         };
     }
-    if let Some(scale) = segment.scale {
-        y = y.broadcast_mul(scale)?;
-    }
+    y = match segment.scale {
+        None => y,
+        Some(OutputTerm::Diag { scale }) => y.broadcast_mul(scale)?,
+        Some(OutputTerm::PairRot { p, q, half }) => rotate_pairs(&y, (p, q), half)?,
+    };
     if let Some(c) = segment.c {
         y = y.broadcast_add(c)?;
     }
@@ -139,6 +177,39 @@ fn with_rows(y: &Tensor, x: &Tensor, indexes: &[u32], rows: &Tensor) -> Result<T
     let replaced = linear(x, rows)?; // [rows of x, n]
     let index = Tensor::new(indexes, y.device())?.broadcast_as(replaced.shape())?.contiguous()?;
     y.contiguous()?.scatter(&index, &replaced, 1)
+}
+
+/// Each block of a row of `x` (rows, n s) times its matrix of `blocks` (n or 1, s, s).
+fn times_blocks(x: &Tensor, blocks: &Tensor) -> Result<Tensor> {
+    let (rows, in_features) = x.dims2()?;
+    let s = blocks.dim(1)?;
+    let n = in_features / s;
+    if blocks.dim(0)? == 1 {
+        return x.reshape((rows * n, s))?.matmul(&blocks.squeeze(0)?)?.reshape((rows, in_features));
+    }
+    let pieces = x.reshape((rows, n, s))?.transpose(0, 1)?.contiguous()?; // [n, rows, s]
+    pieces.matmul(blocks)?.transpose(0, 1)?.reshape((rows, in_features))
+}
+
+/// Adds the entries' products. The columns that they read are gathered, a bounded number of entries at a time.
+fn add_sparse(y: &Tensor, x: &Tensor, (rows, columns): (&Tensor, &Tensor), values: &Tensor) -> Result<Tensor> {
+    /// Entries gathered at once, which bounds the memory.
+    const ENTRIES_MAX: usize = 1 << 16;
+    let (count, mut y) = (values.dim(0)?, y.clone());
+    for from in (0..count).step_by(ENTRIES_MAX) {
+        let piece = |t: &Tensor| t.narrow(0, from, ENTRIES_MAX.min(count - from))?.contiguous();
+        let products = x.contiguous()?.index_select(&piece(columns)?, 1)?.broadcast_mul(&piece(values)?)?;
+        y = y.contiguous()?.index_add(&piece(rows)?, &products, 1)?;
+    }
+    Ok(y)
+}
+
+fn rotate_pairs(y: &Tensor, (p, q): (&Tensor, &Tensor), half: usize) -> Result<Tensor> {
+    let (rows, out_features) = y.dims2()?;
+    let pairs = y.reshape((rows, out_features / (2 * half), 2, half))?;
+    let (first, second) = (pairs.narrow(2, 0, 1)?, pairs.narrow(2, 1, 1)?);
+    let partners = Tensor::cat(&[second.neg()?, first], 2)?.reshape((rows, out_features))?;
+    y.broadcast_mul(p)? + partners.broadcast_mul(q)?
 }
 
 fn low_rank(x: &Tensor, a: &Tensor, b: &Tensor) -> Result<Tensor> {
@@ -218,11 +289,33 @@ mod tests {
         let segment = SegmentTerms {
             len: 1,
             terms: vec![Term::LowRank { a: &a, b: &b }],
-            scale: Some(&scale),
+            scale: Some(OutputTerm::Diag { scale: &scale }),
             c: Some(&c),
             ..SegmentTerms::default()
         };
         let y = apply_segments((&x, &x), Some(&product), &[segment]).unwrap();
         assert_eq!(y.to_vec2::<f32>().unwrap(), [[12.5, 30.25]]);
+    }
+
+    #[test]
+    fn pairs_are_rotated_within_groups() {
+        let y = matrix(&[1., 2., 3., 4., 5., 6., 7., 8.], (1, 8));
+        let p = Tensor::new(&[1f32, 1., 1., 1., 2., 2., 2., 2.], &Device::Cpu).unwrap();
+        let q = Tensor::new(&[10f32, 10., 10., 10., 0., 0., 1., 1.], &Device::Cpu).unwrap();
+        let rotated = rotate_pairs(&y, (&p, &q), 2).unwrap();
+        assert_eq!(rotated.to_vec2::<f32>().unwrap(), [[-29., -38., 13., 24., 10., 12., 19., 22.]]);
+    }
+
+    #[test]
+    fn blocks_multiply_rows_and_entries_add_up() {
+        let x = matrix(&[1., 2., 3., 4.], (1, 4));
+        let blocks = Tensor::new(&[[[0f32, 1.], [1., 0.]], [[1., 1.], [0., 1.]]], &Device::Cpu).unwrap();
+        assert_eq!(times_blocks(&x, &blocks).unwrap().to_vec2::<f32>().unwrap(), [[2., 1., 3., 7.]]);
+        let shared = blocks.narrow(0, 0, 1).unwrap();
+        assert_eq!(times_blocks(&x, &shared).unwrap().to_vec2::<f32>().unwrap(), [[2., 1., 4., 3.]]);
+        let index = |values: &[u32]| Tensor::new(values, &Device::Cpu).unwrap();
+        let values = Tensor::new(&[10f32, 100., 1000.], &Device::Cpu).unwrap();
+        let y = add_sparse(&matrix(&[1., 1.], (1, 2)), &x, (&index(&[0, 0, 1]), &index(&[0, 3, 1])), &values).unwrap();
+        assert_eq!(y.to_vec2::<f32>().unwrap(), [[411., 2001.]]);
     }
 }

@@ -10,7 +10,7 @@ mod kv;
 mod linear;
 mod paged;
 
-pub use adapter::{InputTerm, SegmentTerms, Term, apply_segments, transform_inputs};
+pub use adapter::{InputTerm, OutputTerm, SegmentTerms, Term, apply_segments, transform_inputs};
 pub use attention::AttentionShape;
 pub use linear::linear;
 pub use paged::{AttentionPlan, KvLayout, PagedKv, PagedSpan};

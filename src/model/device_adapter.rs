@@ -8,7 +8,9 @@ use half::bf16;
 use crate::adapter::{
     Delta, EmbeddingPatch, KvPrefix, LinearSlots, LoweredAdapter, NormOverride, Pre, Scale, SiteId, Weight,
 };
-use crate::kernels::cpu::{NormSlots, PackedDelta, PackedMatrix, PackedPre, PackedSlots, RowMatrix, WeightFormat};
+use crate::kernels::cpu::{
+    NormSlots, PackedDelta, PackedMatrix, PackedPre, PackedScale, PackedSlots, RowMatrix, SparseRows, WeightFormat,
+};
 
 /// An adapter on the model's device.
 ///
@@ -111,6 +113,10 @@ fn pack_slots(slots: &LinearSlots, format: WeightFormat) -> Result<PackedSlots> 
                 PackedDelta::LowRank { a: RowMatrix::new(format, &host(a)?, r, k), b: pack_as(b, format)? }
             }
             Delta::ShardSum { m } => PackedDelta::ShardSum { m: pack_as(&m.t()?, format)? },
+            Delta::Sparse { rows, columns, values } => {
+                let (rows, columns) = (rows.to_vec1::<u32>()?, columns.to_vec1::<u32>()?);
+                PackedDelta::Sparse(SparseRows::new(&rows, columns, host(values)?))
+            }
         });
     }
     let rows = match &slots.rows {
@@ -124,6 +130,7 @@ fn pack_slots(slots: &LinearSlots, format: WeightFormat) -> Result<PackedSlots> 
         pre: match &slots.pre {
             Pre::Identity => None,
             Pre::Diag(scale) => Some(PackedPre::Diag(host(scale)?)),
+            Pre::BlockDiag(blocks) => Some(PackedPre::BlockDiag { s: blocks.dim(1)?, blocks: host(blocks)? }),
         },
         rows,
         own: match &slots.weight {
@@ -133,7 +140,8 @@ fn pack_slots(slots: &LinearSlots, format: WeightFormat) -> Result<PackedSlots> 
         deltas,
         scale: match &slots.scale {
             Scale::One => None,
-            Scale::Diag(scale) => Some(host(scale)?),
+            Scale::Diag(scale) => Some(PackedScale::Diag(host(scale)?)),
+            Scale::PairRot { p, q, half } => Some(PackedScale::PairRot { p: host(p)?, q: host(q)?, half: *half }),
         },
         c: slots.c.as_ref().map(host).transpose()?,
     })
@@ -165,6 +173,11 @@ impl Placement<'_> {
             deltas.push(match delta {
                 Delta::LowRank { a, b } => Delta::LowRank { a: self.tensor(a)?, b: self.tensor(b)? },
                 Delta::ShardSum { m } => Delta::ShardSum { m: self.tensor(m)? },
+                Delta::Sparse { rows, columns, values } => Delta::Sparse {
+                    rows: rows.to_device(self.device)?,
+                    columns: columns.to_device(self.device)?,
+                    values: self.tensor(values)?,
+                },
             });
         }
         let rows = slots.rows.as_ref().map(|(indexes, rows)| Result::Ok((indexes.clone(), self.tensor(rows)?)));
@@ -172,6 +185,7 @@ impl Placement<'_> {
             pre: match &slots.pre {
                 Pre::Identity => Pre::Identity,
                 Pre::Diag(scale) => Pre::Diag(self.tensor(scale)?),
+                Pre::BlockDiag(blocks) => Pre::BlockDiag(self.tensor(blocks)?),
             },
             rows: rows.transpose()?,
             weight: match &slots.weight {
@@ -182,6 +196,7 @@ impl Placement<'_> {
             scale: match &slots.scale {
                 Scale::One => Scale::One,
                 Scale::Diag(scale) => Scale::Diag(self.tensor(scale)?),
+                Scale::PairRot { p, q, half } => Scale::PairRot { p: self.tensor(p)?, q: self.tensor(q)?, half: *half },
             },
             c: self.option(&slots.c)?,
         })

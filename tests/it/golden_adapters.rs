@@ -5,7 +5,7 @@
 use std::collections::BTreeMap;
 
 use candle_core::{DType, Tensor};
-use patchbay::adapter::{AdapterFiles, LowerOptions, LowerReport, LoweredAdapter, lower};
+use patchbay::adapter::{AdapterFiles, LowerOptions, LowerReport, LoweredAdapter, inspect, lower};
 use patchbay::model::{DtypeChoice, KernelChoice, ModelConfig, QuantChoice};
 
 use crate::fixtures::{self, AdapterCase};
@@ -242,9 +242,6 @@ fn identity_adapters_equal_the_base_and_say_so() {
     });
 }
 
-/// Kinds whose tensors have no rank.
-const WITHOUT_RANK: &[&str] = &["SSF", "IA3", "LN_TUNING", "TRAINABLE_TOKENS", "BEFT"];
-
 #[test]
 fn reports_name_kind_modules_ranks_and_bytes() {
     for_each_model(|runner, cases| {
@@ -255,8 +252,8 @@ fn reports_name_kind_modules_ranks_and_bytes() {
             let is_leading = report.leading_tokens > 0;
             assert_eq!(report.modules == 0, is_leading, "{at}");
             assert_eq!(report.leading_tokens, adapter.num_leading(), "{at}");
-            let without_rank = is_leading || WITHOUT_RANK.contains(&case.peft_type.as_str());
-            assert_eq!(report.ranks.is_empty(), without_rank, "{at}");
+            assert_eq!(report.ranks, inspect(&read(case)).unwrap().ranks, "{at}");
+            assert_eq!(report.own_weights.is_empty(), report.own_weight_bytes == 0, "{at}");
             assert_eq!(report.bytes, adapter.bytes(), "{at}");
             assert!(report.own_weight_bytes <= report.bytes, "{at}");
         }
@@ -287,14 +284,20 @@ fn without_room_for_dense_weights_high_ranks_stay_factors() {
     for_each_model(|runner, cases| {
         for case in cases {
             let dense = lower_case(runner, case, false);
-            if !dense.report.notes.iter().any(|note| note.contains("less than the rank")) {
+            if !dense.report.own_weights.iter().all(|own| own.reason.contains("delta of this rank"))
+                || dense.report.own_weights.is_empty()
+            {
                 continue;
             }
             assert!(dense.report.own_weight_bytes > 0, "{}: {:?}", case.dir, dense.report);
             let options = LowerOptions { merge: false, dtype: DType::F32, own_bytes_max: 0 };
             let (adapter, report) = lower(&read(case), &runner.model, &options).unwrap();
             assert_eq!(report.own_weight_bytes, 0, "{}: {report:?}", case.dir);
-            assert!(report.notes.iter().any(|note| note.contains("merged_bytes_max")), "{}: {report:?}", case.dir);
+            assert!(
+                report.warnings.iter().any(|warning| warning.contains("merged_bytes_max")),
+                "{}: {report:?}",
+                case.dir
+            );
             let difference = difference(runner, &dense, Some(&adapter));
             assert!(difference < F32_TOLERANCE, "{}: differs by {difference:e}", case.dir);
             seen.set(seen.get() + 1);

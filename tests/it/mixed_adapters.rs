@@ -43,21 +43,49 @@ fn random_linear(rng: &mut ChaCha8Rng, in_features: usize, out_features: usize) 
             Delta::LowRank { a: random(rng, &[r, in_features], 0.), b: random(rng, &[out_features, r], 0.) }
         } else {
             // Ragged shards unless r divides the inputs; tiled outputs unless q is all of them.
-            let divisors: Vec<usize> = (1..=out_features).filter(|q| out_features.is_multiple_of(*q)).collect();
-            let q = *divisors.choose(rng).unwrap();
+            let q = *divisors(out_features).choose(rng).unwrap();
             Delta::ShardSum { m: random(rng, &[r, q], 0.) }
         });
     }
     if rng.random_bool(0.3) {
         slots.pre = Pre::Diag(random(rng, &[in_features], 1.));
     }
-    if rng.random_bool(0.4) {
-        slots.scale = Scale::Diag(random(rng, &[out_features], 1.));
+    if rng.random_bool(0.2) {
+        let small: Vec<usize> = divisors(in_features).into_iter().filter(|s| *s <= 12).collect();
+        let s = *small.choose(rng).unwrap();
+        let blocks = if rng.random_bool(0.3) { 1 } else { in_features / s };
+        slots.pre = Pre::BlockDiag(random(rng, &[blocks, s, s], 0.3));
+    }
+    if rng.random_bool(0.3) {
+        slots.deltas.push(random_sparse(rng, in_features, out_features));
+    }
+    match rng.random_range(0..5) {
+        0 | 1 => slots.scale = Scale::Diag(random(rng, &[out_features], 1.)),
+        2 if out_features.is_multiple_of(2) => {
+            let half = *divisors(out_features / 2).choose(rng).unwrap();
+            let (p, q) = (random(rng, &[out_features], 1.), random(rng, &[out_features], 0.5));
+            slots.scale = Scale::PairRot { p, q, half };
+        }
+        _ => {}
     }
     if rng.random_bool(0.4) {
         slots.c = Some(random(rng, &[out_features], 0.));
     }
     slots
+}
+
+fn divisors(n: usize) -> Vec<usize> {
+    (1..=n).filter(|q| n.is_multiple_of(*q)).collect()
+}
+
+fn random_sparse(rng: &mut ChaCha8Rng, in_features: usize, out_features: usize) -> Delta {
+    let places: Vec<usize> = (0..in_features * out_features).filter(|_| rng.random_bool(0.1)).collect();
+    let index = |of: fn(usize, usize) -> usize| {
+        let indexes = places.iter().map(|at| of(*at, in_features) as u32).collect();
+        Tensor::from_vec(indexes, places.len(), &Device::Cpu).unwrap()
+    };
+    let (rows, columns) = (index(|at, width| at / width), index(|at, width| at % width));
+    Delta::Sparse { rows, columns, values: random(rng, &[places.len()], 0.) }
 }
 
 fn random_embedding(rng: &mut ChaCha8Rng, vocab: usize, dim: usize) -> EmbeddingPatch {
@@ -126,15 +154,11 @@ fn merged(adapter: &LoweredAdapter, base: &Model) -> LoweredAdapter {
             Weight::Base => base.weight(*id).unwrap(),
             Weight::Own(w) => w.clone(),
         };
-        if let Pre::Diag(scale) = &slots.pre {
-            w = w.broadcast_mul(scale).unwrap();
-        }
+        w = w.matmul(&input_matrix(&slots.pre, w.dim(1).unwrap())).unwrap();
         for delta in &slots.deltas {
             w = (&w + dense(delta, w.dims2().unwrap())).unwrap();
         }
-        if let Scale::Diag(scale) = &slots.scale {
-            w = w.broadcast_mul(&scale.unsqueeze(1).unwrap()).unwrap();
-        }
+        w = output_matrix(&slots.scale, w.dim(0).unwrap()).matmul(&w).unwrap();
         merged
             .linears
             .insert(*id, LinearSlots { weight: Weight::Own(w), c: slots.c.clone(), ..LinearSlots::default() });
@@ -162,6 +186,48 @@ fn merged(adapter: &LoweredAdapter, base: &Model) -> LoweredAdapter {
     merged
 }
 
+/// A square matrix from its entries.
+fn square(n: usize, entry: impl Fn(usize, usize) -> f32) -> Tensor {
+    let values: Vec<f32> = (0..n * n).map(|at| entry(at / n, at % n)).collect();
+    Tensor::from_vec(values, (n, n), &Device::Cpu).unwrap()
+}
+
+/// The matrix (in, in) that the input is multiplied with.
+fn input_matrix(pre: &Pre, n: usize) -> Tensor {
+    match pre {
+        Pre::Identity => square(n, |i, j| f32::from(u8::from(i == j))),
+        Pre::Diag(scale) => {
+            let scale = scale.to_vec1::<f32>().unwrap();
+            square(n, |i, j| if i == j { scale[i] } else { 0. })
+        }
+        Pre::BlockDiag(blocks) => {
+            let blocks = blocks.to_vec3::<f32>().unwrap();
+            let s = blocks[0].len();
+            square(n, |i, j| if i / s == j / s { blocks[i / s % blocks.len()][j % s][i % s] } else { 0. })
+        }
+    }
+}
+
+/// The matrix (out, out) that the output is multiplied with.
+fn output_matrix(scale: &Scale, n: usize) -> Tensor {
+    match scale {
+        Scale::One => square(n, |i, j| f32::from(u8::from(i == j))),
+        Scale::Diag(scale) => {
+            let scale = scale.to_vec1::<f32>().unwrap();
+            square(n, |i, j| if i == j { scale[i] } else { 0. })
+        }
+        Scale::PairRot { p, q, half } => {
+            let (p, q) = (p.to_vec1::<f32>().unwrap(), q.to_vec1::<f32>().unwrap());
+            square(n, |i, j| match (i / half % 2 == 0, i == j) {
+                (_, true) => p[i],
+                (true, false) if j == i + half => -q[i],
+                (false, false) if j + half == i => q[i],
+                _ => 0.,
+            })
+        }
+    }
+}
+
 /// The matrix (out, in) that a delta adds.
 fn dense(delta: &Delta, (out_features, in_features): (usize, usize)) -> Tensor {
     match delta {
@@ -172,6 +238,14 @@ fn dense(delta: &Delta, (out_features, in_features): (usize, usize)) -> Tensor {
             let entry = |at: usize| m[(at % in_features) % r][(at / in_features) % q];
             let values: Vec<f32> = (0..out_features * in_features).map(entry).collect();
             Tensor::from_vec(values, (out_features, in_features), &Device::Cpu).unwrap()
+        }
+        Delta::Sparse { rows, columns, values } => {
+            let mut all = vec![0.; out_features * in_features];
+            let places = rows.to_vec1::<u32>().unwrap().into_iter().zip(columns.to_vec1::<u32>().unwrap());
+            for ((row, column), value) in places.zip(values.to_vec1::<f32>().unwrap()) {
+                all[row as usize * in_features + column as usize] += value;
+            }
+            Tensor::from_vec(all, (out_features, in_features), &Device::Cpu).unwrap()
         }
     }
 }

@@ -164,6 +164,22 @@ const KINDS: &[&str] = &[
     "vblora",
     "tinylora",
     "unilora",
+    "hra",
+    "deft",
+    "peanut",
+    "hira",
+    "glora",
+    "osf",
+    "frod",
+    "shira",
+    "sara",
+    "supertuning",
+    "c3a",
+    "fourierft",
+    "waveft",
+    "road",
+    "oft",
+    "boft",
 ];
 /// Names of model families, lower case.
 const FAMILIES: &[&str] = &["llama", "mistral", "qwen2", "qwen3", "phi3"];

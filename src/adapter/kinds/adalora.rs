@@ -9,8 +9,8 @@ use serde_json::Value;
 
 use super::Kind;
 use crate::adapter::AdapterError;
+use crate::adapter::adapted::{self, AdaptedLinear};
 use crate::adapter::config::{Config, Rule, field_error, wrong_type};
-use crate::adapter::linears::{LinearSite, adapted_linears, add_factors};
 use crate::adapter::lowering::Lowering;
 use crate::adapter::matching::Matcher;
 
@@ -104,8 +104,8 @@ fn lower(lowering: &mut Lowering<'_>) -> Result<(), AdapterError> {
     if let Some(path) = masks.keys().find(|path| lowering.base.sites().find(path).is_none()) {
         return Err(field_error(PATTERN, format!("names `{path}`, which the base model does not have")));
     }
-    for linear in adapted_linears(lowering)? {
-        let LinearSite { id, inputs, outputs } = linear;
+    for linear in adapted::linears(lowering)? {
+        let AdaptedLinear { id, in_features: inputs, out_features: outputs } = linear;
         lowering.discard(id, RANKNUM);
         let r = masks.get(&lowering.site(id).path).copied().unwrap_or(init_r);
         let found = lowering.shape(id, A).and_then(|shape| shape.first().copied()).unwrap_or(r);
@@ -125,7 +125,7 @@ fn lower(lowering: &mut Lowering<'_>) -> Result<(), AdapterError> {
         let alpha = if alpha > 0.0 { alpha } else { r as f64 };
         let b = (b * (alpha / (init_r as f64 + EPSILON)))?;
         lowering.ranks.insert(r);
-        add_factors(lowering, linear, (&a.broadcast_mul(&e)?, &b))?;
+        lowering.add_low_rank(id, a.broadcast_mul(&e)?, b)?;
     }
     Ok(())
 }

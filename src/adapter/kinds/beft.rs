@@ -2,8 +2,8 @@
 
 use super::Kind;
 use crate::adapter::AdapterError;
+use crate::adapter::adapted::{self, AdaptedLinear};
 use crate::adapter::config::Rule;
-use crate::adapter::linears::{LinearSite, adapted_linears};
 use crate::adapter::lowering::Lowering;
 
 /// The row of the table of kinds.
@@ -21,7 +21,7 @@ pub(super) const BEFT: Kind = Kind {
 const SUFFIX: &str = "beft_bias";
 
 fn lower(lowering: &mut Lowering<'_>) -> Result<(), AdapterError> {
-    for LinearSite { id, outputs, .. } in adapted_linears(lowering)? {
+    for AdaptedLinear { id, out_features: outputs, .. } in adapted::linears(lowering)? {
         let shift = lowering.require(id, SUFFIX, &[1, outputs])?.flatten_all()?;
         let c = match lowering.bias(id)? {
             Some(bias) => (bias + shift)?,

@@ -6,8 +6,8 @@ use candle_core::{Result, Tensor};
 
 use super::Kind;
 use crate::adapter::AdapterError;
+use crate::adapter::adapted::{self, AdaptedLinear};
 use crate::adapter::config::{Config, Rule, as_positive};
-use crate::adapter::linears::{LinearSite, adapted_linears, add_factors};
 use crate::adapter::lowering::Lowering;
 use crate::adapter::matching::{Matcher, Patterns};
 
@@ -54,8 +54,8 @@ fn check(config: &Config) -> std::result::Result<(), AdapterError> {
 fn lower(lowering: &mut Lowering<'_>) -> std::result::Result<(), AdapterError> {
     let config_r = lowering.config.positive("r")?.unwrap_or(8);
     let ranks = Patterns::parse(&lowering.config, "rank_pattern")?;
-    for linear in adapted_linears(lowering)? {
-        let LinearSite { id, inputs, outputs } = linear;
+    for linear in adapted::linears(lowering)? {
+        let AdaptedLinear { id, in_features: inputs, out_features: outputs } = linear;
         let pattern = ranks.get(&lowering.site(id).path)?;
         let r = pattern.map_or(Ok(config_r), |value| as_positive("rank_pattern", value))?;
         let a = lowering.require(id, A, &[r, inputs])?;
@@ -67,7 +67,7 @@ fn lower(lowering: &mut Lowering<'_>) -> std::result::Result<(), AdapterError> {
         };
         lowering.ranks.insert(r);
         let strength = strength(&a, &b, &lambda)?;
-        add_factors(lowering, linear, (&a.broadcast_mul(&w_norm)?, &b.broadcast_mul(&strength)?))?;
+        lowering.add_low_rank(id, a.broadcast_mul(&w_norm)?, b.broadcast_mul(&strength)?)?;
     }
     Ok(())
 }

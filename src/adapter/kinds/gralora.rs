@@ -9,8 +9,8 @@ use candle_core::{Device, Result, Tensor};
 
 use super::Kind;
 use crate::adapter::AdapterError;
+use crate::adapter::adapted::{self, AdaptedLinear};
 use crate::adapter::config::{Config, Rule};
-use crate::adapter::linears::{LinearSite, adapted_linears, add_factors};
 use crate::adapter::lowering::Lowering;
 use crate::adapter::matching::Matcher;
 
@@ -70,8 +70,8 @@ impl Options {
 
 fn lower(lowering: &mut Lowering<'_>) -> std::result::Result<(), AdapterError> {
     let Options { r, hybrid_r, k, scale } = Options::parse(&lowering.config)?;
-    for linear in adapted_linears(lowering)? {
-        let LinearSite { id, inputs, outputs } = linear;
+    for linear in adapted::linears(lowering)? {
+        let AdaptedLinear { id, in_features: inputs, out_features: outputs } = linear;
         if [inputs, outputs, r].iter().any(|size| size % k != 0) {
             let reason =
                 format!("{k} blocks (`gralora_k`) do not divide {inputs} inputs, {outputs} outputs and rank {r}");
@@ -86,7 +86,7 @@ fn lower(lowering: &mut Lowering<'_>) -> std::result::Result<(), AdapterError> {
             (a, b) = (Tensor::cat(&[&a, &general_a], 0)?, Tensor::cat(&[&b, &general_b], 1)?);
         }
         lowering.ranks.insert(r);
-        add_factors(lowering, linear, (&a, &(b * scale)?))?;
+        lowering.add_low_rank(id, a, (b * scale)?)?;
     }
     Ok(())
 }

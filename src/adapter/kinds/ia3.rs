@@ -4,8 +4,8 @@
 //! - vector (1, in): `y = W (l * x) + b`
 
 use super::Kind;
+use crate::adapter::adapted::{self, AdaptedLinear};
 use crate::adapter::config::{Config, Rule};
-use crate::adapter::linears::{LinearSite, adapted_linears};
 use crate::adapter::lowering::Lowering;
 use crate::adapter::matching::{Matcher, any_ending};
 use crate::adapter::{AdapterError, Pre, Scale};
@@ -33,7 +33,7 @@ fn check(config: &Config) -> Result<(), AdapterError> {
 
 fn lower(lowering: &mut Lowering<'_>) -> Result<(), AdapterError> {
     let feedforward = any_ending(&lowering.config, FEEDFORWARD)?;
-    for LinearSite { id, inputs, outputs } in adapted_linears(lowering)? {
+    for AdaptedLinear { id, in_features: inputs, out_features: outputs } in adapted::linears(lowering)? {
         let is_input = feedforward.matches(&lowering.site(id).path)?;
         let expected = if is_input { [1, inputs] } else { [outputs, 1] };
         let found = lowering.shape(id, SUFFIX).unwrap_or_default();

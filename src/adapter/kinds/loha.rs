@@ -9,8 +9,8 @@ use candle_core::{Result, Tensor};
 use super::Kind;
 use super::scaling::{FIELDS, Scaling};
 use crate::adapter::AdapterError;
+use crate::adapter::adapted::{self, AdaptedLinear};
 use crate::adapter::config::Config;
-use crate::adapter::linears::{LinearSite, adapted_linears, add_delta};
 use crate::adapter::lowering::Lowering;
 use crate::adapter::matching::Matcher;
 
@@ -44,15 +44,15 @@ fn check(config: &Config) -> std::result::Result<(), AdapterError> {
 
 fn lower(lowering: &mut Lowering<'_>) -> std::result::Result<(), AdapterError> {
     let scaling = Scaling::parse(&lowering.config)?;
-    for linear in adapted_linears(lowering)? {
-        let LinearSite { id, inputs, outputs } = linear;
+    for linear in adapted::linears(lowering)? {
+        let AdaptedLinear { id, in_features: inputs, out_features: outputs } = linear;
         let (r, scale) = scaling.of(&lowering.site(id).path)?;
         let first = (lowering.require(id, W1_A, &[outputs, r])? * scale)?;
         let first = (first, lowering.require(id, W1_B, &[r, inputs])?);
         let second = (lowering.require(id, W2_A, &[outputs, r])?, lowering.require(id, W2_B, &[r, inputs])?);
         lowering.ranks.insert(r);
         let dense = || first.0.matmul(&first.1)? * second.0.matmul(&second.1)?;
-        add_delta(lowering, linear, r.saturating_mul(r), || factors(&first, &second), dense)?;
+        lowering.add_product(id, r.saturating_mul(r), || factors(&first, &second), dense)?;
     }
     Ok(())
 }

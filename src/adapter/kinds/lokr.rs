@@ -7,8 +7,8 @@ use candle_core::{DType, Device, Result, Tensor};
 
 use super::Kind;
 use super::scaling::{FIELDS, Scaling};
+use crate::adapter::adapted::{self, AdaptedLinear};
 use crate::adapter::config::Config;
-use crate::adapter::linears::{LinearSite, adapted_linears, add_delta};
 use crate::adapter::lowering::Lowering;
 use crate::adapter::matching::Matcher;
 use crate::adapter::{AdapterError, SiteId};
@@ -43,8 +43,8 @@ fn check(config: &Config) -> std::result::Result<(), AdapterError> {
 
 fn lower(lowering: &mut Lowering<'_>) -> std::result::Result<(), AdapterError> {
     let scaling = Scaling::parse(&lowering.config)?;
-    for linear in adapted_linears(lowering)? {
-        let LinearSite { id, inputs, outputs } = linear;
+    for linear in adapted::linears(lowering)? {
+        let AdaptedLinear { id, in_features: inputs, out_features: outputs } = linear;
         let (r, scale) = scaling.of(&lowering.site(id).path)?;
         let first = factor(lowering, id, FIRST, r)?;
         let second = factor(lowering, id, SECOND, r)?;
@@ -53,14 +53,17 @@ fn lower(lowering: &mut Lowering<'_>) -> std::result::Result<(), AdapterError> {
             let reason = format!("the two factors make a matrix {found:?}, expected {:?}", (outputs, inputs));
             return Err(lowering.refuse(id, SECOND[if second.is_whole() { 0 } else { 1 }], reason));
         }
+        // Two whole factors have no rank to show.
+        if !first.is_whole() || !second.is_whole() {
+            lowering.ranks.insert(r);
+        }
         let first = first.scaled(scale)?;
-        lowering.ranks.insert(r);
         let rank = first.rank()? * second.rank()?;
         let factors = || {
             let ((l1, r1), (l2, r2)) = (first.parts()?, second.parts()?);
             Ok((kron(&r1, &r2)?, kron(&l1, &l2)?))
         };
-        add_delta(lowering, linear, rank, factors, || kron(&first.matrix()?, &second.matrix()?))?;
+        lowering.add_product(id, rank, factors, || kron(&first.matrix()?, &second.matrix()?))?;
     }
     Ok(())
 }

@@ -5,16 +5,21 @@
 //! - balance, block (r, out): `y += block^T sum_c x_c`
 //! - mini, block (r, q) where q divides out: the same with the columns repeated
 //! - bat, block (out/r, r, r): `W'_ac = W_ac + W_ac block_a + block_a` for output block a and input block c
+//! - row, block (in/r, r, r): `W'_ac = W_ac + W_ac block_c + block_c`, only in files of the RWKV trainer
+//!
+//! The RWKV trainer names its tensors `bone`, later `disha`, and has no PEFT config; with one of type BONE beside them
+//! its files are served too. Its three-dimensional blocks are of form row, unless `bone_layout` is `col`; there is also
+//! an oldest form (out, r), which is bat with its blocks one below the other.
 
 use candle_core::Tensor;
 use serde_json::Value;
 
 use super::Kind;
-use crate::adapter::config::{Config, Rule};
-use crate::adapter::linears::{LinearSite, adapted_linears};
+use crate::adapter::adapted::{self, AdaptedLinear};
+use crate::adapter::config::{Config, Rule, field_error};
 use crate::adapter::lowering::Lowering;
 use crate::adapter::matching::Matcher;
-use crate::adapter::{AdapterError, Delta, Weight};
+use crate::adapter::{AdapterError, Delta, Pre};
 
 /// The row of MiSS.
 pub(super) const MISS: Kind = Kind {
@@ -30,7 +35,13 @@ pub(super) const MISS: Kind = Kind {
         ("bias", Rule::Read),
         ("miss_dropout", Rule::Ignored),
     ],
-    rank: |_, shape| (shape.len() > 1).then(|| shape[shape.len().min(3) - 2]),
+    rank: |suffix, shape| match (suffix, shape) {
+        (_, [_, r, _]) => Some(*r),
+        // The trainer's oldest form has r last; r is the smaller one.
+        ("bone" | "disha", [rows, columns]) => Some(*rows.min(columns)),
+        (_, [r, _]) => Some(*r),
+        _ => None,
+    },
     check,
     lower,
     ..Kind::PLAIN
@@ -40,12 +51,15 @@ pub(super) const MISS: Kind = Kind {
 pub(super) const BONE: Kind = Kind {
     peft_type: "BONE",
     title: "Bone",
-    served_as: "as MiSS: balance through the sum of input shards, bat from an own dense weight",
+    served_as: "as MiSS; row as blocks that multiply the input and a low-rank delta",
+    merged_as: "as MiSS; W + W block + block per input block (row)",
+    suffixes: &["miss_block", "bone_block", NATIVE[0], NATIVE[1]],
     fields: &[
         ("r", Rule::Read),
         ("init_weights", Rule::Read),
         ("bias", Rule::Read),
         ("mini_r", Rule::Refused("belongs to peft_type MISS")),
+        ("bone_layout", Rule::Read),
     ],
     ..MISS
 };
@@ -53,11 +67,15 @@ pub(super) const BONE: Kind = Kind {
 /// Both spellings are read for both types: files were renamed when Bone became MiSS.
 const SUFFIXES: [&str; 2] = ["miss_block", "bone_block"];
 
+/// The RWKV trainer's spellings.
+const NATIVE: [&str; 2] = ["bone", "disha"];
+
 /// What a block means.
 #[derive(Clone, Copy, PartialEq)]
 enum Form {
     Shards,
     Bat,
+    Row,
 }
 
 fn check(config: &Config) -> Result<(), AdapterError> {
@@ -69,27 +87,28 @@ fn check(config: &Config) -> Result<(), AdapterError> {
 
 fn lower(lowering: &mut Lowering<'_>) -> Result<(), AdapterError> {
     let mut blocks = Vec::new();
-    for linear in adapted_linears(lowering)? {
-        let LinearSite { id, inputs, outputs } = linear;
-        let first = lowering.kind_suffixes(id).first().and_then(|suffix| SUFFIXES.iter().find(|s| *s == suffix));
-        let Some(suffix) = first else { continue };
+    for linear in adapted::linears(lowering)? {
+        let mut known = SUFFIXES.iter().chain(&NATIVE);
+        let Some(suffix) = lowering.kind_suffixes(linear.id).first().and_then(|suffix| known.find(|s| *s == suffix))
+        else {
+            continue;
+        };
+        let form = if NATIVE.contains(suffix) { native_form } else { form };
         let (form, shape) = form(lowering, linear, suffix)?;
-        if form == Form::Bat {
-            lowering.reserve_own(inputs.saturating_mul(outputs))?;
-        }
-        blocks.push((id, *suffix, form, shape));
+        blocks.push((linear, *suffix, form, shape));
     }
-    for (id, suffix, form, shape) in blocks {
+    for (linear, suffix, form, shape) in blocks {
+        let id = linear.id;
         let block = lowering.require(id, suffix, &shape)?;
         match form {
             Form::Shards => {
                 lowering.out.linears.entry(id).or_default().deltas.push(Delta::ShardSum { m: block });
             }
+            Form::Row => row(lowering, linear, &block)?,
             Form::Bat => {
-                let weight = bat_weight(&lowering.weight(id)?, &block)?;
-                let own = lowering.own(&weight)?;
-                *lowering.paths.entry(BAT).or_default() += 1;
-                lowering.out.linears.entry(id).or_default().weight = Weight::Own(own);
+                let block = if block.rank() == 2 { by_output(&block)? } else { block };
+                let reason = "the blocks of form bat multiply the weight by output block";
+                lowering.serve_own(id, reason, |weight| bat_weight(&weight, &block))?;
             }
         }
     }
@@ -97,8 +116,11 @@ fn lower(lowering: &mut Lowering<'_>) -> Result<(), AdapterError> {
 }
 
 /// The form that a block's shape shows, checked against `r`, `init_weights` and `mini_r`.
-fn form(lowering: &mut Lowering<'_>, linear: LinearSite, suffix: &str) -> Result<(Form, Vec<usize>), AdapterError> {
-    let LinearSite { id, inputs: in_features, outputs: out_features } = linear;
+fn form(
+    lowering: &mut Lowering<'_>,
+    AdaptedLinear { id, in_features, out_features }: AdaptedLinear,
+    suffix: &str,
+) -> Result<(Form, Vec<usize>), AdapterError> {
     let shape = lowering.shape(id, suffix).unwrap_or_default().to_vec();
     let refuse = |reason: String| Err(lowering.refuse(id, suffix, reason));
     let form = match *shape.as_slice() {
@@ -132,8 +154,60 @@ fn form(lowering: &mut Lowering<'_>, linear: LinearSite, suffix: &str) -> Result
     Ok((form, shape))
 }
 
-/// What the report says of a linear of form bat.
-const BAT: &str = "have a dense weight of their own, because the form bat fits no other slot";
+/// The form of a block of the RWKV trainer, whose config is the user's.
+fn native_form(
+    lowering: &mut Lowering<'_>,
+    AdaptedLinear { id, in_features, out_features }: AdaptedLinear,
+    suffix: &str,
+) -> Result<(Form, Vec<usize>), AdapterError> {
+    let by_output = match lowering.config.string("bone_layout")? {
+        None | Some("row") => false,
+        Some("col") => true,
+        Some(other) => return Err(field_error("bone_layout", format!("expected `row` or `col`, found `{other}`"))),
+    };
+    let shape = lowering.shape(id, suffix).unwrap_or_default().to_vec();
+    let tiles = |r: usize| in_features % r == 0 && out_features % r == 0;
+    let (form, r) = match *shape.as_slice() {
+        [n, r, columns] if r == columns && tiles(r) && !by_output && n == in_features / r => (Form::Row, r),
+        [n, r, columns] if r == columns && tiles(r) && by_output && n == out_features / r => (Form::Bat, r),
+        [r, columns] if columns == out_features && r <= in_features => (Form::Shards, r),
+        [rows, r] if rows == out_features && tiles(r) => (Form::Bat, r),
+        _ => {
+            let reason = format!(
+                "shape {shape:?} is no block for {in_features} inputs and {out_features} outputs: expected \
+                 [{in_features} / r, r, r], [r, {out_features}] or [{out_features}, r]"
+            );
+            return Err(lowering.refuse(id, suffix, reason));
+        }
+    };
+    let config_r = lowering.config.positive("r")?.unwrap_or(DEFAULT_R);
+    if r != config_r {
+        return Err(lowering.refuse(id, suffix, format!("expected rank {config_r} (field `r`), found {r}")));
+    }
+    lowering.ranks.insert(r);
+    Ok((form, shape))
+}
+
+/// Blocks one below the other (out, r) as (out / r, r, r).
+fn by_output(block: &Tensor) -> Result<Tensor, AdapterError> {
+    let (out_features, r) = block.dims2()?;
+    Ok(block.reshape((out_features / r, r, r))?)
+}
+
+/// `y_a = sum_c W_ac (x_c + B_c x_c) + sum_c B_c x_c`: the blocks multiply the input, and what they add to it is summed
+/// and added to every output block. block: (in / r, r, r).
+fn row(lowering: &mut Lowering<'_>, linear: AdaptedLinear, block: &Tensor) -> Result<(), AdapterError> {
+    let AdaptedLinear { id, in_features, out_features } = linear;
+    let (_, r, _) = block.dims3()?;
+    let eye = Tensor::eye(r, block.dtype(), block.device())?;
+    let pre = block.transpose(1, 2)?.broadcast_add(&eye)?.contiguous()?;
+    let a = block.transpose(0, 1)?.reshape((r, in_features))?;
+    let slots = lowering.out.linears.entry(id).or_default();
+    slots.pre = Pre::BlockDiag(pre);
+    slots.deltas.push(Delta::LowRank { a, b: eye.repeat((out_features / r, 1))? });
+    Ok(())
+}
+
 /// PEFT's default of `r`.
 const DEFAULT_R: usize = 64;
 
@@ -147,6 +221,7 @@ fn disagreement(
     let columns = shape[shape.len() - 1];
     let mini_r = lowering.config.positive("mini_r")?.unwrap_or(1);
     Ok(match (lowering.config.get("init_weights"), form) {
+        (_, Form::Row) => None,
         (Some(Value::String(mode)), Form::Bat) if mode == "bat" => None,
         (Some(Value::Bool(_)) | None, Form::Bat) => None,
         (Some(Value::String(mode)), Form::Shards) if mode == "mini" && lowering.kind.peft_type == "MISS" => {

@@ -2,26 +2,44 @@
 
 mod adalora;
 mod beft;
+mod boft;
+mod c3a;
+mod deft;
 mod delora;
+mod fourierft;
+mod frod;
+mod glora;
 mod gralora;
+mod hira;
+mod hra;
 mod ia3;
 mod ln_tuning;
 mod loha;
 mod lokr;
 mod lora;
 mod miss;
+mod oft;
+mod osf;
+mod peanut;
 mod poly;
 mod prefix;
 mod prompt;
 mod randlora;
+mod refused;
+mod road;
 mod scaling;
+mod shira;
 mod ssf;
+mod supertuning;
 mod task;
 mod tinylora;
 mod trainable_tokens;
 mod unilora;
 mod vblora;
 mod vera;
+mod waveft;
+
+pub use refused::{REFUSED, Refused};
 
 use super::AdapterError;
 use super::config::{Config, Rule};
@@ -43,7 +61,7 @@ pub struct Kind {
     pub(super) suffixes: &'static [&'static str],
     /// Tensors that belong to no module in particular: their keys, or how these begin.
     pub(super) shared: &'static [&'static str],
-    /// Suffixes of tensors that hold integers.
+    /// Suffixes and shared names whose tensors hold integers.
     pub(super) integers: &'static [&'static str],
     /// Whether a tensor may have no values.
     pub(super) may_be_empty: bool,
@@ -103,6 +121,22 @@ pub static KINDS: &[Kind] = &[
     tinylora::TINYLORA,
     unilora::UNILORA,
     poly::POLY,
+    hra::HRA,
+    deft::DEFT,
+    peanut::PEANUT,
+    hira::HIRA,
+    glora::GLORA,
+    osf::OSF,
+    frod::FROD,
+    shira::SHIRA,
+    shira::SARA,
+    supertuning::SUPERTUNING,
+    c3a::C3A,
+    fourierft::FOURIERFT,
+    waveft::WAVEFT,
+    road::ROAD,
+    oft::OFT,
+    boft::BOFT,
     prompt::PROMPT_TUNING,
     prompt::P_TUNING,
     prompt::MULTITASK_PROMPT_TUNING,
@@ -114,6 +148,9 @@ pub static KINDS: &[Kind] = &[
 /// The row with this `peft_type`.
 pub(super) fn find(peft_type: &str) -> Result<&'static Kind, AdapterError> {
     KINDS.iter().find(|kind| kind.peft_type == peft_type).ok_or_else(|| {
+        if let Some(refused) = REFUSED.iter().find(|refused| refused.peft_type == peft_type) {
+            return super::config::field_error("peft_type", format!("`{peft_type}` is not served: {}", refused.reason));
+        }
         let known: Vec<&str> = KINDS.iter().map(|kind| kind.peft_type).collect();
         super::config::field_error("peft_type", format!("expected one of {}, found `{peft_type}`", known.join(", ")))
     })

@@ -11,8 +11,8 @@ use candle_nn::ops::sigmoid;
 use super::Kind;
 use super::task::{self, task};
 use crate::adapter::AdapterError;
+use crate::adapter::adapted::{self, AdaptedLinear};
 use crate::adapter::config::{Config, Rule, field_error};
-use crate::adapter::linears::{LinearSite, adapted_linears, add_factors};
 use crate::adapter::lowering::Lowering;
 use crate::adapter::matching::Matcher;
 
@@ -77,8 +77,8 @@ impl Options {
 
 fn lower(lowering: &mut Lowering<'_>) -> Result<(), AdapterError> {
     let Options { r, tasks, skills, splits, task } = Options::parse(&lowering.config)?;
-    for linear in adapted_linears(lowering)? {
-        let LinearSite { id, inputs, outputs } = linear;
+    for linear in adapted::linears(lowering)? {
+        let AdaptedLinear { id, in_features: inputs, out_features: outputs } = linear;
         if inputs % splits != 0 || outputs % splits != 0 {
             let reason = format!("{splits} splits do not divide {inputs} inputs and {outputs} outputs");
             return Err(lowering.refuse(id, A, reason));
@@ -93,7 +93,7 @@ fn lower(lowering: &mut Lowering<'_>) -> Result<(), AdapterError> {
         let a = mixed(&a)?.reshape((inputs, r))?.t()?.contiguous()?; // [r, in]
         let b = mixed(&b)?.transpose(1, 2)?.contiguous()?.reshape((outputs, r))?;
         lowering.ranks.insert(r);
-        add_factors(lowering, linear, (&a, &(b / r as f64)?))?;
+        lowering.add_low_rank(id, a, (b / r as f64)?)?;
     }
     Ok(())
 }

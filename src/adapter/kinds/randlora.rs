@@ -13,8 +13,8 @@ use candle_core::{DType, Tensor};
 
 use super::Kind;
 use crate::adapter::AdapterError;
+use crate::adapter::adapted::{self, AdaptedLinear};
 use crate::adapter::config::{Config, Rule, field_error};
-use crate::adapter::linears::{LinearSite, adapted_linears, add_factors};
 use crate::adapter::lowering::Lowering;
 use crate::adapter::matching::Matcher;
 
@@ -73,8 +73,10 @@ fn options(config: &Config) -> Result<(usize, f64), AdapterError> {
 
 fn lower(lowering: &mut Lowering<'_>) -> Result<(), AdapterError> {
     let (r, scale) = options(&lowering.config)?;
-    let linears = adapted_linears(lowering)?;
-    let sizes = linears.iter().map(|linear| (linear.inputs.min(linear.outputs), linear.inputs.max(linear.outputs)));
+    let linears = adapted::linears(lowering)?;
+    let sizes = linears
+        .iter()
+        .map(|linear| (linear.in_features.min(linear.out_features), linear.in_features.max(linear.out_features)));
     let (least, most) = sizes.fold((0, 0), |(m, n), (least, most)| (m.max(least), n.max(most)));
     let bases = least.div_ceil(r);
     let a_fits = |shape: &[usize]| matches!(shape, [n, 1, m] if *n == r && *m >= least);
@@ -82,7 +84,7 @@ fn lower(lowering: &mut Lowering<'_>) -> Result<(), AdapterError> {
     let a = bases_of(lowering, SHARED_A, a_fits, &format!("[{r}, 1, {least} or more]"))?;
     let b = bases_of(lowering, SHARED_B, b_fits, &format!("[{most} or more, {bases} or more, {r}]"))?;
     for linear in linears {
-        let LinearSite { id, inputs, outputs } = linear;
+        let AdaptedLinear { id, in_features: inputs, out_features: outputs } = linear;
         let (m, n) = (inputs.min(outputs), inputs.max(outputs));
         let bases = m.div_ceil(r);
         // PEFT writes the shared bases once more for every linear.
@@ -100,9 +102,9 @@ fn lower(lowering: &mut Lowering<'_>) -> Result<(), AdapterError> {
         let up_b = (up_b * scale)?;
         lowering.ranks.insert(r);
         if m == inputs {
-            add_factors(lowering, linear, (&up_a, &up_b))?;
+            lowering.add_low_rank(id, up_a, up_b)?;
         } else {
-            add_factors(lowering, linear, (&up_b.t()?.contiguous()?, &up_a.t()?.contiguous()?))?;
+            lowering.add_low_rank(id, up_b.t()?.contiguous()?, up_a.t()?.contiguous()?)?;
         }
     }
     Ok(())

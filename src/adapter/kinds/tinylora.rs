@@ -6,8 +6,8 @@
 
 use super::Kind;
 use crate::adapter::AdapterError;
+use crate::adapter::adapted::{self, AdaptedLinear};
 use crate::adapter::config::{Config, Rule, field_error};
-use crate::adapter::linears::{LinearSite, adapted_linears, add_factors};
 use crate::adapter::lowering::Lowering;
 use crate::adapter::matching::Matcher;
 
@@ -67,7 +67,7 @@ fn options(config: &Config) -> Result<(usize, usize, f64), AdapterError> {
 
 fn lower(lowering: &mut Lowering<'_>) -> Result<(), AdapterError> {
     let (r, u, tying) = options(&lowering.config)?;
-    let linears = adapted_linears(lowering)?;
+    let linears = adapted::linears(lowering)?;
     let count = linears.len();
     let groups = ((count as f64 * (1.0 - tying)).round_ties_even() as usize).max(1);
     let size = (count / groups).max(1);
@@ -88,14 +88,14 @@ fn lower(lowering: &mut Lowering<'_>) -> Result<(), AdapterError> {
         mixtures.push(lowering.require_shared(&name, &[u])?);
     }
     for (idx, linear) in linears.into_iter().enumerate() {
-        let LinearSite { id, inputs, outputs } = linear;
+        let AdaptedLinear { id, in_features: inputs, out_features: outputs } = linear;
         let a = lowering.require(id, A, &[r, inputs])?;
         let b = lowering.require(id, B, &[outputs, r])?;
         let p = lowering.require(id, P, &[u, r, r])?;
         let v = &mixtures[(idx / size).min(groups - 1)];
         let inner = p.broadcast_mul(&v.reshape((u, 1, 1))?)?.sum(0)?; // [r, r]
         lowering.ranks.insert(r);
-        add_factors(lowering, linear, (&a, &b.matmul(&inner)?))?;
+        lowering.add_low_rank(id, a, b.matmul(&inner)?)?;
     }
     Ok(())
 }

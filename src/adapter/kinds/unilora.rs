@@ -5,8 +5,8 @@
 use candle_core::{Device, Tensor};
 
 use super::Kind;
+use crate::adapter::adapted::{self, AdaptedLinear};
 use crate::adapter::config::{Config, Rule, field_error};
-use crate::adapter::linears::{LinearSite, adapted_linears, add_factors};
 use crate::adapter::lowering::Lowering;
 use crate::adapter::matching::Matcher;
 use crate::adapter::{AdapterError, SiteId};
@@ -62,7 +62,7 @@ fn options(config: &Config) -> Result<(usize, usize), AdapterError> {
 
 fn lower(lowering: &mut Lowering<'_>) -> Result<(), AdapterError> {
     let (r, length) = options(&lowering.config)?;
-    let linears = adapted_linears(lowering)?;
+    let linears = adapted::linears(lowering)?;
     if let Some(found) = lowering.shared_shape(THETA)
         && found != [length]
     {
@@ -71,11 +71,11 @@ fn lower(lowering: &mut Lowering<'_>) -> Result<(), AdapterError> {
     }
     let theta = lowering.require_shared(THETA, &[length])?.to_vec1::<f32>()?;
     for linear in linears {
-        let LinearSite { id, inputs, outputs } = linear;
+        let AdaptedLinear { id, in_features: inputs, out_features: outputs } = linear;
         let a = factor(lowering, id, 0, [r, inputs], &theta)?;
         let b = factor(lowering, id, 1, [outputs, r], &theta)?;
         lowering.ranks.insert(r);
-        add_factors(lowering, linear, (&a, &b))?;
+        lowering.add_low_rank(id, a, b)?;
     }
     Ok(())
 }
@@ -88,12 +88,8 @@ fn factor(
     shape: [usize; 2],
     theta: &[f32],
 ) -> Result<Tensor, AdapterError> {
-    let indexes = lowering.require_indexes(id, INDEXES[which], &shape)?;
-    if let Some(index) = indexes.iter().find(|index| **index as usize >= theta.len()) {
-        let reason = format!("index {index} is not below {} (`theta_d_length`)", theta.len());
-        return Err(lowering.refuse(id, INDEXES[which], reason));
-    }
-    let values: Vec<f32> = indexes.iter().map(|index| theta[*index as usize]).collect();
+    let indexes = lowering.require_indexes(id, INDEXES[which], (&shape, theta.len()))?;
+    let values: Vec<f32> = indexes.iter().map(|index| theta[*index]).collect();
     let scales = lowering.require(id, SCALES[which], &shape)?;
     Ok((Tensor::from_vec(values, &shape, &Device::Cpu)? * scales)?)
 }

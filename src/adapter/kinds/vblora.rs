@@ -7,8 +7,8 @@
 use candle_core::{Device, Tensor};
 
 use super::Kind;
+use crate::adapter::adapted::{self, AdaptedLinear};
 use crate::adapter::config::{Config, Rule, field_error};
-use crate::adapter::linears::{LinearSite, adapted_linears, add_factors};
 use crate::adapter::lowering::Lowering;
 use crate::adapter::matching::Matcher;
 use crate::adapter::{AdapterError, SiteId};
@@ -84,7 +84,7 @@ impl Options {
 
 fn lower(lowering: &mut Lowering<'_>) -> Result<(), AdapterError> {
     let options = Options::parse(&lowering.config)?;
-    let linears = adapted_linears(lowering)?;
+    let linears = adapted::linears(lowering)?;
     let expected = [options.num_vectors, options.length];
     if let Some(found) = lowering.shared_shape(BANK)
         && found != expected
@@ -95,7 +95,7 @@ fn lower(lowering: &mut Lowering<'_>) -> Result<(), AdapterError> {
     let bank = lowering.require_shared(BANK, &expected)?.to_vec2::<f32>()?;
     let (r, length) = (options.r, options.length);
     for linear in linears {
-        let LinearSite { id, inputs, outputs } = linear;
+        let AdaptedLinear { id, in_features: inputs, out_features: outputs } = linear;
         if inputs % length != 0 || outputs % length != 0 {
             let reason = format!("vectors of length {length} do not divide {inputs} inputs and {outputs} outputs");
             return Err(lowering.refuse(id, FIRST[usize::from(options.only_topk)], reason));
@@ -106,7 +106,7 @@ fn lower(lowering: &mut Lowering<'_>) -> Result<(), AdapterError> {
         let b = b.reshape((outputs / length, r, length))?.transpose(1, 2)?; // [out / v, v, r]
         let b = b.contiguous()?.reshape((outputs, r))?;
         lowering.ranks.insert(r);
-        add_factors(lowering, linear, (&a, &b))?;
+        lowering.add_low_rank(id, a, b)?;
     }
     Ok(())
 }
@@ -127,11 +127,8 @@ fn pieces(
         }
     };
     if options.only_topk {
-        let chosen = lowering.require_indexes(id, indexes, &[rows, columns, options.topk])?;
-        if let Some(index) = chosen.iter().find(|index| **index as usize >= options.num_vectors) {
-            let reason = format!("index {index} is not below {} (`num_vectors`)", options.num_vectors);
-            return Err(lowering.refuse(id, indexes, reason));
-        }
+        let shape = [rows, columns, options.topk];
+        let chosen = lowering.require_indexes(id, indexes, (&shape, options.num_vectors))?;
         let known = if options.topk > 1 {
             lowering.require(id, weights, &[rows, columns, options.topk - 1])?.flatten_all()?.to_vec1::<f32>()?
         } else {
@@ -142,7 +139,7 @@ fn pieces(
             let known = &known[piece * (options.topk - 1)..][..options.topk - 1];
             let last = 1.0 - known.iter().sum::<f32>();
             let weights = known.iter().copied().chain([last]);
-            let parts: Vec<_> = chosen.iter().map(|index| *index as usize).zip(weights).collect();
+            let parts: Vec<_> = chosen.iter().copied().zip(weights).collect();
             mix(piece, &parts);
         }
     } else {

@@ -6,8 +6,8 @@ use candle_core::Tensor;
 
 use super::Kind;
 use crate::adapter::AdapterError;
+use crate::adapter::adapted::{self, AdaptedLinear};
 use crate::adapter::config::{Config, Rule, field_error};
-use crate::adapter::linears::{LinearSite, adapted_linears, add_factors};
 use crate::adapter::lowering::Lowering;
 use crate::adapter::matching::Matcher;
 
@@ -80,12 +80,12 @@ fn check(config: &Config) -> Result<(), AdapterError> {
 
 /// Lowers tensors that begin with `prefix`; A and lambda_d have `parts` times r rows, the first r of which count.
 fn scaled_projections(lowering: &mut Lowering<'_>, prefix: &str, parts: usize) -> Result<(), AdapterError> {
-    let linears = adapted_linears(lowering)?;
+    let linears = adapted::linears(lowering)?;
     let r = lowering.config.positive("r")?.unwrap_or(DEFAULT_R);
     let name = |end: &str| format!("{prefix}_{end}");
     let shared = |end: &str| format!("base_model.{prefix}_{end}");
-    let inputs = linears.iter().map(|linear| linear.inputs).max().unwrap_or(0);
-    let outputs = linears.iter().map(|linear| linear.outputs).max().unwrap_or(0);
+    let inputs = linears.iter().map(|linear| linear.in_features).max().unwrap_or(0);
+    let outputs = linears.iter().map(|linear| linear.out_features).max().unwrap_or(0);
     let a = projection(lowering, &shared("A"), |shape| {
         (shape.len() == 2 && shape[0] == parts * r && shape[1] >= inputs, format!("[{}, {inputs} or more]", parts * r))
     })?;
@@ -93,13 +93,13 @@ fn scaled_projections(lowering: &mut Lowering<'_>, prefix: &str, parts: usize) -
         (shape.len() == 2 && shape[0] >= outputs && shape[1] == r, format!("[{outputs} or more, {r}]"))
     })?;
     for linear in linears {
-        let LinearSite { id, inputs, outputs } = linear;
+        let AdaptedLinear { id, in_features: inputs, out_features: outputs } = linear;
         let d = lowering.require(id, &name("lambda_d"), &[parts * r])?.narrow(0, 0, r)?;
         let lambda_b = lowering.require(id, &name("lambda_b"), &[outputs])?;
         let a = a.narrow(0, 0, r)?.narrow(1, 0, inputs)?.broadcast_mul(&d.unsqueeze(1)?)?;
         let b = b.narrow(0, 0, outputs)?.broadcast_mul(&lambda_b.unsqueeze(1)?)?;
         lowering.ranks.insert(r);
-        add_factors(lowering, linear, (&a.contiguous()?, &b.contiguous()?))?;
+        lowering.add_low_rank(id, a.contiguous()?, b.contiguous()?)?;
     }
     Ok(())
 }

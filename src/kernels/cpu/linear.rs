@@ -6,7 +6,8 @@
 //!
 //! Linears that read the same rows are one sweep. First the rows become words and every run shrinks its rows (`h = a x`,
 //! or the sums of shards); then each panel of output columns is multiplied, expanded into, scaled, shifted and finished
-//! by the thread that owns it. A row's bits depend on its own input and adapter only.
+//! by the thread that owns it. A scale that mixes columns of several panels comes after them, with what follows it. A
+//! row's bits depend on its own input and adapter only.
 
 #![expect(unsafe_code, reason = "threads write disjoint parts of the output and of the working memory")]
 
@@ -16,11 +17,11 @@ use std::ops::Range;
 use super::gemm::{Target, multiply_panel};
 use super::isa::Isa;
 use super::packed::{PANEL, PackedMatrix, WeightFormat};
-use super::pool::{for_ranges, num_threads};
+use super::pool::{for_each, for_ranges, num_threads};
 use super::shared::Shared;
 use super::shrink::{Place, ShrinkPlan, shrink};
 use super::silu::silu_mul;
-use super::slots::{Short, SlotRun, apply_slots};
+use super::slots::{PackedSlots, RunRow, SlotRun, apply_slots};
 use super::words::{row_words, write_row};
 
 /// Rows multiplied before their outputs are finished.
@@ -41,6 +42,13 @@ pub struct SweepLinear<'a> {
     pub runs: Vec<SlotRun<'a>>,
 }
 
+impl SweepLinear<'_> {
+    /// Whether an adapter's scale mixes columns of several panels.
+    pub fn needs_whole_rows(&self) -> bool {
+        self.runs.iter().any(|run| run.slots.is_some_and(PackedSlots::needs_whole_rows))
+    }
+}
+
 /// What becomes of the linears' outputs.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Finish<'a> {
@@ -48,7 +56,7 @@ pub(crate) enum Finish<'a> {
     Join,
     /// The only linear's output is added to these rows (m, n): y (m, n).
     Add(&'a [f32]),
-    /// Of two linears with equal n: `y = silu(first) * second` (m, n).
+    /// Of two linears with equal n: `y = silu(first) * second` (m, n). Not for [`SweepLinear::needs_whole_rows`].
     SiluMul,
 }
 
@@ -76,6 +84,8 @@ pub(crate) fn sweep(x: &[f32], linears: &[SweepLinear<'_>], finish: Finish<'_>, 
     assert_eq!((x.len(), y.len()), (m * k, m * row), "x is (m, k) and y is (m, n)");
     for linear in linears {
         check(linear, m, k, format);
+        let can_finish = !matches!(finish, Finish::SiluMul) || !linear.needs_whole_rows();
+        assert!(can_finish, "the panels of gated linears are finished one by one");
     }
     SCRATCH.with_borrow_mut(|scratch| {
         let plan = ShrinkPlan::new(linears, m);
@@ -86,8 +96,9 @@ pub(crate) fn sweep(x: &[f32], linears: &[SweepLinear<'_>], finish: Finish<'_>, 
         let (plain, transformed) = words.split_at_mut(m * width);
         to_words(x, k, format, plain);
         shrink((x, plain, format), k, &plan, (transformed, short));
-        let sweep = Sweep { linears, finish, words, width, plan: &plan, short, row, y: Shared::new(y), m };
+        let sweep = Sweep { linears, finish, x, k, words, width, plan: &plan, short, row, y: Shared::new(y), m };
         sweep.run();
+        sweep.finish_whole_rows();
     });
 }
 
@@ -137,6 +148,9 @@ fn to_words(x: &[f32], k: usize, format: WeightFormat, words: &mut [u32]) {
 struct Sweep<'a> {
     linears: &'a [SweepLinear<'a>],
     finish: Finish<'a>,
+    x: &'a [f32],
+    /// Elements per row of `x`.
+    k: usize,
     words: &'a [u32],
     /// Words per row.
     width: usize,
@@ -255,21 +269,55 @@ impl Sweep<'_> {
     fn finish_run(&self, linear: &SweepLinear<'_>, (run, start): (&SlotRun<'_>, usize), piece: &Piece<'_>) {
         let first = piece.panel_idx * PANEL;
         let columns = PANEL.min(linear.weight.n() - first);
-        let c = run.slots.and_then(|slots| slots.c.as_deref()).or(linear.bias).map(|c| &c[first..first + columns]);
         for row in run.rows.start.max(piece.from)..run.rows.end.min(piece.to) {
             let offset = piece.offset + (row - piece.from) * piece.stride;
             // SAFETY: a panel's columns are written by its task only.
             let y = unsafe { piece.out.part(offset..offset + columns) };
             if let Some(slots) = run.slots {
-                let short = Short { values: &self.short[start..], rows: run.rows.len(), row: row - run.rows.start };
-                apply_slots(slots, short, first, y);
+                let (x, short) = (&self.x[row * self.k..][..self.k], &self.short[start..]);
+                let run_row = RunRow { x, short, rows: run.rows.len(), row: row - run.rows.start };
+                apply_slots(slots, run_row, first, y);
             }
-            if let Some(c) = c {
-                y.iter_mut().zip(c).for_each(|(y, c)| *y += c);
+            if !run.slots.is_some_and(PackedSlots::needs_whole_rows) {
+                self.add_last(linear, run.slots, (row, first), y);
             }
-            if let Finish::Add(residual) = self.finish {
-                let residual = &residual[row * self.row + first..][..columns];
-                y.iter_mut().zip(residual).for_each(|(y, r)| *y += r);
+        }
+    }
+
+    /// What is added last, in the columns of a row from `first` on.
+    fn add_last(
+        &self,
+        linear: &SweepLinear<'_>,
+        slots: Option<&PackedSlots>,
+        (row, first): (usize, usize),
+        y: &mut [f32],
+    ) {
+        if let Some(c) = slots.and_then(|slots| slots.c.as_deref()).or(linear.bias) {
+            y.iter_mut().zip(&c[first..]).for_each(|(y, c)| *y += c);
+        }
+        if let Finish::Add(residual) = self.finish {
+            let residual = &residual[row * self.row + first..][..y.len()];
+            y.iter_mut().zip(residual).for_each(|(y, r)| *y += r);
+        }
+    }
+
+    /// Once all panels are there: the rows whose scale mixes columns of several.
+    fn finish_whole_rows(&self) {
+        let mut column = 0;
+        for linear in self.linears {
+            let columns = column..column + linear.weight.n();
+            column = columns.end;
+            for run in &linear.runs {
+                let Some(slots) = run.slots.filter(|slots| slots.needs_whole_rows()) else { continue };
+                for_each(run.rows.len(), |idx| {
+                    let row = run.rows.start + idx;
+                    // SAFETY: every task has a row of its own, and the panels are done.
+                    let y = unsafe { self.y.part(row * self.row + columns.start..row * self.row + columns.end) };
+                    if let Some(scale) = &slots.scale {
+                        scale.apply(0, y);
+                    }
+                    self.add_last(linear, Some(slots), (row, 0), y);
+                });
             }
         }
     }
@@ -285,19 +333,22 @@ mod tests {
 
     use super::super::pre::PackedPre;
     use super::super::rows::RowMatrix;
+    use super::super::scale::PackedScale;
     use super::super::slots::{PackedDelta, PackedSlots};
+    use super::super::sparse::SparseRows;
 
     use super::*;
     use crate::kernels::cpu::testing::random;
 
     /// An adapter's slots as plain f32 matrices.
     struct Plain {
-        pre: Option<Vec<f32>>,
+        pre: Option<(usize, Vec<f32>)>,
         own: Option<Vec<f32>>,
         rows: Option<(Vec<u32>, Vec<f32>)>,
         low_rank: Option<(usize, Vec<f32>, Vec<f32>)>,
         shard_sum: Option<(usize, usize, Vec<f32>)>,
-        scale: Option<Vec<f32>>,
+        sparse: Option<(Vec<u32>, Vec<u32>, Vec<f32>)>,
+        scale: Option<PackedScale>,
         c: Option<Vec<f32>>,
     }
 
@@ -308,7 +359,11 @@ mod tests {
             let q = if has(5) { n } else { (1..=n).rev().find(|q| n.is_multiple_of(*q) && *q < n).unwrap_or(n) };
             let some = |bit: u64, len: usize| has(bit).then(|| random(len, seed ^ bit));
             Self {
-                pre: some(7, k),
+                // Blocks of one number are a diagonal.
+                pre: has(7).then(|| {
+                    let s = (1..=8).rev().find(|s| has(10) && k.is_multiple_of(*s)).unwrap_or(1);
+                    (s, random(k * s, seed ^ 7))
+                }),
                 own: some(0, n * k),
                 rows: has(6).then(|| {
                     let indexes: Vec<u32> = (0..n as u32).filter(|i| seed >> (i % 60) & 1 == 1).collect();
@@ -317,7 +372,18 @@ mod tests {
                 }),
                 low_rank: some(1, r * k).map(|a| (r, a, random(n * r, seed ^ 99))),
                 shard_sum: some(2, r * q).map(|m| (r, q, m)),
-                scale: some(3, n),
+                sparse: has(8).then(|| {
+                    let places: Vec<usize> = (0..n * k).filter(|at| (seed >> (at % 61)) & 3 == 1).collect();
+                    let (rows, columns) = places.iter().map(|at| ((at / k) as u32, (at % k) as u32)).unzip();
+                    (rows, columns, random(places.len(), seed ^ 8))
+                }),
+                // Pairs within a panel, and across.
+                scale: some(3, n).map(|p| {
+                    match (1..=n / 2).rfind(|half| n.is_multiple_of(2 * half) && !(has(11) && *half > 4)) {
+                        Some(half) if has(9) => PackedScale::PairRot { p, q: random(n, seed ^ 9), half },
+                        _ => PackedScale::Diag(p),
+                    }
+                }),
                 c: some(4, n),
             }
         }
@@ -333,25 +399,33 @@ mod tests {
                 let m = PackedMatrix::from_f32(*q, *r, |i| &transposed[i * r..][..*r]).expect("m");
                 deltas.push(PackedDelta::ShardSum { m });
             }
+            if let Some((rows, columns, values)) = &self.sparse {
+                deltas.push(PackedDelta::Sparse(SparseRows::new(rows, columns.clone(), values.clone())));
+            }
             let own = self.own.as_ref().map(|w| PackedMatrix::from_f32(n, k, |i| &w[i * k..][..k]).expect("own"));
             let rows = self
                 .rows
                 .as_ref()
                 .map(|(indexes, rows)| (indexes.clone(), RowMatrix::new(WeightFormat::F32, rows, indexes.len(), k)));
-            let pre = self.pre.clone().map(PackedPre::Diag);
+            let pre = self.pre.clone().map(|(s, blocks)| match s {
+                1 => PackedPre::Diag(blocks),
+                _ => PackedPre::BlockDiag { s, blocks },
+            });
             PackedSlots { pre, own, rows, deltas, scale: self.scale.clone(), c: self.c.clone() }
         }
 
-        /// One output in f64.
-        fn output(&self, x: &[f32], w: &[f32], bias: &[f32], o: usize) -> f64 {
+        /// One output before scale and bias, in f64.
+        fn unscaled(&self, x: &[f32], w: &[f32], o: usize) -> f64 {
             let k = x.len();
             let dot = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum::<f64>();
             let weight = &self.own.as_deref().unwrap_or(w)[o * k..][..k];
             let replaced = self.rows.as_ref().and_then(|(indexes, rows)| {
                 indexes.binary_search(&(o as u32)).ok().map(|found| &rows[found * k..][..k])
             });
-            let pre_x =
-                self.pre.as_ref().map(|scale| x.iter().zip(scale).map(|(x, scale)| x * scale).collect::<Vec<_>>());
+            let pre_x = self.pre.as_ref().map(|(s, blocks)| {
+                let at = |j: usize| (0..*s).map(|i| x[j / s * s + i] * blocks[(j / s * s + i) * s + j % s]).sum();
+                (0..k).map(at).collect::<Vec<f32>>()
+            });
             let mut y = dot(pre_x.as_deref().unwrap_or(x), replaced.unwrap_or(weight));
             if let Some((r, a, b)) = &self.low_rank {
                 y += (0..*r).map(|j| f64::from(b[o * r + j]) * dot(x, &a[j * k..][..k])).sum::<f64>();
@@ -359,8 +433,27 @@ mod tests {
             if let Some((r, q, m)) = &self.shard_sum {
                 y += x.iter().enumerate().map(|(i, x)| f64::from(*x) * f64::from(m[i % r * q + o % q])).sum::<f64>();
             }
-            y * f64::from(self.scale.as_ref().map_or(1.0, |g| g[o]))
-                + f64::from(self.c.as_ref().map_or(bias[o], |c| c[o]))
+            if let Some((rows, columns, values)) = &self.sparse {
+                let entries = rows.iter().zip(columns).zip(values).filter(|((row, _), _)| **row as usize == o);
+                y +=
+                    entries.map(|((_, column), value)| f64::from(x[*column as usize]) * f64::from(*value)).sum::<f64>();
+            }
+            y
+        }
+
+        /// One output in f64.
+        fn output(&self, x: &[f32], w: &[f32], bias: &[f32], o: usize) -> f64 {
+            let y = self.unscaled(x, w, o);
+            let scaled = match &self.scale {
+                None => y,
+                Some(PackedScale::Diag(scale)) => y * f64::from(scale[o]),
+                Some(PackedScale::PairRot { p, q, half }) => {
+                    let is_first = (o / half).is_multiple_of(2);
+                    let partner = self.unscaled(x, w, if is_first { o + half } else { o - half });
+                    y * f64::from(p[o]) + partner * f64::from(if is_first { -q[o] } else { q[o] })
+                }
+            };
+            scaled + f64::from(self.c.as_ref().map_or(bias[o], |c| c[o]))
         }
     }
 
@@ -393,8 +486,8 @@ mod tests {
                     prop_assert_eq!(&alone[..], &y[row * n..][..n]);
                     for (o, found) in alone.iter().enumerate() {
                         let expected = plain.output(x, &w, &bias, o);
-                        // Two chained f32 sums of at most 90 and 20 products in [-1, 1].
-                        prop_assert!((f64::from(*found) - expected).abs() < 3e-4, "{found} {expected}");
+                        // Chained f32 sums of at most 90, 20 and 8 products in [-1, 1].
+                        prop_assert!((f64::from(*found) - expected).abs() < 6e-4, "{found} {expected}");
                     }
                 }
             }
@@ -442,7 +535,8 @@ mod tests {
                 PackedMatrix::from_f32(*n, k, |i| &w[i * k..][..k]).expect("w")
             })
             .collect();
-        let plain: Vec<Plain> = (0..3).map(|i| Plain::random((widths[i], k), 0x1234_5678_9abc_0f1b << i)).collect();
+        let mut plain: Vec<Plain> = (0..3).map(|i| Plain::random((widths[i], k), 0x1234_5678_9abc_0f1b << i)).collect();
+        plain[1].scale = Some(PackedScale::PairRot { p: random(130, 3), q: random(130, 4), half: 65 });
         let slots: Vec<PackedSlots> = (0..3).map(|i| plain[i].pack((widths[i], k))).collect();
         let linear = |i: usize| SweepLinear {
             weight: &weights[i],

@@ -112,6 +112,7 @@ pub(super) fn shrink(
                 PackedDelta::ShardSum { m } => {
                     x.chunks_exact(k).zip(h.chunks_exact_mut(m.k())).for_each(|(row, h)| shard_sum(row, h));
                 }
+                PackedDelta::Sparse(_) => {}
             }
         }
         if let Some((indexes, replaced)) = &slots.rows {

@@ -7,6 +7,8 @@ use super::isa::Isa;
 use super::packed::{PANEL, PackedMatrix, WeightFormat};
 use super::pre::PackedPre;
 use super::rows::RowMatrix;
+use super::scale::PackedScale;
+use super::sparse::SparseRows;
 
 /// What an adapter does to one linear, in the CPU's form. All matrices have the format of the base weight.
 #[derive(Debug, Default)]
@@ -19,8 +21,8 @@ pub struct PackedSlots {
     pub rows: Option<(Vec<u32>, RowMatrix)>,
     /// Additive terms.
     pub deltas: Vec<PackedDelta>,
-    /// Output scale (n).
-    pub scale: Option<Vec<f32>>,
+    /// Output scale.
+    pub scale: Option<PackedScale>,
     /// Vector added last (n); `None` is the base bias.
     pub c: Option<Vec<f32>>,
 }
@@ -40,6 +42,8 @@ pub enum PackedDelta {
         /// Block matrix, transposed.
         m: PackedMatrix,
     },
+    /// `S x`, S: (n, k) in f32. It reads the row itself, which no format has rounded.
+    Sparse(SparseRows),
 }
 
 /// Consecutive rows of `x` with one adapter.
@@ -57,43 +61,48 @@ pub(super) fn short_len(slots: &PackedSlots) -> usize {
     terms + slots.rows.as_ref().map_or(0, |(indexes, _)| indexes.len())
 }
 
-impl PackedDelta {
-    /// The up projection.
-    pub(super) fn up(&self) -> &PackedMatrix {
-        match self {
-            Self::LowRank { b, .. } => b,
-            Self::ShardSum { m } => m,
-        }
-    }
-
-    /// Elements per row of its short vectors.
-    pub(super) fn short_len(&self) -> usize {
-        self.up().k()
+impl PackedSlots {
+    /// Whether columns depend on one another across panels, so that they are scaled once the whole row is there.
+    pub(super) fn needs_whole_rows(&self) -> bool {
+        self.scale.as_ref().is_some_and(PackedScale::needs_whole_rows)
     }
 }
 
-/// The short vectors of one row of a run.
+impl PackedDelta {
+    /// Elements per row of its short vectors; a sparse term has none.
+    pub(super) fn short_len(&self) -> usize {
+        match self {
+            Self::LowRank { b, .. } => b.k(),
+            Self::ShardSum { m } => m.k(),
+            Self::Sparse(_) => 0,
+        }
+    }
+}
+
+/// One row of a run: its input (k), and its short vectors.
 #[derive(Clone, Copy)]
-pub(super) struct Short<'a> {
-    /// From the run's first on.
-    pub(super) values: &'a [f32],
+pub(super) struct RunRow<'a> {
+    /// Its row of `x`.
+    pub(super) x: &'a [f32],
+    /// Short vectors, from the run's first on.
+    pub(super) short: &'a [f32],
     /// Rows of the run.
     pub(super) rows: usize,
     /// The row, counted from the run's first.
     pub(super) row: usize,
 }
 
-/// Replaced rows, terms and scale, in the columns from `first` on.
-pub(super) fn apply_slots(slots: &PackedSlots, short: Short<'_>, first: usize, y: &mut [f32]) {
+/// Replaced rows, terms and scale, in a panel's columns from `first` on; no scale that needs whole rows.
+pub(super) fn apply_slots(slots: &PackedSlots, row: RunRow<'_>, first: usize, y: &mut [f32]) {
     let mut start = 0;
     let mut next = |r: usize| {
-        let of_row = start + short.row * r;
-        start += short.rows * r;
-        &short.values[of_row..of_row + r]
+        let of_row = start + row.row * r;
+        start += row.rows * r;
+        &row.short[of_row..of_row + r]
     };
-    let before = slots.deltas.iter().map(PackedDelta::short_len).sum::<usize>() * short.rows;
+    let before = slots.deltas.iter().map(PackedDelta::short_len).sum::<usize>() * row.rows;
     if let Some((indexes, _)) = &slots.rows {
-        let replaced = &short.values[before + short.row * indexes.len()..][..indexes.len()];
+        let replaced = &row.short[before + row.row * indexes.len()..][..indexes.len()];
         let begin = indexes.partition_point(|index| (*index as usize) < first);
         for (index, value) in indexes.iter().zip(replaced).skip(begin) {
             let Some(y) = y.get_mut(*index as usize - first) else { break };
@@ -101,10 +110,16 @@ pub(super) fn apply_slots(slots: &PackedSlots, short: Short<'_>, first: usize, y
         }
     }
     for delta in &slots.deltas {
-        expand(Isa::best(), next(delta.short_len()), delta.up(), first, y);
+        let h = next(delta.short_len());
+        match delta {
+            PackedDelta::LowRank { b: up, .. } | PackedDelta::ShardSum { m: up } => {
+                expand(Isa::best(), h, up, first, y);
+            }
+            PackedDelta::Sparse(s) => s.add(row.x, first, y),
+        }
     }
-    if let Some(scale) = &slots.scale {
-        y.iter_mut().zip(&scale[first..]).for_each(|(y, g)| *y *= g);
+    if let Some(scale) = slots.scale.as_ref().filter(|scale| !scale.needs_whole_rows()) {
+        scale.apply(first, y);
     }
 }
 

@@ -7,8 +7,8 @@ use candle_core::{DType, Device, Result, Tensor};
 use mistralrs_quant::{GgufMatMul, QuantMethod};
 
 use crate::adapter::{Delta, LinearSlots, Pre, Scale, SiteId, Weight};
-use crate::kernels::cpu::{PackedMatrix, SlotRun, SweepLinear, add_op, gated_op, join_op};
-use crate::kernels::{self, InputTerm, SegmentTerms, Term};
+use crate::kernels::cpu::{PackedMatrix, SlotRun, SweepLinear, add_op, gated_op, join_op, silu_mul_op};
+use crate::kernels::{self, InputTerm, OutputTerm, SegmentTerms, Term};
 use crate::model::AdapterSegment;
 
 /// A weight in the format it is kept in.
@@ -144,15 +144,18 @@ impl Linear {
         Tensor::cat(&outputs.collect::<Result<Vec<_>>>()?, 1)
     }
 
-    /// `silu(gate(x)) * up(x)` in one sweep; `None` where the weights are not packed alike.
+    /// `silu(gate(x)) * up(x)`, in one sweep unless an adapter's outputs depend on one another; `None` where the weights are not packed alike.
     pub(in crate::model) fn forward_gated(
         gate: &Self,
         up: &Self,
         x: &Tensor,
         segments: &[AdapterSegment],
     ) -> Result<Option<Tensor>> {
-        let packed = Self::all_packed(&[gate, up], segments).and_then(|packed| <[_; 2]>::try_from(packed).ok());
-        packed.map(|packed| gated_op(x, &packed)).transpose()
+        let Some(packed) = Self::all_packed(&[gate, up], segments) else { return Ok(None) };
+        if packed.iter().any(SweepLinear::needs_whole_rows) {
+            return silu_mul_op(&join_op(x, &packed)?).map(Some);
+        }
+        <[_; 2]>::try_from(packed).ok().map(|packed| gated_op(x, &packed)).transpose()
     }
 
     /// Whether the weight is packed for the CPU's kernels.
@@ -207,6 +210,7 @@ impl Linear {
         let terms = slots.deltas.iter().map(|delta| match delta {
             Delta::LowRank { a, b } => Term::LowRank { a, b },
             Delta::ShardSum { m } => Term::ShardSum { m },
+            Delta::Sparse { rows, columns, values } => Term::Sparse { rows, columns, values },
         });
         SegmentTerms {
             start: segment.start,
@@ -214,6 +218,7 @@ impl Linear {
             pre: match &slots.pre {
                 Pre::Identity => None,
                 Pre::Diag(scale) => Some(InputTerm::Diag { scale }),
+                Pre::BlockDiag(blocks) => Some(InputTerm::BlockDiag { blocks }),
             },
             own_weight: match &slots.weight {
                 Weight::Base => None,
@@ -223,7 +228,8 @@ impl Linear {
             terms: terms.collect(),
             scale: match &slots.scale {
                 Scale::One => None,
-                Scale::Diag(scale) => Some(scale),
+                Scale::Diag(scale) => Some(OutputTerm::Diag { scale }),
+                Scale::PairRot { p, q, half } => Some(OutputTerm::PairRot { p, q, half: *half }),
             },
             c: slots.c.as_ref().or(self.bias.as_ref()),
         }

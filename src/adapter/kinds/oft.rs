@@ -1,0 +1,200 @@
+//! OFT: blocks of the input, or in the oldest files of the output, are rotated. Three generations of PEFT wrote files
+//! that differ, and their tensors tell them apart:
+//!
+//! - `oft_R.weight` (PEFT 0.16 and later): strict upper triangles of skew-symmetric Q; `W' = W blkdiag(R)^T`
+//! - `oft_r` and `oft_s` (0.14 and 0.15): blocks D, `Q = (D - D^T) / 2`; `W' = diag(s) W blkdiag(R)^T`
+//! - `oft_r` alone (up to 0.13): the same blocks over the outputs; `W' = blkdiag(R)^T W`
+//!
+//! R is Cayley's map of Q, or with `use_cayley_neumann` a series. `coft` limits the norm, of Q in the first generation and
+//! of D in the others. The bias is neither rotated nor scaled. An embedding's rows are rotated as they are read.
+
+use candle_core::{DType, Device, Tensor};
+
+use super::Kind;
+use crate::adapter::adapted;
+use crate::adapter::config::{Config, Rule};
+use crate::adapter::lowering::Lowering;
+use crate::adapter::matching::Matcher;
+use crate::adapter::rotation::{self, Map};
+use crate::adapter::{AdapterError, Pre, Scale, SiteId, SiteKind, linalg, merge};
+
+/// The row of the table of kinds.
+pub(super) const OFT: Kind = Kind {
+    peft_type: "OFT",
+    title: "OFT",
+    served_as: "blocks that multiply the input; own dense weight for files up to PEFT 0.13; embeddings from an own table",
+    merged_as: "W blkdiag(R)^T",
+    suffixes: &[NEW, EMBEDDING, OLD, OLD_SCALE],
+    fields: &[
+        // The tensors show both.
+        ("r", Rule::Ignored),
+        ("oft_block_size", Rule::Ignored),
+        ("block_share", Rule::Read),
+        ("coft", Rule::Read),
+        ("eps", Rule::Read),
+        ("use_cayley_neumann", Rule::Read),
+        ("num_cayley_neumann_terms", Rule::Read),
+        ("bias", Rule::Read),
+        ("module_dropout", Rule::Ignored),
+        ("init_weights", Rule::Ignored),
+        // The oldest generation's: numbers of blocks, which the tensors show, and something that PEFT never read.
+        ("rank_pattern", Rule::Ignored),
+        ("alpha_pattern", Rule::Ignored),
+    ],
+    check,
+    lower,
+    ..Kind::PLAIN
+};
+
+const NEW: &str = "oft_R.weight";
+const EMBEDDING: &str = "oft_embedding_R.weight";
+const OLD: &str = "oft_r";
+const OLD_SCALE: &str = "oft_s";
+/// PEFT's defaults.
+const DEFAULT_EPS: f64 = 6e-5;
+const DEFAULT_TERMS: usize = 5;
+
+/// What the config says for all modules.
+struct Options {
+    shared: bool,
+    /// Limit of the norm, before it is divided among the blocks.
+    eps: Option<f64>,
+    map: Map,
+}
+
+impl Options {
+    fn parse(config: &Config) -> Result<Self, AdapterError> {
+        let eps = config.number("eps")?.unwrap_or(DEFAULT_EPS);
+        let terms = config.positive("num_cayley_neumann_terms")?.unwrap_or(DEFAULT_TERMS);
+        let series = config.get("use_cayley_neumann").is_none() || config.flag("use_cayley_neumann")?;
+        Ok(Self {
+            shared: config.flag("block_share")?,
+            eps: config.flag("coft")?.then_some(eps),
+            map: if series { Map::Neumann(terms) } else { Map::Cayley },
+        })
+    }
+}
+
+fn check(config: &Config) -> Result<(), AdapterError> {
+    Options::parse(config)?;
+    Matcher::parse(config, "target_modules").map(drop)
+}
+
+fn lower(lowering: &mut Lowering<'_>) -> Result<(), AdapterError> {
+    let options = Options::parse(&lowering.config)?;
+    for id in adapted::sites(lowering, |kind| !matches!(kind, SiteKind::Norm { .. }))? {
+        match lowering.site(id).kind {
+            SiteKind::Linear { in_features, out_features, .. } => {
+                if lowering.has(id, OLD) {
+                    old(lowering, &options, id, (in_features, out_features))?;
+                } else {
+                    let blocks = new(lowering, &options, (id, NEW), in_features)?;
+                    lowering.out.linears.entry(id).or_default().pre = Pre::BlockDiag(blocks);
+                }
+            }
+            SiteKind::Embedding { dim, .. } => {
+                let blocks = new(lowering, &options, (id, EMBEDDING), dim)?;
+                let turned = blocks.transpose(1, 2)?.contiguous()?;
+                let reason = "its rows are rotated";
+                lowering.serve_own_table(id, reason, |table| Ok(merge::times_blocks(&table, &turned)?))?;
+            }
+            SiteKind::Norm { .. } => {}
+        }
+    }
+    Ok(())
+}
+
+/// Rotations of the newest generation, (blocks or 1, s, s).
+fn new(
+    lowering: &mut Lowering<'_>,
+    options: &Options,
+    (id, suffix): (SiteId, &str),
+    features: usize,
+) -> Result<Tensor, AdapterError> {
+    if matches!(options.map, Map::Neumann(_)) && lowering.config.get("peft_version").is_none() {
+        let warning = "no `peft_version`: PEFT 0.16 and 0.17 ended the series of `use_cayley_neumann` in another way, \
+                       which the file does not show; it is read as PEFT reads it since 0.18";
+        if !lowering.warnings.iter().any(|known| known == warning) {
+            lowering.warnings.push(warning.to_owned());
+        }
+    }
+    let shape = lowering.shape(id, suffix).unwrap_or_default().to_vec();
+    let &[blocks, count] = shape.as_slice() else {
+        let reason = format!("expected shape [blocks, s (s - 1) / 2], found {shape:?}");
+        return Err(lowering.refuse(id, suffix, reason));
+    };
+    let s = count.saturating_mul(8).saturating_add(1).isqrt().div_ceil(2);
+    if s.saturating_mul(s - 1) / 2 != count {
+        let reason = format!("{count} values are no upper triangle of a square block");
+        return Err(lowering.refuse(id, suffix, reason));
+    }
+    check_blocks(lowering, (id, suffix), options, (blocks, s, features))?;
+    let triangles = linalg::values(&lowering.require(id, suffix, &[blocks, count])?)?;
+    let mut skew = rotation::from_upper(&triangles, s);
+    if let Some(eps) = options.eps {
+        rotation::limit_norm(&mut skew, s, eps / (blocks as f64).sqrt());
+    }
+    rotation::rotations(&skew, s, options.map)
+}
+
+/// Blocks must cover the features, unless they share one.
+fn check_blocks(
+    lowering: &Lowering<'_>,
+    (id, suffix): (SiteId, &str),
+    options: &Options,
+    (blocks, s, features): (usize, usize, usize),
+) -> Result<(), AdapterError> {
+    let fits = match options.shared {
+        true => blocks == 1 && features % s == 0,
+        false => blocks.checked_mul(s) == Some(features),
+    };
+    if fits {
+        return Ok(());
+    }
+    let sharing = if options.shared { "with" } else { "without" };
+    let reason = format!("{blocks} blocks of {s} do not cover {features} features {sharing} `block_share`");
+    Err(lowering.refuse(id, suffix, reason))
+}
+
+/// The two older generations.
+fn old(
+    lowering: &mut Lowering<'_>,
+    options: &Options,
+    id: SiteId,
+    (in_features, out_features): (usize, usize),
+) -> Result<(), AdapterError> {
+    let on_input = lowering.has(id, OLD_SCALE);
+    let shape = lowering.shape(id, OLD).unwrap_or_default().to_vec();
+    let &[blocks, s, _] = shape.as_slice() else {
+        return Err(lowering.refuse(id, OLD, format!("expected shape [blocks, s, s], found {shape:?}")));
+    };
+    // The oldest generation rounded the blocks' size up; what is beyond the outputs is cut off, even whole blocks.
+    let covered = match (on_input, options.shared) {
+        (true, _) => in_features,
+        (false, true) => out_features.next_multiple_of(s.max(1)),
+        (false, false) if out_features.div_ceil(blocks) == s => blocks.saturating_mul(s),
+        (false, false) => out_features,
+    };
+    check_blocks(lowering, (id, OLD), options, (blocks, s, covered))?;
+    let mut values = linalg::values(&lowering.require(id, OLD, &[blocks, s, s])?)?;
+    if let Some(eps) = options.eps {
+        // PEFT multiplies with the square of the outputs that one block of the input or output stands for.
+        let per_block = if on_input { out_features.div_ceil(in_features / s) } else { s } as f64;
+        rotation::limit_norm(&mut values, s, eps * per_block * per_block / (blocks as f64).sqrt());
+    }
+    let rotations = rotation::rotations(&rotation::skew_part(&values, s), s, Map::Cayley)?;
+    if on_input {
+        let scale = lowering.require(id, OLD_SCALE, &[out_features, 1])?.squeeze(1)?;
+        let slots = lowering.out.linears.entry(id).or_default();
+        (slots.pre, slots.scale) = (Pre::BlockDiag(rotations), Scale::Diag(scale));
+        return Ok(());
+    }
+    let turned = rotations.transpose(1, 2)?.contiguous()?;
+    let reason = "files up to PEFT 0.13 rotate the output";
+    lowering.serve_own(id, reason, |weight| {
+        let padding = Tensor::zeros((in_features, covered - out_features), DType::F32, &Device::Cpu)?;
+        let columns = weight.t()?;
+        let padded = if covered == out_features { columns.contiguous()? } else { Tensor::cat(&[columns, padding], 1)? };
+        Ok(merge::times_blocks(&padded, &turned)?.narrow(1, 0, out_features)?.t()?.contiguous()?)
+    })
+}

@@ -1,0 +1,153 @@
+//! Dense linear algebra in f64 for lowering: what candle does not have. Matrices are row-major slices.
+
+mod eigen;
+
+use candle_core::{DType, Device, Result, Tensor};
+use rayon::prelude::*;
+
+pub(super) use eigen::symmetric_eigen;
+
+/// A matrix as f64 values, row-major. m: (rows, columns), any float format.
+pub(super) fn values(m: &Tensor) -> Result<Vec<f64>> {
+    m.to_dtype(DType::F64)?.flatten_all()?.to_vec1()
+}
+
+/// An f64 matrix (rows, columns) from row-major values.
+pub(super) fn matrix(values: Vec<f64>, shape: (usize, usize)) -> Result<Tensor> {
+    Tensor::from_vec(values, shape, &Device::Cpu)
+}
+
+/// `Q` of the reduced QR decomposition `m = Q R`, m: (rows, columns) with rows >= columns; Q: (rows, columns) f64 with
+/// orthonormal columns. The signs are those of LAPACK's Householder QR, which torch uses: `R_kk` has the sign opposite
+/// to that of the pivot, unless the pivot's column is zero below it.
+pub(super) fn householder_q(m: &Tensor) -> Result<Tensor> {
+    let (rows, columns) = m.dims2()?;
+    let mut work = columns_of(&values(m)?, rows, columns);
+    let mut reflectors: Vec<(Vec<f64>, f64)> = Vec::with_capacity(columns);
+    for k in 0..columns {
+        let (v, beta) = reflector(&work[k][k..]);
+        for column in &mut work[k..] {
+            reflect(&v, beta, &mut column[k..]);
+        }
+        reflectors.push((v, beta));
+    }
+    let mut q: Vec<Vec<f64>> = (0..columns).map(|k| (0..rows).map(|row| f64::from(row == k)).collect()).collect();
+    for (k, (v, beta)) in reflectors.iter().enumerate().rev() {
+        q.iter_mut().for_each(|column| reflect(v, *beta, &mut column[k..]));
+    }
+    matrix((0..rows * columns).map(|at| q[at % columns][at / columns]).collect(), (rows, columns))
+}
+
+fn columns_of(values: &[f64], rows: usize, columns: usize) -> Vec<Vec<f64>> {
+    (0..columns).map(|column| (0..rows).map(|row| values[row * columns + column]).collect()).collect()
+}
+
+/// `v` and `beta` with `(I - beta v v^T) x = -sign(x_0) |x| e_0`; beta is zero when `x` has that direction already.
+fn reflector(x: &[f64]) -> (Vec<f64>, f64) {
+    let tail: f64 = x[1..].iter().map(|x| x * x).sum();
+    let mut v = x.to_vec();
+    if tail == 0.0 {
+        return (v, 0.0);
+    }
+    let norm = (x[0] * x[0] + tail).sqrt();
+    v[0] += if x[0].is_sign_negative() { -norm } else { norm };
+    let beta = 2.0 / (v[0] * v[0] + tail);
+    (v, beta)
+}
+
+/// `x -= beta (v . x) v`.
+fn reflect(v: &[f64], beta: f64, x: &mut [f64]) {
+    let scale = beta * dot(v, x);
+    x.iter_mut().zip(v).for_each(|(x, v)| *x -= scale * v);
+}
+
+/// Sum of products.
+fn dot(x: &[f64], y: &[f64]) -> f64 {
+    x.iter().zip(y).map(|(x, y)| x * y).sum()
+}
+
+/// The inverse of `m`, (n, n) f64, by elimination with row pivots; `None` when a pivot vanishes.
+pub(super) fn inverse(m: &Tensor) -> Result<Option<Tensor>> {
+    let (n, _) = m.dims2()?;
+    let source = values(m)?;
+    let width = 2 * n;
+    let mut rows: Vec<Vec<f64>> = source
+        .chunks_exact(n)
+        .enumerate()
+        .map(|(at, row)| row.iter().copied().chain((0..n).map(|column| f64::from(column == at))).collect())
+        .collect();
+    for k in 0..n {
+        let pivot = (k..n).max_by(|a, b| rows[*a][k].abs().total_cmp(&rows[*b][k].abs())).unwrap_or(k);
+        rows.swap(k, pivot);
+        let head = rows[k][k];
+        if head == 0.0 || !head.is_finite() {
+            return Ok(None);
+        }
+        rows[k][k..width].iter_mut().for_each(|value| *value /= head);
+        let pivot_row = std::mem::take(&mut rows[k]);
+        rows.par_iter_mut().filter(|row| !row.is_empty()).for_each(|row| {
+            let factor = row[k];
+            if factor != 0.0 {
+                row[k..].iter_mut().zip(&pivot_row[k..]).for_each(|(value, pivot)| *value -= factor * pivot);
+            }
+        });
+        rows[k] = pivot_row;
+    }
+    Ok(Some(matrix(rows.iter().flat_map(|row| &row[n..]).copied().collect(), (n, n))?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::adapter::fake_base::{close, random};
+
+    fn f64s(m: &Tensor) -> Tensor {
+        m.to_dtype(DType::F64).unwrap()
+    }
+
+    fn f32s(m: &Tensor) -> Tensor {
+        m.to_dtype(DType::F32).unwrap()
+    }
+
+    #[test]
+    fn q_is_orthonormal_spans_the_columns_and_has_lapack_signs() {
+        for (seed, shape) in [(1, (7, 3)), (2, (5, 5)), (3, (4, 1))] {
+            let m = random(seed, shape);
+            let q = householder_q(&m).unwrap();
+            let gram = q.t().unwrap().matmul(&q).unwrap();
+            let identity = Tensor::eye(shape.1, DType::F64, &Device::Cpu).unwrap();
+            assert!(close(&f32s(&gram), &f32s(&identity), 1e-6));
+            let r = q.t().unwrap().matmul(&f64s(&m)).unwrap();
+            assert!(close(&f32s(&q.matmul(&r).unwrap()), &m, 1e-6));
+            let first = m.to_vec2::<f32>().unwrap()[0][0];
+            if shape.0 > 1 {
+                assert_eq!(r.to_vec2::<f64>().unwrap()[0][0] > 0.0, first < 0.0);
+            }
+        }
+    }
+
+    #[test]
+    fn the_inverse_undoes_and_singular_matrices_have_none() {
+        let m = random(4, (9, 9));
+        let product = inverse(&m).unwrap().unwrap().matmul(&f64s(&m)).unwrap();
+        assert!(close(&f32s(&product), &Tensor::eye(9, DType::F32, &Device::Cpu).unwrap(), 1e-5));
+        assert!(inverse(&Tensor::ones((3, 3), DType::F32, &Device::Cpu).unwrap()).unwrap().is_none());
+    }
+
+    #[test]
+    fn eigenvectors_diagonalise_a_symmetric_matrix_in_ascending_order() {
+        for n in [1, 2, 3, 12] {
+            let half = f64s(&random(5, (n, n)));
+            let m = (&half + half.t().unwrap()).unwrap();
+            let (eigenvalues, vectors) = symmetric_eigen(&m).unwrap();
+            assert!(eigenvalues.windows(2).all(|pair| pair[0] <= pair[1]));
+            let scaled = vectors.broadcast_mul(&Tensor::new(eigenvalues.as_slice(), &Device::Cpu).unwrap()).unwrap();
+            assert!(close(&f32s(&m.matmul(&vectors).unwrap()), &f32s(&scaled), 1e-6), "{n}");
+            let gram = vectors.t().unwrap().matmul(&vectors).unwrap();
+            assert!(close(&f32s(&gram), &Tensor::eye(n, DType::F32, &Device::Cpu).unwrap(), 1e-6), "{n}");
+        }
+        // Equal eigenvalues, and a matrix that is diagonal already.
+        let identity = Tensor::eye(4, DType::F64, &Device::Cpu).unwrap();
+        assert_eq!(symmetric_eigen(&identity).unwrap().0, [1.0; 4]);
+    }
+}

@@ -1,0 +1,49 @@
+//! Output scales of a linear: what becomes of a row once product and additive terms are there.
+
+use super::packed::PANEL;
+
+/// An output scale in the CPU's form.
+#[derive(Clone, Debug)]
+pub enum PackedScale {
+    /// Elementwise product (n).
+    Diag(Vec<f32>),
+    /// In groups of `2 half` outputs, `a = y[j]` and `b = y[half + j]` become `p[j] a - q[j] b` and
+    /// `p[half + j] b + q[half + j] a`.
+    PairRot {
+        /// What an output keeps of itself (n).
+        p: Vec<f32>,
+        /// What it takes of its partner (n).
+        q: Vec<f32>,
+        /// Distance of the partners.
+        half: usize,
+    },
+}
+
+impl PackedScale {
+    /// Whether partners can lie in different panels, so that columns are scaled once the whole row is there.
+    pub(super) fn needs_whole_rows(&self) -> bool {
+        match self {
+            Self::Diag(_) => false,
+            Self::PairRot { half, .. } => !PANEL.is_multiple_of(2 * half),
+        }
+    }
+
+    /// Scales the columns from `first` on: a panel's, or all of a row.
+    pub(super) fn apply(&self, first: usize, y: &mut [f32]) {
+        match self {
+            Self::Diag(scale) => y.iter_mut().zip(&scale[first..]).for_each(|(y, g)| *y *= g),
+            Self::PairRot { p, q, half } => rotate_pairs(y, (&p[first..], &q[first..]), *half),
+        }
+    }
+}
+
+fn rotate_pairs(row: &mut [f32], (p, q): (&[f32], &[f32]), half: usize) {
+    assert!(row.len().is_multiple_of(2 * half), "the groups tile the columns");
+    let groups = row.chunks_exact_mut(2 * half).zip(p.chunks_exact(2 * half)).zip(q.chunks_exact(2 * half));
+    for ((row, p), q) in groups {
+        let (first, second) = row.split_at_mut(half);
+        for (at, (a, b)) in first.iter_mut().zip(second).enumerate() {
+            (*a, *b) = (p[at] * *a - q[at] * *b, p[half + at] * *b + q[half + at] * *a);
+        }
+    }
+}
