@@ -279,15 +279,25 @@ struct Product<'a> {
 #[inline(always)]
 fn accumulate<const FMA: bool>(p: &Product<'_>, rows: usize, columns: usize, out: &mut [f32], stride: usize) {
     let mut column = 0;
+    // A single row keeps the arithmetic busy with many columns only.
+    while rows == 1 && columns - column >= 64 {
+        block::<1, 64, FMA>(p, 0, column, out, stride);
+        column += 64;
+    }
     while columns - column >= 16 {
         let mut row = 0;
-        while rows - row >= 8 {
-            block::<8, FMA>(p, row, column, out, stride);
-            row += 8;
-        }
         while row < rows {
-            block::<1, FMA>(p, row, column, out, stride);
-            row += 1;
+            match rows - row {
+                1 => block::<1, 16, FMA>(p, row, column, out, stride),
+                2 => block::<2, 16, FMA>(p, row, column, out, stride),
+                3 => block::<3, 16, FMA>(p, row, column, out, stride),
+                4 => block::<4, 16, FMA>(p, row, column, out, stride),
+                5 => block::<5, 16, FMA>(p, row, column, out, stride),
+                6 => block::<6, 16, FMA>(p, row, column, out, stride),
+                7 => block::<7, 16, FMA>(p, row, column, out, stride),
+                _ => block::<8, 16, FMA>(p, row, column, out, stride),
+            }
+            row += 8.min(rows - row);
         }
         column += 16;
     }
@@ -301,16 +311,22 @@ fn accumulate<const FMA: bool>(p: &Product<'_>, rows: usize, columns: usize, out
     }
 }
 
-/// `R` rows of 16 columns.
+/// `R` rows of `C` columns.
 #[inline(always)]
-fn block<const R: usize, const FMA: bool>(p: &Product<'_>, row: usize, column: usize, out: &mut [f32], stride: usize) {
-    let mut acc = [[0.0_f32; 16]; R];
+fn block<const R: usize, const C: usize, const FMA: bool>(
+    p: &Product<'_>,
+    row: usize,
+    column: usize,
+    out: &mut [f32],
+    stride: usize,
+) {
+    let mut acc = [[0.0_f32; C]; R];
     for (r, acc) in acc.iter_mut().enumerate() {
-        acc.copy_from_slice(&out[(row + r) * stride + column..][..16]);
+        acc.copy_from_slice(&out[(row + r) * stride + column..][..C]);
     }
     let a: [&[f32]; R] = std::array::from_fn(|r| &p.a[(row + r) * p.a_stride..][..p.depth]);
     for d in 0..p.depth {
-        let b: &[f32; 16] = p.b[d * p.b_stride + column..][..16].try_into().expect("16 columns");
+        let b: &[f32; C] = p.b[d * p.b_stride + column..][..C].try_into().expect("C columns");
         for (acc, a) in acc.iter_mut().zip(&a) {
             for (value, b) in acc.iter_mut().zip(b) {
                 *value = fma::<FMA>(a[d], *b, *value);
@@ -318,7 +334,7 @@ fn block<const R: usize, const FMA: bool>(p: &Product<'_>, row: usize, column: u
         }
     }
     for (r, acc) in acc.iter().enumerate() {
-        out[(row + r) * stride + column..][..16].copy_from_slice(acc);
+        out[(row + r) * stride + column..][..C].copy_from_slice(acc);
     }
 }
 

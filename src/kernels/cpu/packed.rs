@@ -44,9 +44,9 @@ enum Words {
 }
 
 /// One cache line of words.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Debug)]
 #[repr(C, align(64))]
-struct Line([u32; 16]);
+pub(super) struct Line(pub(super) [u32; 16]);
 
 /// One column of a panel.
 struct Lane<'a> {
