@@ -20,7 +20,7 @@ use super::pool::{for_ranges, num_threads};
 use super::shared::Shared;
 use super::shrink::{Place, ShrinkPlan, shrink};
 use super::silu::silu_mul;
-use super::slots::{Short, SlotRun, apply_slots};
+use super::slots::{Outputs, SlotRun, apply_slots};
 use super::words::{row_words, write_row};
 
 /// Rows multiplied before their outputs are finished.
@@ -256,14 +256,22 @@ impl Sweep<'_> {
         let first = piece.panel_idx * PANEL;
         let columns = PANEL.min(linear.weight.n() - first);
         let c = run.slots.and_then(|slots| slots.c.as_deref()).or(linear.bias).map(|c| &c[first..first + columns]);
-        for row in run.rows.start.max(piece.from)..run.rows.end.min(piece.to) {
-            let offset = piece.offset + (row - piece.from) * piece.stride;
+        let (from, to) = (run.rows.start.max(piece.from), run.rows.end.min(piece.to));
+        let outputs = Outputs {
+            out: piece.out,
+            offset: piece.offset + (from - piece.from) * piece.stride,
+            stride: piece.stride,
+            columns,
+            first,
+            rows: (from - run.rows.start, to - run.rows.start),
+        };
+        if let Some(slots) = run.slots {
             // SAFETY: a panel's columns are written by its task only.
-            let y = unsafe { piece.out.part(offset..offset + columns) };
-            if let Some(slots) = run.slots {
-                let short = Short { values: &self.short[start..], rows: run.rows.len(), row: row - run.rows.start };
-                apply_slots(slots, short, first, y);
-            }
+            unsafe { apply_slots(slots, &self.short[start..], run.rows.len(), &outputs) };
+        }
+        for row in from..to {
+            // SAFETY: as above, one row at a time.
+            let y = unsafe { outputs.row(row - run.rows.start) };
             if let Some(c) = c {
                 y.iter_mut().zip(c).for_each(|(y, c)| *y += c);
             }

@@ -127,7 +127,7 @@ unsafe fn dot_bf16<const M: usize>(args: TileArgs<'_>) {
 #[expect(unsafe_code, reason = "passes the caller's contract on")]
 unsafe fn generic_avx512<const M: usize>(args: TileArgs<'_>, format: WeightFormat) {
     // SAFETY: the caller's contract.
-    unsafe { generic::<M, 64, true>(args, format) }
+    unsafe { generic::<M, 4, true>(args, format) }
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -135,55 +135,60 @@ unsafe fn generic_avx512<const M: usize>(args: TileArgs<'_>, format: WeightForma
 #[expect(unsafe_code, reason = "passes the caller's contract on")]
 unsafe fn generic_avx2<const M: usize>(args: TileArgs<'_>, format: WeightFormat) {
     // SAFETY: the caller's contract.
-    unsafe { generic::<M, 16, true>(args, format) }
+    unsafe { generic::<M, 1, true>(args, format) }
 }
 
 #[expect(unsafe_code, reason = "passes the caller's contract on")]
 unsafe fn generic_portable<const M: usize>(args: TileArgs<'_>, format: WeightFormat) {
     // SAFETY: the caller's contract.
-    unsafe { generic::<M, 16, false>(args, format) }
+    unsafe { generic::<M, 1, false>(args, format) }
 }
 
-/// The plain loops, `C` columns at a time; the compiler vectorises them for the features of the function they are
+/// Lanes that the plain loops keep together; the compiler makes them one vector or a few.
+const LANES: usize = 16;
+
+/// The plain loops, `V` groups of lanes at a time; the compiler vectorises them for the features of the function they are
 /// inlined into. `FMA` says whether fused multiply-add is an instruction there.
 #[inline(always)]
 #[expect(unsafe_code, reason = "the output is a raw pointer")]
-unsafe fn generic<const M: usize, const C: usize, const FMA: bool>(args: TileArgs<'_>, format: WeightFormat) {
+unsafe fn generic<const M: usize, const V: usize, const FMA: bool>(args: TileArgs<'_>, format: WeightFormat) {
     let TileArgs { x, x_stride, w, y, y_stride, columns, from_zero, .. } = args;
     let fma = |a: f32, b: f32, c: f32| if FMA { a.mul_add(b, c) } else { a * b + c };
-    for from in (0..columns).step_by(C) {
-        let width = C.min(columns - from);
-        let mut acc = [[0.0_f32; C]; M];
+    let (steps, _) = w.as_chunks::<PANEL>();
+    assert!(x.len() >= (M - 1) * x_stride + steps.len(), "x holds every row of the tile");
+    for from in (0..columns).step_by(V * LANES) {
+        let width = (V * LANES).min(columns - from);
+        let mut acc = [[[0.0_f32; LANES]; V]; M];
         if !from_zero {
             for (r, row) in acc.iter_mut().enumerate() {
-                for (c, value) in row[..width].iter_mut().enumerate() {
+                for (c, value) in row.as_flattened_mut()[..width].iter_mut().enumerate() {
                     // SAFETY: inside the tile by the caller's contract.
                     *value = unsafe { *y.add(r * y_stride + from + c) };
                 }
             }
         }
-        for (step, weights) in w.chunks_exact(PANEL).enumerate() {
-            let weights: &[u32; C] = weights[from..from + C].try_into().expect("C divides the panel");
-            for (r, row) in acc.iter_mut().enumerate() {
-                let word = x[r * x_stride + step];
-                match format {
-                    WeightFormat::F32 => {
-                        for (value, weight) in row.iter_mut().zip(weights) {
-                            *value = fma(f32::from_bits(word), f32::from_bits(*weight), *value);
-                        }
-                    }
-                    WeightFormat::Bf16 => {
-                        let (low, high) = (f32::from_bits(word << 16), f32::from_bits(word & 0xffff_0000));
-                        for (value, weight) in row.iter_mut().zip(weights) {
-                            let sum = fma(low, f32::from_bits(*weight << 16), *value);
-                            *value = fma(high, f32::from_bits(*weight & 0xffff_0000), sum);
-                        }
+        for (step, weights) in steps.iter().enumerate() {
+            for v in 0..V {
+                let weights: &[u32; LANES] =
+                    weights[from + v * LANES..][..LANES].try_into().expect("the lanes divide the panel");
+                let low = weights.map(|weight| f32::from_bits(weight << 16));
+                let high = weights.map(|weight| f32::from_bits(weight & 0xffff_0000));
+                for (r, row) in acc.iter_mut().enumerate() {
+                    let word = x[r * x_stride + step];
+                    for (lane, value) in row[v].iter_mut().enumerate() {
+                        *value = match format {
+                            WeightFormat::F32 => fma(f32::from_bits(word), f32::from_bits(weights[lane]), *value),
+                            WeightFormat::Bf16 => {
+                                let sum = fma(f32::from_bits(word << 16), low[lane], *value);
+                                fma(f32::from_bits(word & 0xffff_0000), high[lane], sum)
+                            }
+                        };
                     }
                 }
             }
         }
         for (r, row) in acc.iter().enumerate() {
-            for (c, value) in row[..width].iter().enumerate() {
+            for (c, value) in row.as_flattened()[..width].iter().enumerate() {
                 // SAFETY: inside the tile by the caller's contract.
                 unsafe { *y.add(r * y_stride + from + c) = *value };
             }
