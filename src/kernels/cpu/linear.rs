@@ -218,6 +218,10 @@ impl Sweep<'_> {
     fn piece(&self, piece: Piece<'_>) {
         let linear = &self.linears[piece.linear_idx];
         let places = &self.plan.places[piece.linear_idx];
+        // The terms of the next panel come from memory while this one is multiplied.
+        for slots in linear.runs.iter().filter(|run| overlaps(&run.rows, &piece)).filter_map(|run| run.slots) {
+            slots.deltas.iter().for_each(|delta| delta.up().fetch_panel(piece.panel_idx + 1));
+        }
         let mut runs = linear.runs.iter().zip(places).filter(|(run, _)| overlaps(&run.rows, &piece)).peekable();
         // The weight, and how far a run's rows of words lie from its rows.
         let source = |(run, place): &(&SlotRun<'_>, &Place)| -> (*const PackedMatrix, usize) {
