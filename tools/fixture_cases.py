@@ -39,6 +39,12 @@ class Case:
     edit: str | None = None
     identity: bool = False
     converted_from: str | None = None
+    # Mean and spread of the random values, by part of a parameter's name; `random_like` decides for all others.
+    values: dict = field(default_factory=dict)
+    # Config fields that are set when the adapter is saved, because they describe what training did.
+    late: dict = field(default_factory=dict)
+    # The prompts by number; all where None.
+    prompts: tuple[int, ...] | None = None
 
 
 def lora(name: str, what: str, models: tuple[str, ...] = FULL, **config) -> Case:

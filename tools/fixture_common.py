@@ -140,9 +140,11 @@ def _margin(logits: torch.Tensor) -> float:
 
 
 def expected_outputs(model: torch.nn.Module, prompts: list[list[int]]) -> tuple[dict[str, torch.Tensor], float]:
-    """The tensors of `expected.safetensors`, and the least greedy margin."""
+    """The tensors of `expected.safetensors`, and the least greedy margin. Prompts that are None are left out."""
     tensors, margin = {}, float("inf")
     for index, ids in enumerate(prompts):
+        if ids is None:
+            continue
         tensors[f"logits_{index}"] = forward_logits(model, ids)
         tokens, least = greedy_cached(model, ids)
         tensors[f"greedy_{index}"] = tokens
@@ -160,6 +162,7 @@ def merged_difference(model: torch.nn.Module, expected: dict[str, torch.Tensor],
     return max(
         float((forward_logits(model, ids) - expected[f"logits_{index}"]).abs().max())
         for index, ids in enumerate(prompts)
+        if ids is not None
     )
 
 
@@ -197,17 +200,22 @@ def write_json(path: Path, value: object) -> None:
     path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
 
 
-def randomize_adapter(model: torch.nn.Module, *seed_parts: object) -> None:
+def randomize_adapter(model: torch.nn.Module, *seed_parts: object, values: dict | None = None) -> None:
     """Gives every trainable parameter random values of visible effect, in the model's own order.
 
-    Values are written in place and once per storage, because tied adapters share it.
+    Values are written in place and once per storage, because tied adapters share it. `values` gives mean and spread by
+    part of a name.
     """
     rng = generator(*seed_parts)
     done = set()
     for name, param in model.named_parameters():
         if param.requires_grad and param.data_ptr() not in done:
             done.add(param.data_ptr())
-            param.data.copy_(random_like(name, param.data, rng))
+            chosen = next((value for part, value in (values or {}).items() if part in name), None)
+            if chosen:
+                param.data.copy_(chosen[0] + chosen[1] * torch.randn(param.shape, generator=rng))
+            else:
+                param.data.copy_(random_like(name, param.data, rng))
 
 
 def random_like(name: str, old: torch.Tensor, rng: torch.Generator) -> torch.Tensor:

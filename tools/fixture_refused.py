@@ -1,6 +1,6 @@
 """Adapters that a server must refuse to load, each with the word that its message must contain.
 
-All are made for the `llama` model and hold one layer's tensors at most, so that each has exactly one fault.
+All but some are made for the `llama` model and hold one layer's tensors at most, so that each has exactly one fault.
 """
 
 import json
@@ -74,6 +74,7 @@ class Refused:
     names: str
     config: dict
     tensors: dict
+    model: str = MODEL
 
 
 def noise(*shape: int) -> torch.Tensor:
@@ -197,9 +198,7 @@ def lora_configs() -> list[Refused]:
     """Sound tensors whose config asks for what a plain server cannot do."""
     expert = {"model.layers.0.mlp.experts.gate_up_proj"}
     return [
-        lora("pissa", "an unconverted PiSSA file", "pissa", init_lora_weights="pissa"),
         lora("pissa_niter", "an unconverted PiSSA file of the fast start", "pissa", init_lora_weights="pissa_niter_4"),
-        lora("olora", "an unconverted OLoRA file", "olora", init_lora_weights="olora"),
         lora("corda", "an unconverted CorDA file", "corda", init_lora_weights="corda"),
         lora(
             "loftq",
@@ -209,26 +208,6 @@ def lora_configs() -> list[Refused]:
             loftq_config={"loftq_bits": 4, "loftq_iter": 1},
         ),
         lora("lora_ga", "an unconverted LoRA-GA file", "lora_ga", init_lora_weights="lora_ga"),
-        lora(
-            "qalora",
-            "QALoRA: pooled inputs",
-            "use_qalora",
-            lora_tensors(features_in=16),
-            use_qalora=True,
-            qalora_group_size=2,
-        ),
-        lora(
-            "bdlora",
-            "block-diagonal LoRA",
-            "use_bdlora",
-            {f"{P}lora_A.weight": noise(2, 16), f"{P}lora_B.weight": noise(32, 2)},
-            use_bdlora={
-                "target_modules_bd_a": ["q_proj"],
-                "target_modules_bd_b": [],
-                "nblocks": 2,
-                "match_strict": True,
-            },
-        ),
         lora(
             "kasa",
             "KaSA",
@@ -533,11 +512,11 @@ def write_one(root: Path, case: Refused) -> dict:
     write_json(directory / "adapter_config.json", json.loads(json.dumps(case.config)))
     tensors = {key: value.contiguous() for key, value in case.tensors.items()}
     save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
-    return {"dir": f"refused/{case.name}", "model": MODEL, "names": case.names, "what": case.what}
+    return {"dir": f"refused/{case.name}", "model": case.model, "names": case.names, "what": case.what}
 
 
-def write_refused(root: Path) -> list[dict]:
-    """Writes every faulty adapter; returns the manifest entries."""
+def write_refused(root: Path, more: list[Refused]) -> list[dict]:
+    """Writes every faulty adapter, those of this file and `more`; returns the manifest entries."""
     fresh_dir(root / "refused")
     cases = lora_files() + lora_configs() + alora_files() + miss_files() + ssf_files() + prompt_files()
-    return [write_one(root, case) for case in cases] + broken_files(root)
+    return [write_one(root, case) for case in cases] + broken_files(root) + [write_one(root, case) for case in more]

@@ -20,10 +20,12 @@ import safetensors
 import tokenizers
 import torch
 import transformers
-from peft import LoraConfig, MissConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, PeftType, get_peft_model
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from safetensors.torch import load_file, save_file
 
 import ssf
+from fixture_affine import AFFINE_CASES
 from fixture_cases import CASES, Case, config_for
 from fixture_common import (
     ATTEMPTS_MAX,
@@ -44,6 +46,7 @@ from fixture_common import (
     tidy_adapter_dir,
     write_json,
 )
+from fixture_lowrank import FACTORED_CASES
 from fixture_models import MODELS, write_model
 from fixture_prompt import (
     PROMPT_CASES,
@@ -55,8 +58,12 @@ from fixture_prompt import (
     write_prompt_adapter,
 )
 from fixture_refused import write_refused
+from fixture_refused_affine import affine_refused
+from fixture_refused_lowrank import factored_refused
+from fixture_refused_variants import variants_refused
+from fixture_variants import VARIANT_CASES, allow_qalora
 
-CONFIGS = {"LORA": LoraConfig, "MISS": MissConfig}
+ALL_CASES = CASES + PROMPT_CASES + AFFINE_CASES + FACTORED_CASES + VARIANT_CASES
 WEIGHTS = "adapter_model.safetensors"
 # Keys of an adapter_config.json that releases before 0.10 did not write.
 NEWER_KEYS = (
@@ -90,16 +97,21 @@ def write_peft_adapter(case: Case, model_name: str, bases: Bases, directory: Pat
     torch.manual_seed(seed_of(case.name, model_name))
     if case.converted_from:
         return write_converted_adapter(case, model_name, bases, directory, attempt)
-    config = CONFIGS[case.peft_type](task_type="CAUSAL_LM", **config_for(case, model_name))
+    config = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(case.peft_type)](
+        task_type="CAUSAL_LM", **config_for(case, model_name)
+    )
     made_with = config.init_lora_weights if case.peft_type == "LORA" else None
     if isinstance(made_with, str):
         config.init_lora_weights = True
     model = get_peft_model(bases.get(model_name), config)
     if not case.identity:
-        randomize_adapter(model, case.name, model_name, attempt)
+        randomize_adapter(model, case.name, model_name, attempt, values=case.values)
     if isinstance(made_with, str):
         config.init_lora_weights = made_with
+    for key, value in case.late.items():
+        setattr(config, key, value)
     model.save_pretrained(directory)
+    choose_task(case, model)
     return model.eval()
 
 
@@ -165,6 +177,8 @@ def edit_after(case: Case, directory: Path) -> None:
         save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
     path = directory / "adapter_config.json"
     config = json.loads(path.read_text())
+    if case.edit.startswith("task_"):
+        config["task_id"] = int(case.edit.removeprefix("task_"))
     if case.edit == "megatron":
         config["megatron_config"] = {"tensor_model_parallel_size": 1, "hidden_size": 32}
     if case.edit == "old_config":
@@ -178,7 +192,19 @@ def load_adapter(case: Case, model_name: str, bases: Bases, directory: Path) -> 
     if case.peft_type == "SSF":
         ssf.load(model, directory)
         return model.eval()
-    return PeftModel.from_pretrained(model, directory).eval()
+    model = PeftModel.from_pretrained(model, directory).eval()
+    choose_task(case, model)
+    return model
+
+
+def choose_task(case: Case, model: torch.nn.Module) -> None:
+    """Gives the task that the case names (the first unless it does) to every module that asks for one."""
+    task = int(case.edit.removeprefix("task_")) if case.edit and case.edit.startswith("task_") else 0
+    for name, module in model.named_modules():
+        if name.endswith("poly_router.default"):
+            module.register_forward_pre_hook(
+                lambda module, args, kwargs: (args, kwargs | {"task_ids": torch.tensor([task])}), with_kwargs=True
+            )
 
 
 def check_merge(case: Case, model: torch.nn.Module, expected: dict, prompts: list) -> tuple[bool, str]:
@@ -229,6 +255,8 @@ def try_prompt_case(case: Case, model_name: str, bases: Bases, directory: Path, 
 def write_case(case: Case, model_name: str, bases: Bases, prompts: list) -> dict:
     """Writes one adapter directory with its expected outputs; returns its manifest entry."""
     directory = bases.root / "adapters" / model_name / case.name
+    if case.prompts is not None:
+        prompts = [ids if index in case.prompts else None for index, ids in enumerate(prompts)]
     expected, measured = try_case(case, model_name, bases, directory, prompts)
     if case.identity and measured["effect"] > 0:
         raise RuntimeError(f"{model_name}/{case.name}: an identity adapter changed the output by {measured['effect']}")
@@ -302,6 +330,7 @@ def main() -> None:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     warnings.filterwarnings("ignore")
+    allow_qalora()
     args.out.mkdir(parents=True, exist_ok=True)
     manifest_path = args.out / "manifest.json"
     old = json.loads(manifest_path.read_text()) if manifest_path.exists() else {}
@@ -311,16 +340,14 @@ def main() -> None:
     if not args.only or not models:
         models = [write_model(spec, args.out, prompts) for spec in MODELS]
     bases = Bases(args.out)
-    chosen = [
-        (case, model) for case in CASES + PROMPT_CASES for model in case.models if args.only in f"{model}/{case.name}"
-    ]
+    chosen = [(case, model) for case in ALL_CASES for model in case.models if args.only in f"{model}/{case.name}"]
     cases = [write_case(case, model, bases, prompts) for case, model in chosen]
     kept = [entry for entry in old.get("cases", []) if args.only or entry["peft_type"] == "BONE"]
     manifest = {
         "versions": old.get("versions", {}) | versions(),
         "models": models,
         "cases": merge_entries(kept, cases, ("model", "name")),
-        "refused": write_refused(args.out),
+        "refused": write_refused(args.out, affine_refused() + factored_refused() + variants_refused()),
     }
     write_json(manifest_path, manifest)
     remove_strays(args.out, manifest["cases"])

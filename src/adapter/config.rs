@@ -103,6 +103,13 @@ impl Config {
         self.get(name).map(|value| as_positive(name, value)).transpose()
     }
 
+    /// A field that is an integer of at least zero.
+    pub(super) fn count(&self, name: &str) -> Result<Option<usize>, AdapterError> {
+        let read = |value: &Value| value.as_u64().and_then(|number| usize::try_from(number).ok());
+        let count = |value| read(value).ok_or_else(|| wrong_type(name, "an integer of at least zero", value));
+        self.get(name).map(count).transpose()
+    }
+
     /// A field that is a number.
     pub(super) fn number(&self, name: &str) -> Result<Option<f64>, AdapterError> {
         self.get(name).map(|value| as_number(name, value)).transpose()

@@ -40,6 +40,8 @@ pub struct LowerReport {
     pub bytes: usize,
     /// Bytes of dense weight copies among them.
     pub own_weight_bytes: usize,
+    /// Which linears are not served from the slots one would expect of the kind, and why.
+    pub notes: Vec<String>,
     /// What is odd but not wrong, for example an adapter without effect.
     pub warnings: Vec<String>,
 }

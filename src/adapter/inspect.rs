@@ -36,13 +36,19 @@ pub struct Inspection {
 /// When a file cannot be read at all, or the kind is unknown.
 pub fn inspect(files: &AdapterFiles) -> Result<Inspection, AdapterError> {
     let config = Config::parse(&files.config)?;
-    let file = TensorFile::parse(&files.weights)?;
-    let kind = kinds::find(config.peft_type()?)?;
+    let kind = kinds::find(config.peft_type()?);
+    let may_be_empty = kind.as_ref().is_ok_and(|kind| kind.may_be_empty);
+    let file = TensorFile::parse(&files.weights, may_be_empty)?;
+    let kind = kind?;
     let mut problems = config.faults(kind.fields);
     problems.extend((kind.check)(&config).err());
-    let (modules, faults) = group_by_path(&file, kind.suffixes);
+    let (modules, faults) = group_by_path(&file, kind);
     problems.extend(faults);
-    problems.extend(file.keys().filter_map(|key| file.read_f32(key).err()));
+    let holds_integers = |key: &str| kind.integers.iter().any(|suffix| key.contains(suffix));
+    problems.extend(file.keys().filter_map(|key| match holds_integers(key) {
+        true => file.read_indexes(key).err(),
+        false => file.read_f32(key).err(),
+    }));
     if file.len() == 0 {
         problems.push(AdapterError::Empty { reason: "the file holds no tensors".to_owned() });
     }
@@ -57,11 +63,14 @@ pub fn inspect(files: &AdapterFiles) -> Result<Inspection, AdapterError> {
     for (path, keys) in &modules {
         let suffixes: Vec<&str> = keys.keys().map(String::as_str).collect();
         problems.extend(missing_partner(kind, path, &suffixes));
-        let found: BTreeSet<usize> = keys
+        let mut found: BTreeSet<usize> = keys
             .iter()
             .filter(|(suffix, _)| kind.suffixes.contains(&suffix.as_str()))
             .filter_map(|(suffix, key)| file.shape(key).and_then(|shape| (kind.rank)(suffix, shape)))
             .collect();
+        if (kind.shows_parts)(&config) {
+            found = found.last().copied().into_iter().collect();
+        }
         if found.len() > 1 {
             let reason = format!("its tensors have different ranks: {found:?}");
             problems.push(AdapterError::Tensor { tensor: path.clone(), reason });

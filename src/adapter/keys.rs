@@ -1,7 +1,9 @@
-//! The grammar of tensor keys: `base_model.model.<module path>.<suffix>`; a suffix that stands alone belongs to no module.
+//! The grammar of tensor keys: `base_model.model.<module path>.<suffix>`, and keys of their own for what belongs to no
+//! module in particular.
 
 use std::collections::BTreeMap;
 
+use super::kinds::Kind;
 use super::tensor_file::TensorFile;
 use super::{AdapterError, SiteId, SiteTable};
 
@@ -17,38 +19,42 @@ pub(super) const COMMON_SUFFIXES: &[&str] =
 /// A file's keys by module and suffix.
 pub(super) type ModuleKeys<T> = BTreeMap<T, BTreeMap<String, String>>;
 
-/// Whether `key` belongs to no module: it is one of the kind's suffixes and nothing else.
-pub(super) fn is_bare(key: &str, suffixes: &[&str]) -> bool {
-    suffixes.contains(&key)
-}
+/// The keys of tensors that belong to no module, by name: the key without the adapter's own.
+pub(super) type SharedKeys = BTreeMap<String, String>;
 
-/// Finds the site and suffix of each key but the bare ones. Every suffix must be among `suffixes` or
+/// Finds each key's site and suffix, or its name where it belongs to no module. Every suffix must be the kind's or one of
 /// [`COMMON_SUFFIXES`].
 pub(super) fn group_by_site(
     file: &TensorFile<'_>,
     sites: &SiteTable,
-    suffixes: &[&str],
-) -> Result<ModuleKeys<SiteId>, AdapterError> {
-    let mut modules = ModuleKeys::new();
-    for key in file.keys().filter(|key| !is_bare(key, suffixes)) {
+    kind: &Kind,
+) -> Result<(ModuleKeys<SiteId>, SharedKeys), AdapterError> {
+    let (mut modules, mut shared) = (ModuleKeys::new(), SharedKeys::new());
+    for key in file.keys() {
+        if let Some(name) = shared_name(key, kind.shared) {
+            if let Some(other) = shared.insert(name, key.to_owned()) {
+                return Err(refuse(key, &format!("means the same as `{other}`")));
+            }
+            continue;
+        }
         let components = components(key)?;
         let place = (1..components.len()).rev().find_map(|at| Some((at, sites.find(&components[..at].join("."))?)));
         let (at, site) = place.ok_or_else(|| refuse(key, "the base model has no such module"))?;
         let suffix = suffix_of(&components[at..]);
-        if !is_known(&suffix, suffixes) {
+        if !is_known(&suffix, kind.suffixes) {
             return Err(refuse(key, &format!("`{suffix}` is not part of this kind of adapter")));
         }
         insert(&mut modules, site, suffix, key)?;
     }
-    Ok(modules)
+    Ok((modules, shared))
 }
 
-/// Finds the module path and suffix of each key but the bare ones without a base model, from the suffixes alone.
-pub(super) fn group_by_path(file: &TensorFile<'_>, suffixes: &[&str]) -> (ModuleKeys<String>, Vec<AdapterError>) {
+/// Finds each key's module path and suffix without a base model, from the suffixes alone; leaves out what is shared.
+pub(super) fn group_by_path(file: &TensorFile<'_>, kind: &Kind) -> (ModuleKeys<String>, Vec<AdapterError>) {
     let (mut modules, mut faults) = (ModuleKeys::new(), Vec::new());
-    for key in file.keys().filter(|key| !is_bare(key, suffixes)) {
+    for key in file.keys().filter(|key| shared_name(key, kind.shared).is_none()) {
         let place = components(key).and_then(|components| {
-            let known = |at: &usize| is_known(&suffix_of(&components[*at..]), suffixes);
+            let known = |at: &usize| is_known(&suffix_of(&components[*at..]), kind.suffixes);
             let at = (1..components.len()).find(known);
             let at = at.ok_or_else(|| refuse(key, "its suffix is not part of this kind of adapter"))?;
             insert(&mut modules, components[..at].join("."), suffix_of(&components[at..]), key)
@@ -56,6 +62,13 @@ pub(super) fn group_by_path(file: &TensorFile<'_>, suffixes: &[&str]) -> (Module
         faults.extend(place.err());
     }
     (modules, faults)
+}
+
+/// The name of a tensor that belongs to no module: it is one of `shared`, or one of them and more components.
+pub(super) fn shared_name(key: &str, shared: &[&str]) -> Option<String> {
+    let name = suffix_of(&key.split('.').collect::<Vec<_>>());
+    let begins = |with: &&str| name.strip_prefix(with).is_some_and(|rest| rest.is_empty() || rest.starts_with('.'));
+    shared.iter().any(begins).then_some(name)
 }
 
 /// The usual spelling of a key, for messages about tensors that are missing.

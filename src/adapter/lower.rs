@@ -23,8 +23,10 @@ pub fn lower(
     options: &LowerOptions,
 ) -> Result<(LoweredAdapter, LowerReport), AdapterError> {
     let config = Config::parse(&files.config)?;
-    let file = TensorFile::parse(&files.weights)?;
-    let kind = kinds::find(config.peft_type()?)?;
+    let kind = kinds::find(config.peft_type()?);
+    let may_be_empty = kind.as_ref().is_ok_and(|kind| kind.may_be_empty);
+    let file = TensorFile::parse(&files.weights, may_be_empty)?;
+    let kind = kind?;
     if let Some(fault) = config.faults(kind.fields).into_iter().next() {
         return Err(fault);
     }
@@ -73,6 +75,7 @@ fn finish(mut lowering: Lowering<'_>) -> Result<(LoweredAdapter, LowerReport), A
         ranks: lowering.ranks.iter().copied().collect(),
         bytes: lowering.out.bytes(),
         own_weight_bytes: lowering.out.own_bytes(),
+        notes: lowering.paths.iter().map(|(path, linears)| format!("{linears} linears {path}")).collect(),
         warnings: lowering.warnings,
     };
     Ok((lowering.out, report))

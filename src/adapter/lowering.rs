@@ -1,11 +1,11 @@
 //! The workbench of a kind: reads tensors by module and suffix, keeps account of them, and collects the result.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use candle_core::Tensor;
 
 use super::config::{Config, field_error};
-use super::keys::{ModuleKeys, group_by_site, is_bare, key_of};
+use super::keys::{ModuleKeys, SharedKeys, group_by_site, key_of};
 use super::kinds::Kind;
 use super::matching::Matcher;
 use super::tensor_file::TensorFile;
@@ -28,9 +28,11 @@ pub(super) struct Lowering<'a> {
     pub(super) ranks: BTreeSet<usize>,
     /// What is odd but not wrong.
     pub(super) warnings: Vec<String>,
+    /// How many linears are served in an unexpected way, by what is said of them.
+    pub(super) paths: BTreeMap<&'static str, usize>,
     file: TensorFile<'a>,
+    shared: SharedKeys,
     unread: ModuleKeys<SiteId>,
-    unread_bare: BTreeSet<String>,
     absent: Option<AdapterError>,
     own_bytes: usize,
 }
@@ -42,8 +44,7 @@ impl<'a> Lowering<'a> {
         base: &'a dyn BaseWeights,
         options: LowerOptions,
     ) -> Result<Self, AdapterError> {
-        let unread = group_by_site(&file, base.sites(), kind.suffixes)?;
-        let unread_bare = file.keys().filter(|key| is_bare(key, kind.suffixes)).map(str::to_owned).collect();
+        let (unread, shared) = group_by_site(&file, base.sites(), kind)?;
         Ok(Self {
             base,
             options,
@@ -52,9 +53,10 @@ impl<'a> Lowering<'a> {
             out: LoweredAdapter::default(),
             ranks: BTreeSet::new(),
             warnings: Vec::new(),
+            paths: BTreeMap::new(),
             file,
+            shared,
             unread,
-            unread_bare,
             absent: None,
             own_bytes: 0,
         })
@@ -106,17 +108,47 @@ impl<'a> Lowering<'a> {
         tensor.ok_or_else(|| self.refuse(site, suffix, "is missing"))
     }
 
-    /// Takes a tensor that belongs to no module and that the file must have.
-    pub(super) fn require_bare(&mut self, key: &str, expected: &[usize]) -> Result<Tensor, AdapterError> {
-        let refuse = |reason| AdapterError::Tensor { tensor: key.to_owned(), reason };
-        match self.file.shape(key) {
-            None => Err(refuse("is missing".to_owned())),
-            Some(found) if found != expected => Err(refuse(format!("expected shape {expected:?}, found {found:?}"))),
-            Some(_) => {
-                self.unread_bare.remove(key);
-                self.file.read_f32(key)
-            }
+    /// Takes a tensor of integers that the file must have, row by row, with its shape checked.
+    pub(super) fn require_indexes(
+        &mut self,
+        site: SiteId,
+        suffix: &str,
+        expected: &[usize],
+    ) -> Result<Vec<u32>, AdapterError> {
+        let found = self.shape(site, suffix).ok_or_else(|| self.refuse(site, suffix, "is missing"))?;
+        if found != expected {
+            return Err(self.refuse(site, suffix, format!("expected shape {expected:?}, found {found:?}")));
         }
+        let key = self.unread.get_mut(&site).and_then(|keys| keys.remove(suffix));
+        self.file.read_indexes(&key.unwrap_or_default())
+    }
+
+    /// Shape of a tensor that belongs to no module and has not been taken yet.
+    pub(super) fn shared_shape(&self, name: &str) -> Option<&[usize]> {
+        self.file.shape(self.shared.get(name)?)
+    }
+
+    /// The error for a tensor that belongs to no module.
+    pub(super) fn refuse_shared(&self, name: &str, reason: impl Into<String>) -> AdapterError {
+        let key = self.shared.get(name).map_or(name, String::as_str);
+        AdapterError::Tensor { tensor: key.to_owned(), reason: reason.into() }
+    }
+
+    /// Takes a tensor that belongs to no module and that the file must have, in f32, with its shape checked.
+    pub(super) fn require_shared(&mut self, name: &str, expected: &[usize]) -> Result<Tensor, AdapterError> {
+        let key = self.take_shared_key(name, expected)?;
+        self.file.read_f32(&key)
+    }
+
+    fn take_shared_key(&mut self, name: &str, expected: &[usize]) -> Result<String, AdapterError> {
+        match self.shared_shape(name) {
+            None => return Err(self.refuse_shared(name, "is missing")),
+            Some(found) if found != expected => {
+                return Err(self.refuse_shared(name, format!("expected shape {expected:?}, found {found:?}")));
+            }
+            Some(_) => {}
+        }
+        Ok(self.shared.remove(name).unwrap_or_default())
     }
 
     /// Forgets a tensor that has no effect when serving.
@@ -175,8 +207,9 @@ impl<'a> Lowering<'a> {
         if let Some(fault) = self.absent.take() {
             return Err(fault);
         }
-        match self.unread.values().flatten().map(|(_, key)| key).chain(&self.unread_bare).next() {
-            Some(key) => {
+        let shared = self.shared.iter().next();
+        match self.unread.values().flatten().next().or(shared) {
+            Some((_, key)) => {
                 let reason = "nothing in the config accounts for it".to_owned();
                 Err(AdapterError::Tensor { tensor: key.clone(), reason })
             }
@@ -190,6 +223,16 @@ impl<'a> Lowering<'a> {
         self.own_bytes = self.own_bytes.saturating_add(bytes);
         let (needed, limit) = (self.own_bytes, self.options.own_bytes_max);
         if needed > limit { Err(AdapterError::OverBudget { needed, limit }) } else { Ok(()) }
+    }
+
+    /// Counts bytes of a dense copy against the budget if there is room for it; tells whether there is.
+    pub(super) fn try_reserve_own(&mut self, elements: usize) -> bool {
+        let before = self.own_bytes;
+        let fits = self.reserve_own(elements).is_ok();
+        if !fits {
+            self.own_bytes = before;
+        }
+        fits
     }
 
     /// A dense weight or table in its final format. The caller has reserved its bytes.

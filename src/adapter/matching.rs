@@ -183,6 +183,33 @@ impl Patterns {
     }
 }
 
+/// A field that names modules by any ending of their path, even within a word, or by an expression for the whole path.
+pub(super) enum Endings {
+    /// Endings; none when the field is absent.
+    List(Vec<String>),
+    /// An expression for the whole path.
+    Pattern(&'static str, Box<Regex>),
+}
+
+/// Reads a field whose entries match any ending of a path.
+pub(super) fn any_ending(config: &Config, field: &'static str) -> Result<Endings, AdapterError> {
+    Ok(match config.get(field) {
+        None => Endings::List(Vec::new()),
+        Some(Value::String(text)) => Endings::Pattern(field, Box::new(regex(field, &format!(r"\A(?:{text})\z"))?)),
+        Some(value) => Endings::List(as_strings(field, value)?),
+    })
+}
+
+impl Endings {
+    /// Whether the module at `path` is meant.
+    pub(super) fn matches(&self, path: &str) -> Result<bool, AdapterError> {
+        match self {
+            Self::List(names) => Ok(names.iter().any(|name| path.ends_with(name.as_str()))),
+            Self::Pattern(field, pattern) => is_match(field, pattern, path),
+        }
+    }
+}
+
 /// The names in `modules_to_save`.
 pub(super) fn modules_to_save(config: &Config) -> Result<Vec<String>, AdapterError> {
     let field = "modules_to_save";

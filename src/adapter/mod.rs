@@ -14,6 +14,7 @@ mod files;
 mod inspect;
 mod keys;
 mod kinds;
+mod linears;
 mod lower;
 mod lowering;
 mod matching;
@@ -24,6 +25,7 @@ mod site;
 mod tensor_file;
 #[cfg(test)]
 mod tests;
+mod token_rows;
 
 pub use error::AdapterError;
 pub use files::{AdapterFiles, LowerOptions, LowerReport};

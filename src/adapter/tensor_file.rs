@@ -20,8 +20,9 @@ pub(super) struct TensorFile<'a> {
 }
 
 impl<'a> TensorFile<'a> {
-    /// Checks the header against the bytes. Nothing is allocated in proportion to what the header claims.
-    pub(super) fn parse(bytes: &'a [u8]) -> Result<Self, AdapterError> {
+    /// Checks the header against the bytes; every tensor must have values unless it `may_be_empty`. Nothing is allocated
+    /// in proportion to what the header claims.
+    pub(super) fn parse(bytes: &'a [u8], may_be_empty: bool) -> Result<Self, AdapterError> {
         let malformed = |reason: String| AdapterError::Malformed { file: WEIGHTS_FILE, reason };
         if bytes.is_empty() {
             return Err(malformed("the file is missing or empty".to_owned()));
@@ -29,7 +30,7 @@ impl<'a> TensorFile<'a> {
         let file = SafeTensors::deserialize(bytes).map_err(|error| malformed(error.to_string()))?;
         let views: BTreeMap<_, _> = file.tensors().into_iter().collect();
         for (key, view) in &views {
-            check_shape(key, view.shape())?;
+            check_shape(key, view.shape(), may_be_empty)?;
         }
         Ok(Self { views })
     }
@@ -65,12 +66,24 @@ impl<'a> TensorFile<'a> {
         }
         Ok(Tensor::from_vec(values, view.shape(), &Device::Cpu)?)
     }
+
+    /// A tensor of integers, row by row. Refuses other formats and negative values.
+    pub(super) fn read_indexes(&self, key: &str) -> Result<Vec<u32>, AdapterError> {
+        let refuse = |reason: String| AdapterError::Tensor { tensor: key.to_owned(), reason };
+        let view = self.views.get(key).ok_or_else(|| refuse("is missing".to_owned()))?;
+        let values = integers(view.dtype(), view.data())
+            .ok_or_else(|| refuse(format!("expected integers, found {:?}", view.dtype())))?;
+        let index = |(idx, value): (usize, &i64)| {
+            u32::try_from(*value).map_err(|_| refuse(format!("value {idx} is {value}, which is no index")))
+        };
+        values.iter().enumerate().map(index).collect()
+    }
 }
 
-fn check_shape(key: &str, shape: &[usize]) -> Result<(), AdapterError> {
+fn check_shape(key: &str, shape: &[usize], may_be_empty: bool) -> Result<(), AdapterError> {
     let reason = if shape.len() > DIMENSIONS_MAX {
         format!("expected at most {DIMENSIONS_MAX} dimensions, found {}", shape.len())
-    } else if shape.contains(&0) {
+    } else if shape.contains(&0) && !may_be_empty {
         format!("has no values (shape {shape:?}); was it saved before its shards were gathered?")
     } else {
         return Ok(());
@@ -93,7 +106,18 @@ fn floats(dtype: Dtype, data: &[u8]) -> Option<Vec<f32>> {
     Some(values)
 }
 
-fn chunks<const N: usize>(data: &[u8], read: impl Fn([u8; N]) -> f32) -> Vec<f32> {
+/// Little-endian integers; `None` for floats and packed formats.
+fn integers(dtype: Dtype, data: &[u8]) -> Option<Vec<i64>> {
+    Some(match dtype {
+        Dtype::U8 => chunks(data, |[byte]| i64::from(byte)),
+        Dtype::I16 => chunks(data, |bytes| i64::from(i16::from_le_bytes(bytes))),
+        Dtype::I32 => chunks(data, |bytes| i64::from(i32::from_le_bytes(bytes))),
+        Dtype::I64 => chunks(data, i64::from_le_bytes),
+        _ => return None,
+    })
+}
+
+fn chunks<const N: usize, T>(data: &[u8], read: impl Fn([u8; N]) -> T) -> Vec<T> {
     data.as_chunks::<N>().0.iter().map(|chunk| read(*chunk)).collect()
 }
 
@@ -121,7 +145,7 @@ mod tests {
 
     fn read(dtype: Dtype, data: &[u8], count: usize) -> Result<Vec<f32>, AdapterError> {
         let bytes = file_of(dtype, &[count], data);
-        let tensor = TensorFile::parse(&bytes)?.read_f32("x")?;
+        let tensor = TensorFile::parse(&bytes, false)?.read_f32("x")?;
         Ok(tensor.to_vec1::<f32>().unwrap())
     }
 
@@ -142,6 +166,18 @@ mod tests {
         assert!(read(Dtype::I32, &[0; 8], 2).unwrap_err().to_string().contains("`x`: expected floating point"));
         assert!(read(Dtype::F8_E4M3, &[0x7f], 1).unwrap_err().to_string().contains("value 0 is NaN"));
         assert!(read(Dtype::F32, &f32::INFINITY.to_le_bytes(), 1).unwrap_err().to_string().contains("value 0 is inf"));
+    }
+
+    #[test]
+    fn indexes_are_integers_of_at_least_zero() {
+        let read =
+            |dtype, data: &[u8], count| TensorFile::parse(&file_of(dtype, &[count], data), false)?.read_indexes("x");
+        let i64s: Vec<u8> = [3i64, 70_000].iter().flat_map(|v| v.to_le_bytes()).collect();
+        assert_eq!(read(Dtype::U8, &[0, 255], 2).unwrap(), [0, 255]);
+        assert_eq!(read(Dtype::I16, &[1, 1], 1).unwrap(), [257]);
+        assert_eq!(read(Dtype::I64, &i64s, 2).unwrap(), [3, 70_000]);
+        assert!(read(Dtype::I32, &[255; 4], 1).unwrap_err().to_string().contains("value 0 is -1"));
+        assert!(read(Dtype::F32, &[0; 4], 1).unwrap_err().to_string().contains("expected integers"));
     }
 
     #[test]
@@ -170,7 +206,7 @@ mod tests {
             vec![1, 2, 3],
         ];
         for bytes in cases {
-            assert!(TensorFile::parse(&bytes).is_err());
+            assert!(TensorFile::parse(&bytes, false).is_err());
         }
     }
 }

@@ -119,6 +119,9 @@ fn describe(report: &LowerReport, out: &mut dyn Write) -> Result<()> {
     }
     let dense = report.own_weight_bytes;
     writeln!(out, "memory    {} bytes, {dense} of them dense weights", report.bytes)?;
+    for note in &report.notes {
+        writeln!(out, "note      {note}")?;
+    }
     for warning in &report.warnings {
         writeln!(out, "warning   {warning}")?;
     }

@@ -63,7 +63,8 @@ pub(crate) fn prompts() -> Vec<Vec<u32>> {
     read_json(&dir().join("prompts.json"))
 }
 
-/// The expected tensors of a model or case: `logits_<p>` f32 (len, vocab) and `greedy_<p>` i64 (16).
+/// The expected tensors of a model or case: `logits_<p>` f32 (len, vocab) and `greedy_<p>` i64 (16). Some cases have only
+/// some of the prompts.
 pub(crate) fn expected(fixture_dir: &str) -> HashMap<String, Tensor> {
     candle_core::safetensors::load(dir().join(fixture_dir).join("expected.safetensors"), &Device::Cpu).unwrap()
 }

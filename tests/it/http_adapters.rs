@@ -101,7 +101,7 @@ async fn an_uploaded_adapter_answers_at_once() {
         status,
         json!({"name": "new", "generation": 1, "merge": false, "loaded": true, "leases": 0, "report": {
             "kind": "LORA", "merged": false, "modules": 1, "leading_tokens": 0, "ranks": [1], "bytes": 32,
-            "own_weight_bytes": 0, "warnings": []}})
+            "own_weight_bytes": 0, "notes": [], "warnings": []}})
     );
     let answer = completion(&service, "new").await.json();
     assert_eq!(answer["choices"][0]["text"], "ceg");

@@ -141,7 +141,30 @@ const RULES: &[Rule] = &[
 ];
 
 /// Names of adapter kinds, lower case.
-const KINDS: &[&str] = &["lora", "dora", "alora", "ssf", "bone", "miss", "cpt", "cartridge", "multitask"];
+const KINDS: &[&str] = &[
+    "lora",
+    "dora",
+    "alora",
+    "ssf",
+    "bone",
+    "miss",
+    "cpt",
+    "cartridge",
+    "multitask",
+    "ia3",
+    "beft",
+    "adalora",
+    "loha",
+    "lokr",
+    "vera",
+    "pvera",
+    "randlora",
+    "delora",
+    "gralora",
+    "vblora",
+    "tinylora",
+    "unilora",
+];
 /// Names of model families, lower case.
 const FAMILIES: &[&str] = &["llama", "mistral", "qwen2", "qwen3", "phi3"];
 

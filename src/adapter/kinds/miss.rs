@@ -11,9 +11,10 @@ use serde_json::Value;
 
 use super::Kind;
 use crate::adapter::config::{Config, Rule};
+use crate::adapter::linears::{LinearSite, adapted_linears};
 use crate::adapter::lowering::Lowering;
 use crate::adapter::matching::Matcher;
-use crate::adapter::{AdapterError, Delta, SiteId, SiteKind, Weight, replace};
+use crate::adapter::{AdapterError, Delta, Weight};
 
 /// The row of MiSS.
 pub(super) const MISS: Kind = Kind {
@@ -22,7 +23,6 @@ pub(super) const MISS: Kind = Kind {
     served_as: "sum of input shards through one block (balance, mini); own dense weight (bat)",
     merged_as: "W + block^T on every shard (balance, mini); W + W block + block per block (bat)",
     suffixes: &SUFFIXES,
-    pairs: &[],
     fields: &[
         ("r", Rule::Read),
         ("init_weights", Rule::Read),
@@ -33,6 +33,7 @@ pub(super) const MISS: Kind = Kind {
     rank: |_, shape| (shape.len() > 1).then(|| shape[shape.len().min(3) - 2]),
     check,
     lower,
+    ..Kind::PLAIN
 };
 
 /// The row of Bone.
@@ -67,24 +68,14 @@ fn check(config: &Config) -> Result<(), AdapterError> {
 }
 
 fn lower(lowering: &mut Lowering<'_>) -> Result<(), AdapterError> {
-    replace::saved_modules(lowering, None)?;
-    replace::biases(lowering)?;
-    replace::base_layers(lowering)?;
-    let matcher = Matcher::parse(&lowering.config, "target_modules")?;
-    let targets = lowering.targets(&matcher, |kind| matches!(kind, SiteKind::Linear { .. }))?;
     let mut blocks = Vec::new();
-    for id in lowering.unread_sites() {
-        let Some(suffix) = lowering.kind_suffixes(id).first().and_then(|suffix| SUFFIXES.iter().find(|s| *s == suffix))
-        else {
-            continue;
-        };
-        if !targets.contains(&id) && !matcher.is_unset() {
-            return Err(lowering.refuse(id, suffix, "`target_modules` does not name its module"));
-        }
-        let (form, shape) = form(lowering, id, suffix)?;
+    for linear in adapted_linears(lowering)? {
+        let LinearSite { id, inputs, outputs } = linear;
+        let first = lowering.kind_suffixes(id).first().and_then(|suffix| SUFFIXES.iter().find(|s| *s == suffix));
+        let Some(suffix) = first else { continue };
+        let (form, shape) = form(lowering, linear, suffix)?;
         if form == Form::Bat {
-            let SiteKind::Linear { in_features, out_features, .. } = lowering.site(id).kind else { continue };
-            lowering.reserve_own(in_features.saturating_mul(out_features))?;
+            lowering.reserve_own(inputs.saturating_mul(outputs))?;
         }
         blocks.push((id, *suffix, form, shape));
     }
@@ -97,6 +88,7 @@ fn lower(lowering: &mut Lowering<'_>) -> Result<(), AdapterError> {
             Form::Bat => {
                 let weight = bat_weight(&lowering.weight(id)?, &block)?;
                 let own = lowering.own(&weight)?;
+                *lowering.paths.entry(BAT).or_default() += 1;
                 lowering.out.linears.entry(id).or_default().weight = Weight::Own(own);
             }
         }
@@ -105,11 +97,8 @@ fn lower(lowering: &mut Lowering<'_>) -> Result<(), AdapterError> {
 }
 
 /// The form that a block's shape shows, checked against `r`, `init_weights` and `mini_r`.
-fn form(lowering: &mut Lowering<'_>, id: SiteId, suffix: &str) -> Result<(Form, Vec<usize>), AdapterError> {
-    let SiteKind::Linear { in_features, out_features, .. } = lowering.site(id).kind else {
-        let noun = lowering.site(id).kind.noun();
-        return Err(lowering.refuse(id, suffix, format!("expected a linear, found {noun}")));
-    };
+fn form(lowering: &mut Lowering<'_>, linear: LinearSite, suffix: &str) -> Result<(Form, Vec<usize>), AdapterError> {
+    let LinearSite { id, inputs: in_features, outputs: out_features } = linear;
     let shape = lowering.shape(id, suffix).unwrap_or_default().to_vec();
     let refuse = |reason: String| Err(lowering.refuse(id, suffix, reason));
     let form = match *shape.as_slice() {
@@ -143,6 +132,8 @@ fn form(lowering: &mut Lowering<'_>, id: SiteId, suffix: &str) -> Result<(Form, 
     Ok((form, shape))
 }
 
+/// What the report says of a linear of form bat.
+const BAT: &str = "have a dense weight of their own, because the form bat fits no other slot";
 /// PEFT's default of `r`.
 const DEFAULT_R: usize = 64;
 

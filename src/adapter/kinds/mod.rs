@@ -1,14 +1,32 @@
 //! The table of adapter kinds. A kind is one file here and one row of [`KINDS`].
 
+mod adalora;
+mod beft;
+mod delora;
+mod gralora;
+mod ia3;
+mod ln_tuning;
+mod loha;
+mod lokr;
 mod lora;
 mod miss;
+mod poly;
 mod prefix;
 mod prompt;
+mod randlora;
+mod scaling;
 mod ssf;
+mod task;
+mod tinylora;
+mod trainable_tokens;
+mod unilora;
+mod vblora;
+mod vera;
 
 use super::AdapterError;
 use super::config::{Config, Rule};
 use super::lowering::Lowering;
+use super::matching::Matcher;
 
 /// One kind of adapter.
 #[derive(Debug)]
@@ -21,18 +39,46 @@ pub struct Kind {
     pub served_as: &'static str,
     /// The dense weight that merging gives, for a linear with weight W.
     pub merged_as: &'static str,
-    /// Key suffixes of its tensors. A key that is one of them as a whole belongs to no module.
+    /// Key suffixes of its tensors.
     pub(super) suffixes: &'static [&'static str],
+    /// Tensors that belong to no module in particular: their keys, or how these begin.
+    pub(super) shared: &'static [&'static str],
+    /// Suffixes of tensors that hold integers.
+    pub(super) integers: &'static [&'static str],
+    /// Whether a tensor may have no values.
+    pub(super) may_be_empty: bool,
     /// Suffixes that occur only together.
     pub(super) pairs: &'static [(&'static str, &'static str)],
     /// Config fields beyond the common ones.
     pub(super) fields: &'static [(&'static str, Rule)],
     /// Rank that a tensor shows, from its suffix and shape.
     pub(super) rank: fn(&str, &[usize]) -> Option<usize>,
+    /// Whether a config lets tensors show a part of the rank only; the largest is the rank then.
+    pub(super) shows_parts: fn(&Config) -> bool,
     /// Checks what the config alone shows.
     pub(super) check: fn(&Config) -> Result<(), AdapterError>,
     /// Checks the file against config and base model, and lowers it.
     pub(super) lower: fn(&mut Lowering<'_>) -> Result<(), AdapterError>,
+}
+
+impl Kind {
+    /// What a row says where nothing is special; each kind gives its names, its suffixes and `lower`.
+    const PLAIN: Self = Self {
+        peft_type: "",
+        title: "",
+        served_as: "",
+        merged_as: "",
+        suffixes: &[],
+        shared: &[],
+        integers: &[],
+        may_be_empty: false,
+        pairs: &[],
+        fields: &[],
+        rank: |_, _| None,
+        shows_parts: |_| false,
+        check: |config| Matcher::parse(config, "target_modules").map(drop),
+        lower: |_| Ok(()),
+    };
 }
 
 /// Every kind that can be loaded.
@@ -41,6 +87,22 @@ pub static KINDS: &[Kind] = &[
     ssf::SSF,
     miss::MISS,
     miss::BONE,
+    ia3::IA3,
+    ln_tuning::LN_TUNING,
+    trainable_tokens::TRAINABLE_TOKENS,
+    beft::BEFT,
+    adalora::ADALORA,
+    loha::LOHA,
+    lokr::LOKR,
+    vera::VERA,
+    vera::PVERA,
+    randlora::RANDLORA,
+    delora::DELORA,
+    gralora::GRALORA,
+    vblora::VBLORA,
+    tinylora::TINYLORA,
+    unilora::UNILORA,
+    poly::POLY,
     prompt::PROMPT_TUNING,
     prompt::P_TUNING,
     prompt::MULTITASK_PROMPT_TUNING,

@@ -16,8 +16,7 @@ pub(super) const PREFIX_TUNING: Kind = Kind {
     title: "Prefix tuning",
     served_as: "KV cache entries before the prompt, in blocks that all its requests share",
     merged_as: "nothing to merge",
-    suffixes: &[PROMPT],
-    pairs: &[],
+    shared: &[PROMPT],
     fields: &[
         ("num_virtual_tokens", Rule::Read),
         ("token_dim", Rule::Read),
@@ -28,9 +27,9 @@ pub(super) const PREFIX_TUNING: Kind = Kind {
         ("prefix_projection", Rule::Ignored),
         ("init_weights", Rule::Ignored),
     ],
-    rank: |_, _| None,
     check,
     lower,
+    ..Kind::PLAIN
 };
 
 /// The row of Cartridges.
@@ -61,7 +60,7 @@ fn lower(lowering: &mut Lowering<'_>) -> Result<(), AdapterError> {
     let shape = lowering.base.shape();
     check_size(&lowering.config, "num_layers", shape.num_layers)?;
     check_size(&lowering.config, "token_dim", shape.kv_width)?;
-    let rows = lowering.require_bare(PROMPT, &[number, shape.num_layers * 2 * shape.kv_width])?;
+    let rows = lowering.require_shared(PROMPT, &[number, shape.num_layers * 2 * shape.kv_width])?;
     let part = |idx: usize| rows.narrow(1, idx * shape.kv_width, shape.kv_width)?.contiguous();
     let layers = (0..shape.num_layers).map(|layer| Ok((part(2 * layer)?, part(2 * layer + 1)?)));
     lowering.out.kv_prefix = Some(KvPrefix { layers: layers.collect::<candle_core::Result<_>>()? });

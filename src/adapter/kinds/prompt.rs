@@ -7,6 +7,7 @@
 use candle_core::Tensor;
 
 use super::Kind;
+use super::task::{self, task};
 use crate::adapter::AdapterError;
 use crate::adapter::config::{Config, Rule, field_error, wrong_type};
 use crate::adapter::lowering::Lowering;
@@ -17,8 +18,7 @@ pub(super) const PROMPT_TUNING: Kind = Kind {
     title: "Prompt tuning",
     served_as: "virtual tokens before the prompt",
     merged_as: "nothing to merge",
-    suffixes: &[PROMPT],
-    pairs: &[],
+    shared: &[PROMPT],
     fields: &[
         ("num_virtual_tokens", Rule::Read),
         ("token_dim", Rule::Read),
@@ -30,9 +30,9 @@ pub(super) const PROMPT_TUNING: Kind = Kind {
         ("tokenizer_name_or_path", Rule::Ignored),
         ("tokenizer_kwargs", Rule::Ignored),
     ],
-    rank: |_, _| None,
     check,
     lower,
+    ..Kind::PLAIN
 };
 
 /// The row of P-tuning.
@@ -59,15 +59,14 @@ pub(super) const MULTITASK_PROMPT_TUNING: Kind = Kind {
     peft_type: "MULTITASK_PROMPT_TUNING",
     title: "Multitask prompt tuning",
     served_as: "virtual tokens of the task that `task_id` names",
-    suffixes: &[PROMPT, COLS, ROWS],
-    pairs: &[],
+    shared: &[PROMPT, COLS, ROWS],
     fields: &[
         ("num_virtual_tokens", Rule::Read),
         ("token_dim", Rule::Read),
         ("num_transformer_submodules", Rule::Read),
         ("num_tasks", Rule::Read),
         ("num_ranks", Rule::Read),
-        (TASK, Rule::Read),
+        (task::FIELD, Rule::Read),
         ("num_layers", Rule::Ignored),
         ("num_attention_heads", Rule::Ignored),
         ("prompt_tuning_init", Rule::Ignored),
@@ -110,8 +109,6 @@ pub(super) const CPT: Kind = Kind {
 pub(super) const PROMPT: &str = "prompt_embeddings";
 const COLS: &str = "prefix_task_cols";
 const ROWS: &str = "prefix_task_rows";
-/// Which task of a multitask file is served; PEFT passes it with each call and saves nothing.
-const TASK: &str = "task_id";
 
 /// Refuses what the family has no place for; returns the number of virtual tokens.
 pub(super) fn num_virtual_tokens(config: &Config) -> Result<usize, AdapterError> {
@@ -157,29 +154,14 @@ fn check_cpt(config: &Config) -> Result<(), AdapterError> {
 }
 
 fn check_multitask(config: &Config) -> Result<(), AdapterError> {
-    task(config)?;
+    task(config, num_tasks(config)?)?;
     config.positive("num_ranks")?;
     check(config)
 }
 
-/// The number of tasks, and the one to serve.
-fn task(config: &Config) -> Result<(usize, usize), AdapterError> {
-    let num_tasks = config.positive("num_tasks")?.unwrap_or(1);
-    let chosen = config.get(TASK).map(|value| {
-        let task = value.as_u64().and_then(|task| usize::try_from(task).ok());
-        task.ok_or_else(|| wrong_type(TASK, "a task number", value))
-    });
-    match chosen.transpose()? {
-        None if num_tasks == 1 => Ok((1, 0)),
-        None => Err(field_error(
-            TASK,
-            format!("is missing: the file has {num_tasks} tasks; add the number of the one to serve, counted from 0"),
-        )),
-        Some(task) if task < num_tasks => Ok((num_tasks, task)),
-        Some(task) => {
-            Err(field_error(TASK, format!("expected a number below `num_tasks` ({num_tasks}), found {task}")))
-        }
-    }
+/// The number of tasks in the file.
+fn num_tasks(config: &Config) -> Result<usize, AdapterError> {
+    Ok(config.positive("num_tasks")?.unwrap_or(1))
 }
 
 /// The file's rows, (n, hidden).
@@ -187,7 +169,7 @@ fn rows(lowering: &mut Lowering<'_>) -> Result<Tensor, AdapterError> {
     let number = num_virtual_tokens(&lowering.config)?;
     let hidden_size = lowering.base.shape().hidden_size;
     check_size(&lowering.config, "token_dim", hidden_size)?;
-    lowering.require_bare(PROMPT, &[number, hidden_size])
+    lowering.require_shared(PROMPT, &[number, hidden_size])
 }
 
 fn lower(lowering: &mut Lowering<'_>) -> Result<(), AdapterError> {
@@ -198,10 +180,11 @@ fn lower(lowering: &mut Lowering<'_>) -> Result<(), AdapterError> {
 fn lower_multitask(lowering: &mut Lowering<'_>) -> Result<(), AdapterError> {
     let rows = rows(lowering)?;
     let (number, hidden_size) = rows.dims2()?;
-    let (num_tasks, task) = task(&lowering.config)?;
+    let num_tasks = num_tasks(&lowering.config)?;
+    let task = task(&lowering.config, num_tasks)?;
     let num_ranks = lowering.config.positive("num_ranks")?.unwrap_or(1);
-    let task_cols = lowering.require_bare(COLS, &[num_tasks, number, num_ranks])?.get(task)?;
-    let task_rows = lowering.require_bare(ROWS, &[num_tasks, num_ranks, hidden_size])?.get(task)?;
+    let task_cols = lowering.require_shared(COLS, &[num_tasks, number, num_ranks])?.get(task)?;
+    let task_rows = lowering.require_shared(ROWS, &[num_tasks, num_ranks, hidden_size])?.get(task)?;
     lowering.out.virtual_tokens = Some((rows * task_cols.matmul(&task_rows)?)?);
     Ok(())
 }

@@ -17,7 +17,6 @@ pub(super) const SSF: Kind = Kind {
     served_as: "diagonal output scale and a replaced bias; norms and embeddings scaled and shifted",
     merged_as: "diag(scale) W",
     suffixes: &[SCALE, SHIFT],
-    pairs: &[],
     fields: &[
         ("ssf_version", Rule::Read),
         ("norm_modules", Rule::Read),
@@ -26,9 +25,9 @@ pub(super) const SSF: Kind = Kind {
         ("use_shift", Rule::Read),
         ("init_weights", Rule::Ignored),
     ],
-    rank: |_, _| None,
     check,
     lower,
+    ..Kind::PLAIN
 };
 
 const SCALE: &str = "ssf_scale";

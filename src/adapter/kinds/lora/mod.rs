@@ -1,13 +1,17 @@
-//! LoRA: low-rank additions `s * B A`, with every option of PEFT's `LoraConfig` that plain serving can honour.
+//! LoRA: low-rank additions `s * B A`, with every option and variant of PEFT's `LoraConfig` that serving can honour.
 //! `s = alpha / r`, or `alpha / sqrt(r)` with `use_rslora` (PEFT 0.21 `tuners/lora`).
 
 mod activation;
 mod dora;
+mod start;
 mod tokens;
+mod variants;
 
 use candle_core::Tensor;
 use serde_json::Value;
 
+use self::start::Start;
+use self::variants::{Storage, Stored};
 use super::Kind;
 use crate::adapter::config::{Config, Rule, as_number, as_positive, field_error};
 use crate::adapter::lowering::Lowering;
@@ -31,6 +35,10 @@ pub(super) const LORA: Kind = Kind {
         MAGNITUDE_OLD,
         tokens::SUFFIX,
         VELORA,
+        MONTECLORA[0],
+        MONTECLORA[1],
+        MONTECLORA[2],
+        MONTECLORA[3],
     ],
     pairs: &[("lora_A.weight", "lora_B.weight"), ("lora_embedding_A", "lora_embedding_B")],
     fields: FIELDS,
@@ -38,8 +46,10 @@ pub(super) const LORA: Kind = Kind {
         ("lora_A.weight" | "lora_embedding_A", [r, _]) | ("lora_B.weight" | "lora_embedding_B", [_, r]) => Some(*r),
         _ => None,
     },
+    shows_parts: |config| config.get("use_bdlora").is_some(),
     check,
     lower,
+    ..Kind::PLAIN
 };
 
 const MAGNITUDE: &str = "lora_magnitude_vector";
@@ -47,6 +57,13 @@ const MAGNITUDE: &str = "lora_magnitude_vector";
 const MAGNITUDE_OLD: &str = "lora_magnitude_vector.weight";
 /// A buffer that only training reads.
 const VELORA: &str = "lora_velora_embed";
+/// A sampler that only training reads.
+const MONTECLORA: [&str; 4] = [
+    "lora_monteclora_sampler.expert_weights",
+    "lora_monteclora_sampler.expert_weights_prior",
+    "lora_monteclora_sampler.gaussian_var_prior",
+    "lora_monteclora_sampler.std_prior",
+];
 
 const FIELDS: &[(&str, Rule)] = &[
     ("r", Rule::Read),
@@ -71,18 +88,23 @@ const FIELDS: &[(&str, Rule)] = &[
     ("velora_config", Rule::Ignored),
     ("runtime_config", Rule::Ignored),
     ("ephemeral_gpu_offload", Rule::Ignored),
-    ("qalora_group_size", Rule::Ignored),
+    ("monteclora_config", Rule::Ignored),
+    ("qalora_group_size", Rule::Read),
+    ("use_qalora", Rule::Read),
+    ("use_bdlora", Rule::Read),
     ("unsloth_fixed", Rule::Ignored),
-    ("use_qalora", Rule::Refused("QALoRA is not served")),
-    ("use_bdlora", Rule::Refused("block-diagonal LoRA is not served")),
-    ("kasa_config", Rule::Refused("KaSA is not served")),
-    ("monteclora_config", Rule::Refused("MonteCLoRA is not served")),
+    ("alora_invocation_tokens", Rule::Refused("activated LoRA is not served")),
+    (
+        "kasa_config",
+        Rule::Refused("KaSA trains on a base weight without its smallest singular values; it is not served"),
+    ),
     ("arrow_config", Rule::Refused("routing between LoRAs is not served")),
     ("layer_replication", Rule::Refused("a rebuilt layer stack is not served")),
     ("target_parameters", Rule::Refused("adapters on bare parameters are not served")),
 ];
 
-/// Initialisations that start from the unchanged base weight. All others that PEFT knows subtract something from it.
+/// Initialisations that start from the unchanged base weight. All others that PEFT knows subtract something from it;
+/// [`Start`] has those for which the base weight tells what.
 const PLAIN_INITS: [&str; 4] = ["gaussian", "eva", "orthogonal", "mica"];
 
 /// What the config says for all modules.
@@ -94,12 +116,18 @@ struct Options {
     rslora: bool,
     dora: bool,
     bias: bool,
+    start: Option<Start>,
+    storage: Storage,
 }
 
 fn check(config: &Config) -> Result<(), AdapterError> {
-    check_init(config)?;
     activation::parse(config)?;
-    Options::parse(config)?;
+    let options = Options::parse(config)?;
+    let invocation = activation::parse(config)?;
+    if options.start.is_some() && !invocation.is_empty() {
+        let reason = "an unconverted initialisation would change tokens before the invocation too, which is not served";
+        return Err(field_error(activation::FIELD, reason));
+    }
     Matcher::parse(config, "target_modules").map(drop)
 }
 
@@ -119,6 +147,9 @@ fn lower(lowering: &mut Lowering<'_>) -> Result<(), AdapterError> {
     let embedding_targeted = lowering.embeddings().iter().any(|id| targets.contains(id));
     for id in lowering.unread_sites() {
         lowering.discard(id, VELORA);
+        for suffix in MONTECLORA {
+            lowering.discard(id, suffix);
+        }
         let Some(suffix) = lowering.kind_suffixes(id).first().map(|suffix| (*suffix).to_owned()) else { continue };
         let follows = embedding_targeted && tied_head == Some(id);
         if !targets.contains(&id) && !matcher.is_unset() && !follows {
@@ -144,12 +175,14 @@ fn lower(lowering: &mut Lowering<'_>) -> Result<(), AdapterError> {
     activation::lower(lowering)
 }
 
-/// Unconverted files of initialisations that change the base weight make no sense on the base as published.
-fn check_init(config: &Config) -> Result<(), AdapterError> {
+/// Unconverted files of initialisations that change the base weight make sense only where the change can be told.
+fn start(config: &Config) -> Result<Option<Start>, AdapterError> {
     let field = "init_lora_weights";
     match config.get(field) {
-        None | Some(Value::Bool(_)) => Ok(()),
-        Some(Value::String(init)) if PLAIN_INITS.contains(&init.to_ascii_lowercase().as_str()) => Ok(()),
+        None | Some(Value::Bool(_)) => Ok(None),
+        Some(Value::String(init)) if PLAIN_INITS.contains(&init.to_ascii_lowercase().as_str()) => Ok(None),
+        Some(Value::String(init)) if init == "pissa" => Ok(Some(Start::Pissa)),
+        Some(Value::String(init)) if init == "olora" => Ok(Some(Start::Olora)),
         Some(value) => Err(field_error(
             field,
             format!("{value} trains on a changed base weight; save it with `path_initial_model_for_weight_conversion`"),
@@ -167,7 +200,12 @@ impl Options {
             rslora: config.flag("use_rslora")?,
             dora: config.flag("use_dora")?,
             bias: config.flag("lora_bias")?,
+            start: start(config)?,
+            storage: Storage::parse(config)?,
         };
+        if options.dora && !options.storage.is_plain() {
+            return Err(field_error("use_dora", "PEFT does not combine it with `use_qalora` or `use_bdlora`"));
+        }
         if options.dora && options.bias {
             return Err(field_error("lora_bias", "PEFT does not combine it with `use_dora`"));
         }
@@ -191,7 +229,8 @@ struct Factors {
     magnitude: Option<Tensor>,
 }
 
-/// Takes the factors a: (r, inputs) and b: (outputs, r) of a module; `inputs` of an embedding is the vocabulary.
+/// Takes the factors a: (r, inputs) and b: (outputs, r) of a module, stored in the form that `stored` says for its rank;
+/// `inputs` of an embedding is the vocabulary.
 fn factors(
     lowering: &mut Lowering<'_>,
     options: &Options,
@@ -200,14 +239,21 @@ fn factors(
     (inputs, outputs): (usize, usize),
 ) -> Result<Factors, AdapterError> {
     let (r, scale) = options.rank_and_scale(&lowering.site(id).path)?;
-    for (name, axis) in [(name_a, 0), (name_b, 1)] {
+    let stored = match lowering.site(id).kind {
+        SiteKind::Linear { .. } => options.storage.of(&lowering.site(id).path, r, (inputs, outputs))?,
+        SiteKind::Norm { .. } | SiteKind::Embedding { .. } => Stored::Plain,
+    };
+    let (shape_a, shape_b) = (stored.shape_a(r, inputs), stored.shape_b(r, outputs));
+    for (name, axis, expected) in [(name_a, 0, shape_a[0]), (name_b, 1, shape_b[1])] {
         let found = lowering.shape(id, name).and_then(|shape| (shape.len() == 2).then(|| shape[axis]));
-        if let Some(found) = found.filter(|found| *found != r) {
-            return Err(lowering.refuse(id, name, format!("expected rank {r} (`r`, `rank_pattern`), found {found}")));
+        if let Some(found) = found.filter(|found| *found != expected) {
+            let reason = format!("expected rank {expected} (`r`, `rank_pattern`), found {found}");
+            return Err(lowering.refuse(id, name, reason));
         }
     }
-    let a = lowering.require(id, name_a, &[r, inputs])?;
-    let b = lowering.require(id, name_b, &[outputs, r])?;
+    let a = lowering.require(id, name_a, &shape_a)?;
+    let b = lowering.require(id, name_b, &shape_b)?;
+    let (a, b) = stored.expand(a, b)?;
     let has_old = lowering.has(id, MAGNITUDE_OLD) && !lowering.has(id, MAGNITUDE);
     let name = if has_old { MAGNITUDE_OLD } else { MAGNITUDE };
     let magnitude = if options.dora { Some(lowering.require(id, name, &[outputs])?) } else { None };
@@ -215,7 +261,7 @@ fn factors(
     Ok(Factors { a, b, scale, magnitude })
 }
 
-/// `y = W x + b + s B (A x) + s bias_B`; with DoRA the product and the delta are scaled by `m / |W + s B A|`.
+/// `y = W x + b + s B (A x) + s bias_B`, less what the initialisation took from W; with DoRA the product and the delta are scaled by `m / |W + s B A|`.
 fn linear(
     lowering: &mut Lowering<'_>,
     options: &Options,
@@ -224,9 +270,24 @@ fn linear(
 ) -> Result<(), AdapterError> {
     let names = ("lora_A.weight", "lora_B.weight");
     let factors = factors(lowering, options, id, names, (in_features, out_features))?;
-    let b = (&factors.b * factors.scale)?;
+    let (mut a, mut b) = (factors.a, (factors.b * factors.scale)?);
+    if let Some(start) = options.start {
+        let r = a.dim(0)?;
+        let start = if r > in_features.min(out_features) {
+            None
+        } else {
+            start.subtracted(&lowering.weight(id)?, r, factors.scale)?
+        };
+        let Some((start_b, start_a)) = start else {
+            let path = &lowering.site(id).path;
+            let reason =
+                format!("what it subtracted from the weight of `{path}` cannot be told; convert the file with PEFT");
+            return Err(field_error("init_lora_weights", reason));
+        };
+        (a, b) = (Tensor::cat(&[&a, &start_a], 0)?, Tensor::cat(&[&b, &start_b.neg()?], 1)?);
+    }
     if let Some(magnitude) = factors.magnitude {
-        let norm = dora::row_norms(&lowering.weight(id)?, &factors.a, &b)?;
+        let norm = dora::row_norms(&lowering.weight(id)?, &a, &b)?;
         lowering.out.linears.entry(id).or_default().scale = Scale::Diag((magnitude / norm)?);
     }
     if options.bias {
@@ -234,7 +295,7 @@ fn linear(
         let c = lowering.bias(id)?.map_or_else(|| Ok(bias.clone()), |c| c + &bias)?;
         lowering.out.linears.entry(id).or_default().c = Some(c);
     }
-    let delta = Delta::LowRank { a: factors.a, b };
+    let delta = Delta::LowRank { a, b };
     lowering.out.linears.entry(id).or_default().deltas.push(delta);
     Ok(())
 }
@@ -246,6 +307,10 @@ fn embedding(
     id: SiteId,
     (vocab, dim): (usize, usize),
 ) -> Result<(), AdapterError> {
+    if options.start.is_some() {
+        let reason = format!("is not served for `{}`, which is an embedding", lowering.site(id).path);
+        return Err(field_error("init_lora_weights", reason));
+    }
     let names = ("lora_embedding_A", "lora_embedding_B");
     let factors = factors(lowering, options, id, names, (vocab, dim))?;
     let b = (&factors.b * factors.scale)?;

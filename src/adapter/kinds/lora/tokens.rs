@@ -3,12 +3,12 @@
 
 use std::collections::BTreeMap;
 
-use candle_core::{Device, Tensor};
 use serde_json::Value;
 
 use crate::adapter::config::{field_error, wrong_type};
 use crate::adapter::lowering::Lowering;
-use crate::adapter::{AdapterError, SiteId, SiteKind, Weight};
+use crate::adapter::token_rows::{put, take_rows, token_ids};
+use crate::adapter::{AdapterError, SiteId, SiteKind};
 
 /// Suffix of the tensor with the rows.
 pub(super) const SUFFIX: &str = "token_adapter.trainable_tokens_delta";
@@ -32,15 +32,15 @@ pub(super) fn lower(lowering: &mut Lowering<'_>) -> Result<Vec<SiteId>, AdapterE
     }
     let mut sites: Vec<SiteId> = wanted.keys().copied().collect();
     for (id, tokens) in wanted {
-        let (tokens, rows) = take_rows(lowering, id, &tokens)?;
+        let (tokens, rows) = take_rows(lowering, id, (FIELD, SUFFIX), &tokens)?;
         if Some(id) == source
             && own_head.is_none()
             && let Some(head) = head
         {
-            put(lowering, head, (tokens.clone(), rows.clone()))?;
+            put(lowering, FIELD, head, (tokens.clone(), rows.clone()))?;
             sites.push(head);
         }
-        put(lowering, id, (tokens, rows))?;
+        put(lowering, FIELD, id, (tokens, rows))?;
     }
     Ok(sites)
 }
@@ -52,12 +52,12 @@ fn wanted(lowering: &Lowering<'_>) -> Result<BTreeMap<SiteId, Vec<u32>>, Adapter
         None => {}
         Some(Value::Array(items)) if items.is_empty() => {}
         Some(list @ Value::Array(_)) => {
-            let tokens = token_ids(list)?;
+            let tokens = token_ids(FIELD, list)?;
             wanted.extend(lowering.embeddings().into_iter().map(|id| (id, tokens.clone())));
         }
         Some(Value::Object(lists)) => {
             for (name, list) in lists {
-                let tokens = token_ids(list)?;
+                let tokens = token_ids(FIELD, list)?;
                 let before = wanted.len();
                 let named = lowering.base.sites().iter().filter(|(_, site)| site.path.ends_with(name.as_str()));
                 for (id, site) in named {
@@ -73,55 +73,4 @@ fn wanted(lowering: &Lowering<'_>) -> Result<BTreeMap<SiteId, Vec<u32>>, Adapter
         Some(value) => return Err(wrong_type(FIELD, "a list or an object of lists", value)),
     }
     Ok(wanted)
-}
-
-fn token_ids(list: &Value) -> Result<Vec<u32>, AdapterError> {
-    let items = list.as_array().ok_or_else(|| wrong_type(FIELD, "a list of token ids", list))?;
-    let id = |item: &Value| item.as_u64().and_then(|id| u32::try_from(id).ok());
-    items.iter().map(|item| id(item).ok_or_else(|| wrong_type(FIELD, "a token id", item))).collect()
-}
-
-/// The rows and their tokens in ascending order.
-fn take_rows(lowering: &mut Lowering<'_>, id: SiteId, tokens: &[u32]) -> Result<(Vec<u32>, Tensor), AdapterError> {
-    let (vocab, dim) = match lowering.site(id).kind {
-        SiteKind::Linear { in_features, out_features, .. } => (out_features, in_features),
-        SiteKind::Embedding { vocab, dim } => (vocab, dim),
-        SiteKind::Norm { dim, .. } => (dim, 1),
-    };
-    if let Some(token) = tokens.iter().find(|token| **token as usize >= vocab) {
-        return Err(field_error(FIELD, format!("token id {token} is not below {vocab}, the rows of the base model")));
-    }
-    let mut order: Vec<u32> = (0..tokens.len() as u32).collect();
-    order.sort_by_key(|idx| tokens[*idx as usize]);
-    let sorted: Vec<u32> = order.iter().map(|idx| tokens[*idx as usize]).collect();
-    if let Some(pair) = sorted.windows(2).find(|pair| pair[0] == pair[1]) {
-        return Err(field_error(FIELD, format!("token id {} occurs twice", pair[0])));
-    }
-    let rows = lowering.require(id, SUFFIX, &[tokens.len(), dim])?;
-    let count = order.len();
-    let rows = rows.index_select(&Tensor::from_vec(order, count, &Device::Cpu)?, 0)?;
-    Ok((sorted, rows))
-}
-
-fn put(lowering: &mut Lowering<'_>, id: SiteId, rows: (Vec<u32>, Tensor)) -> Result<(), AdapterError> {
-    let replaced = match lowering.site(id).kind {
-        SiteKind::Embedding { .. } => {
-            let patch = lowering.out.embeddings.entry(id).or_default();
-            patch.rows = Some(rows);
-            patch.table.is_some()
-        }
-        SiteKind::Linear { .. } | SiteKind::Norm { .. } => {
-            let slots = lowering.out.linears.entry(id).or_default();
-            slots.rows = Some(rows);
-            matches!(slots.weight, Weight::Own(_))
-        }
-    };
-    if replaced {
-        let path = &lowering.site(id).path;
-        return Err(field_error(
-            FIELD,
-            format!("`{path}` is replaced as a whole as well, which together is not served"),
-        ));
-    }
-    Ok(())
 }
