@@ -17,6 +17,10 @@ use crate::kernels::AttentionShape;
 
 /// Positions per online-softmax tile.
 const TILE: usize = 64;
+/// Lanes of a vector.
+const LANES: usize = 16;
+/// Elements between the copied queries where heads are no longer: known to the compiler, and no power of two.
+const QUERY_STRIDE: usize = 272;
 /// Query rows (tokens times heads of a group) per task.
 const TASK_ROWS: usize = 64;
 
@@ -158,16 +162,24 @@ fn attend_body<const FMA: bool>(task: &Task<'_>, scratch: &mut Scratch) {
     }
 }
 
+/// Elements between the copied queries.
+fn query_stride(head_dim: usize) -> usize {
+    QUERY_STRIDE.max(head_dim)
+}
+
 /// Copies the task's scaled queries together and resets the running softmax.
 #[inline(always)]
 fn load_queries(task: &Task<'_>, rows: usize, group: usize, scratch: &mut Scratch) {
     let AttentionShape { head_dim, scale, .. } = task.shape;
-    scratch.q.clear();
+    let stride = query_stride(head_dim);
+    scratch.q.resize(rows * stride, 0.0);
     for row in 0..rows {
         let token = task.span.start + task.first + row / group;
         let head = task.kv_head * group + row % group;
         let q = &task.q.values[token * task.q.stride + head * head_dim..][..head_dim];
-        scratch.q.extend(q.iter().map(|v| v * scale as f32));
+        for (copy, value) in scratch.q[row * stride..].iter_mut().zip(q) {
+            *copy = value * scale as f32;
+        }
     }
     scratch.scores.resize(rows * TILE, 0.0);
     scratch.acc.clear();
@@ -204,11 +216,18 @@ fn score_tile<const FMA: bool>(task: &Task<'_>, rows: usize, tile_start: usize, 
     for (offset, in_block, count, block) in pieces(task, tile_start, width) {
         let from = (block * kv_heads + task.kv_head) * head_dim * block_tokens + in_block;
         let keys = &task.cache.keys[from..][..head_dim * block_tokens - in_block];
-        let product = Product { a: &scratch.q, a_stride: head_dim, b: keys, b_stride: block_tokens, depth: head_dim };
+        let a_stride = query_stride(head_dim);
+        let product = Product { a: &scratch.q, a_stride, b: keys, b_stride: block_tokens, depth: head_dim };
+        // Whole vectors: what lies behind the context is masked afterwards.
+        let count = count.next_multiple_of(LANES).min(block_tokens - in_block).min(TILE - offset);
         for row in 0..rows {
             scratch.scores[row * TILE + offset..][..count].fill(0.0);
         }
-        accumulate::<FMA>(&product, rows, count, &mut scratch.scores[offset..], TILE);
+        if a_stride == QUERY_STRIDE {
+            accumulate::<QUERY_STRIDE, FMA>(&product, rows, count, &mut scratch.scores[offset..], TILE);
+        } else {
+            accumulate::<0, FMA>(&product, rows, count, &mut scratch.scores[offset..], TILE);
+        }
     }
 }
 
@@ -222,7 +241,7 @@ fn weigh_values<const FMA: bool>(task: &Task<'_>, rows: usize, tile_start: usize
         let values = &task.cache.values[from..][..count * head_dim];
         let product =
             Product { a: &scratch.scores[offset..], a_stride: TILE, b: values, b_stride: head_dim, depth: count };
-        accumulate::<FMA>(&product, rows, head_dim, &mut scratch.acc, head_dim);
+        accumulate::<TILE, FMA>(&product, rows, head_dim, &mut scratch.acc, head_dim);
     }
 }
 
@@ -277,17 +296,33 @@ struct Product<'a> {
 
 /// `out[r, c] += sum_d a[r, d] * b[d, c]`, one chain over ascending `d` per output.
 #[inline(always)]
-fn accumulate<const FMA: bool>(p: &Product<'_>, rows: usize, columns: usize, out: &mut [f32], stride: usize) {
+fn accumulate<const A: usize, const FMA: bool>(
+    p: &Product<'_>,
+    rows: usize,
+    columns: usize,
+    out: &mut [f32],
+    stride: usize,
+) {
     let mut column = 0;
+    // A single row keeps the arithmetic busy with many columns only.
+    while rows == 1 && columns - column >= 64 {
+        block::<1, 64, A, FMA>(p, 0, column, out, stride);
+        column += 64;
+    }
     while columns - column >= 16 {
         let mut row = 0;
-        while rows - row >= 8 {
-            block::<8, FMA>(p, row, column, out, stride);
-            row += 8;
-        }
         while row < rows {
-            block::<1, FMA>(p, row, column, out, stride);
-            row += 1;
+            match rows - row {
+                1 => block::<1, 16, A, FMA>(p, row, column, out, stride),
+                2 => block::<2, 16, A, FMA>(p, row, column, out, stride),
+                3 => block::<3, 16, A, FMA>(p, row, column, out, stride),
+                4 => block::<4, 16, A, FMA>(p, row, column, out, stride),
+                5 => block::<5, 16, A, FMA>(p, row, column, out, stride),
+                6 => block::<6, 16, A, FMA>(p, row, column, out, stride),
+                7 => block::<7, 16, A, FMA>(p, row, column, out, stride),
+                _ => block::<8, 16, A, FMA>(p, row, column, out, stride),
+            }
+            row += 8.min(rows - row);
         }
         column += 16;
     }
@@ -301,24 +336,38 @@ fn accumulate<const FMA: bool>(p: &Product<'_>, rows: usize, columns: usize, out
     }
 }
 
-/// `R` rows of 16 columns.
+/// `R` rows of `C` columns; `A` is the stride of `a` where that is known, else 0.
 #[inline(always)]
-fn block<const R: usize, const FMA: bool>(p: &Product<'_>, row: usize, column: usize, out: &mut [f32], stride: usize) {
-    let mut acc = [[0.0_f32; 16]; R];
+fn block<const R: usize, const C: usize, const A: usize, const FMA: bool>(
+    p: &Product<'_>,
+    row: usize,
+    column: usize,
+    out: &mut [f32],
+    stride: usize,
+) {
+    let a_stride = if A == 0 { p.a_stride } else { A };
+    assert!(p.a.len() >= (row + R - 1) * a_stride + p.depth, "a has the rows");
+    assert!(p.b.len() + p.b_stride >= p.depth * p.b_stride + column + C, "b has the columns");
+    let (a, b) = (p.a[row * a_stride..].as_ptr(), p.b[column..].as_ptr());
+    let mut acc = [[0.0_f32; C]; R];
     for (r, acc) in acc.iter_mut().enumerate() {
-        acc.copy_from_slice(&out[(row + r) * stride + column..][..16]);
+        acc.copy_from_slice(&out[(row + r) * stride + column..][..C]);
     }
-    let a: [&[f32]; R] = std::array::from_fn(|r| &p.a[(row + r) * p.a_stride..][..p.depth]);
     for d in 0..p.depth {
-        let b: &[f32; 16] = p.b[d * p.b_stride + column..][..16].try_into().expect("16 columns");
-        for (acc, a) in acc.iter_mut().zip(&a) {
+        #[expect(unsafe_code, reason = "the innermost loop checks nothing")]
+        // SAFETY: in bounds by the assertions above.
+        let b: &[f32; C] = unsafe { &*b.add(d * p.b_stride).cast() };
+        for (r, acc) in acc.iter_mut().enumerate() {
+            #[expect(unsafe_code, reason = "the innermost loop checks nothing")]
+            // SAFETY: in bounds by the assertions above.
+            let a = unsafe { *a.add(r * a_stride + d) };
             for (value, b) in acc.iter_mut().zip(b) {
-                *value = fma::<FMA>(a[d], *b, *value);
+                *value = fma::<FMA>(a, *b, *value);
             }
         }
     }
     for (r, acc) in acc.iter().enumerate() {
-        out[(row + r) * stride + column..][..16].copy_from_slice(acc);
+        out[(row + r) * stride + column..][..C].copy_from_slice(acc);
     }
 }
 

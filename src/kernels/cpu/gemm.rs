@@ -8,12 +8,6 @@ use super::words::row_words;
 /// Words of `k` per block: a block of a panel (128 KiB) stays in the second-level cache while every row uses it.
 const BLOCK_STEPS: usize = 512;
 
-/// Steps that a single pass fetches ahead.
-const AHEAD_STEPS: usize = 16;
-
-/// Lines of weights per step.
-const STEP_LINES: usize = PANEL / 16;
-
 /// Where a panel's product goes: the first row's first column, and the elements between rows.
 #[derive(Clone, Copy)]
 pub(super) struct Target {
@@ -23,8 +17,7 @@ pub(super) struct Target {
 
 /// `m` rows of padded words times one panel of `w`.
 ///
-/// While one block of the panel is multiplied, the next is fetched: with few rows memory is the limit, with many the
-/// arithmetic, and neither should wait for the other.
+/// The first rows to meet a block fetch it from memory, ahead of its use; the others find it in the cache.
 ///
 /// # Safety
 /// `target` must be valid for reads and writes of the panel's columns in each of `m` rows, and nobody else may touch
@@ -37,21 +30,17 @@ pub(super) unsafe fn multiply_panel(x: &[u32], m: usize, w: &PackedMatrix, panel
     let x_stride = row_words(w.format(), w.k());
     let columns = PANEL.min(w.n() - panel_idx * PANEL);
     assert!(x.len() >= m * x_stride, "x has {m} rows");
-    let passes = m.div_ceil(ROWS);
     for (block_idx, block) in w.panel(panel_idx).chunks(BLOCK_STEPS * PANEL).enumerate() {
         for (pass, row) in (0..m).step_by(ROWS).enumerate() {
-            let shares = passes.min(STEP_LINES);
-            let share = |pass: usize| pass.min(shares) * STEP_LINES / shares;
             let args = TileArgs {
                 x: &x[row * x_stride + block_idx * BLOCK_STEPS..],
                 x_stride,
                 w: block,
-                fetch: (share(pass), share(pass + 1)),
-                ahead: if passes == 1 { AHEAD_STEPS * PANEL } else { block.len() },
+                is_first: pass == 0,
                 y: target.y.wrapping_add(row * target.stride),
                 y_stride: target.stride,
                 columns,
-                first: block_idx == 0,
+                from_zero: block_idx == 0,
             };
             // SAFETY: the rows and columns are the caller's.
             unsafe {

@@ -21,7 +21,7 @@ use super::pool::{for_each, for_ranges, num_threads};
 use super::shared::Shared;
 use super::shrink::{Place, ShrinkPlan, shrink};
 use super::silu::silu_mul;
-use super::slots::{PackedSlots, RunRow, SlotRun, apply_slots};
+use super::slots::{Outputs, PackedDelta, PackedSlots, SlotRun, apply_slots};
 use super::words::{row_words, write_row};
 
 /// Rows multiplied before their outputs are finished.
@@ -232,6 +232,10 @@ impl Sweep<'_> {
     fn piece(&self, piece: Piece<'_>) {
         let linear = &self.linears[piece.linear_idx];
         let places = &self.plan.places[piece.linear_idx];
+        // The terms of the next panel come from memory while this one is multiplied.
+        for slots in linear.runs.iter().filter(|run| overlaps(&run.rows, &piece)).filter_map(|run| run.slots) {
+            slots.deltas.iter().filter_map(PackedDelta::up).for_each(|up| up.fetch_panel(piece.panel_idx + 1));
+        }
         let mut runs = linear.runs.iter().zip(places).filter(|(run, _)| overlaps(&run.rows, &piece)).peekable();
         // The weight, and how far a run's rows of words lie from its rows.
         let source = |(run, place): &(&SlotRun<'_>, &Place)| -> (*const PackedMatrix, usize) {
@@ -269,18 +273,27 @@ impl Sweep<'_> {
     fn finish_run(&self, linear: &SweepLinear<'_>, (run, start): (&SlotRun<'_>, usize), piece: &Piece<'_>) {
         let first = piece.panel_idx * PANEL;
         let columns = PANEL.min(linear.weight.n() - first);
-        for row in run.rows.start.max(piece.from)..run.rows.end.min(piece.to) {
-            let offset = piece.offset + (row - piece.from) * piece.stride;
+        let (from, to) = (run.rows.start.max(piece.from), run.rows.end.min(piece.to));
+        let outputs = Outputs {
+            out: piece.out,
+            offset: piece.offset + (from - piece.from) * piece.stride,
+            stride: piece.stride,
+            columns,
+            first,
+            rows: (from - run.rows.start, to - run.rows.start),
+        };
+        if let Some(slots) = run.slots {
+            let x = &self.x[from * self.k..to * self.k];
             // SAFETY: a panel's columns are written by its task only.
-            let y = unsafe { piece.out.part(offset..offset + columns) };
-            if let Some(slots) = run.slots {
-                let (x, short) = (&self.x[row * self.k..][..self.k], &self.short[start..]);
-                let run_row = RunRow { x, short, rows: run.rows.len(), row: row - run.rows.start };
-                apply_slots(slots, run_row, first, y);
-            }
-            if !run.slots.is_some_and(PackedSlots::needs_whole_rows) {
-                self.add_last(linear, run.slots, (row, first), y);
-            }
+            unsafe { apply_slots(slots, x, (&self.short[start..], run.rows.len()), &outputs) };
+        }
+        if run.slots.is_some_and(PackedSlots::needs_whole_rows) {
+            return;
+        }
+        for row in from..to {
+            // SAFETY: as above, one row at a time.
+            let y = unsafe { outputs.row(row - run.rows.start) };
+            self.add_last(linear, run.slots, (row, first), y);
         }
     }
 

@@ -12,7 +12,7 @@ use half::bf16;
 use memmap2::MmapMut;
 use rayon::prelude::*;
 
-use super::words::bf16_bits;
+use super::words::{LANES, bf16_bits};
 
 /// Columns per panel.
 pub(super) const PANEL: usize = 64;
@@ -25,6 +25,9 @@ pub enum WeightFormat {
     /// f32 throughout.
     F32,
 }
+
+/// Most of a panel that is fetched ahead.
+const FETCH_BYTES_MAX: usize = 8 << 10;
 
 /// From this size on a matrix gets a mapping of its own with huge pages.
 const MAPPED_BYTES_MIN: usize = 4 << 20;
@@ -44,9 +47,9 @@ enum Words {
 }
 
 /// One cache line of words.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Debug)]
 #[repr(C, align(64))]
-struct Line([u32; 16]);
+pub(super) struct Line(pub(super) [u32; 16]);
 
 /// One column of a panel.
 struct Lane<'a> {
@@ -159,6 +162,23 @@ impl PackedMatrix {
                     f32::from_bits(if idx % 2 == 0 { word << 16 } else { word & 0xffff_0000 })
                 }
             };
+        }
+    }
+
+    /// Asks for a panel to be brought near the processor, up to [`FETCH_BYTES_MAX`] of it; does nothing where there is no
+    /// such panel or no instruction for it.
+    pub(super) fn fetch_panel(&self, panel_idx: usize) {
+        if panel_idx >= self.n.div_ceil(PANEL) {
+            return;
+        }
+        #[cfg(target_arch = "x86_64")]
+        for line in self.panel(panel_idx).chunks(LANES).take(FETCH_BYTES_MAX / 64) {
+            use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
+            #[expect(unsafe_code, reason = "an instruction without effect but on the caches")]
+            // SAFETY: SSE is part of the architecture.
+            unsafe {
+                _mm_prefetch::<_MM_HINT_T1>(line.as_ptr().cast());
+            }
         }
     }
 

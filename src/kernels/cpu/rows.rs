@@ -1,17 +1,24 @@
-//! Dot products of activations with a few rows: the down projection of a low-rank term.
+//! Products of activations with a few rows: the down projection of a low-rank term.
 //!
-//! The rows stay as they lie in the file, only padded to whole vectors: a rank needs no padding. Sixteen partial sums
-//! run over ascending `k` and are added in a fixed order at the end.
+//! Sixteen rows of the matrix are the lanes of a vector: `[r / 16][steps][16]`. Four partial sums per output take the
+//! steps in turn and are added in a fixed order at the end, so an output's bits depend on its own row of `x` only.
+
+#![expect(unsafe_code, reason = "vector loads and stores through raw pointers")]
 
 use super::dispatch::{dispatch, fma};
 use super::isa::Isa;
-use super::packed::WeightFormat;
-use super::words::{LANES, row_words, write_row};
+use super::packed::{Line, WeightFormat};
+use super::words::{LANES, bf16_bits, row_words};
 
-/// A matrix (r, k) as padded rows of 32-bit words: bf16 pairs, or f32.
+/// Rows of `x` that are multiplied together; with four sums each they fill the registers of AVX-512.
+const TILE_ROWS: usize = 6;
+/// Partial sums per output.
+const CHAINS: usize = 4;
+
+/// A matrix (r, k) whose rows are the lanes of vectors of 32-bit words: bf16 pairs, or f32.
 #[derive(Clone, Debug)]
 pub struct RowMatrix {
-    words: Vec<u32>,
+    lines: Vec<Line>,
     format: WeightFormat,
     r: usize,
     k: usize,
@@ -24,12 +31,25 @@ impl RowMatrix {
     /// When `values` is not r times k long.
     pub fn new(format: WeightFormat, values: &[f32], r: usize, k: usize) -> Self {
         assert_eq!(values.len(), r * k, "the matrix is (r, k)");
-        let width = row_words(format, k);
-        let mut words = vec![0; r * width];
-        for (row, words) in values.chunks_exact(k).zip(words.chunks_exact_mut(width)) {
-            write_row(Isa::best(), format, row, words);
+        let steps = format.steps(k);
+        let mut lines = vec![Line([0; LANES]); r.div_ceil(LANES) * steps];
+        for (row_idx, row) in values.chunks_exact(k).enumerate() {
+            let (group, lane) = (row_idx / LANES, row_idx % LANES);
+            let group = &mut lines[group * steps..][..steps];
+            match format {
+                WeightFormat::F32 => {
+                    for (line, value) in group.iter_mut().zip(row) {
+                        line.0[lane] = value.to_bits();
+                    }
+                }
+                WeightFormat::Bf16 => {
+                    for (line, pair) in group.iter_mut().zip(row.chunks(2)) {
+                        line.0[lane] = bf16_bits(pair[0]) | pair.get(1).map_or(0, |v| bf16_bits(*v)) << 16;
+                    }
+                }
+            }
         }
-        Self { words, format, r, k }
+        Self { lines, format, r, k }
     }
 
     /// Rows.
@@ -48,59 +68,165 @@ impl RowMatrix {
     }
 }
 
-dispatch! {
-    /// `h[m, j] = sum_k x[m, k] * a[j, k]`; x: rows of padded words in `a`'s format, h: (m, r) f32.
-    pub(super) fn dot_rows(x: &[u32], a: &RowMatrix, h: &mut [f32]) => dot_rows_body
-}
-
-#[inline(always)]
-fn dot_rows_body<const FMA: bool>(x: &[u32], a: &RowMatrix, h: &mut [f32]) {
+/// `h[m, j] = sum_k x[m, k] * a[j, k]`; x: rows of padded words in `a`'s format, h: (m, r) f32.
+///
+/// # Panics
+/// When lengths do not fit.
+pub(super) fn dot_rows(isa: Isa, x: &[u32], a: &RowMatrix, h: &mut [f32]) {
     if a.r == 0 {
         return;
     }
-    let width = row_words(a.format, a.k);
-    for (x, h) in x.chunks_exact(width).zip(h.chunks_exact_mut(a.r)) {
-        let mut rows = a.words.chunks_exact(4 * width);
-        let mut sums = h.chunks_exact_mut(4);
-        for (rows, sums) in (&mut rows).zip(&mut sums) {
-            dot::<4, FMA>(x, rows, a.format, sums);
-        }
-        for (row, sum) in rows.remainder().chunks_exact(width).zip(sums.into_remainder()) {
-            dot::<1, FMA>(x, row, a.format, std::slice::from_mut(sum));
+    let (width, steps) = (row_words(a.format, a.k), a.format.steps(a.k));
+    assert_eq!(x.len() / width, h.len() / a.r, "a row of h for every row of x");
+    for (group_idx, lines) in a.lines.chunks_exact(steps).enumerate() {
+        let columns = LANES.min(a.r - group_idx * LANES);
+        for (x, h) in x.chunks(TILE_ROWS * width).zip(h.chunks_mut(TILE_ROWS * a.r)) {
+            let mut sums = [[0.0; LANES]; TILE_ROWS];
+            dot_tile(isa, (x, width), lines, a.format, &mut sums);
+            for (h, sums) in h.chunks_exact_mut(a.r).zip(&sums) {
+                h[group_idx * LANES..][..columns].copy_from_slice(&sums[..columns]);
+            }
         }
     }
 }
 
-/// One row of `x` with `R` rows of `a`.
+/// Up to [`TILE_ROWS`] rows of `x` with one group.
+fn dot_tile(
+    isa: Isa,
+    (x, width): (&[u32], usize),
+    lines: &[Line],
+    format: WeightFormat,
+    sums: &mut [[f32; LANES]; TILE_ROWS],
+) {
+    let rows = x.len() / width;
+    assert!(lines.len() <= width && (1..=TILE_ROWS).contains(&rows), "{rows} rows hold the steps");
+    #[cfg(target_arch = "x86_64")]
+    if let (Isa::Avx512Bf16, WeightFormat::Bf16) = (isa, format) {
+        // SAFETY: `x` has this many rows by the assertion, and the instruction set was detected.
+        unsafe {
+            match rows {
+                1 => dot_bf16::<1>(x, width, lines, sums),
+                2 => dot_bf16::<2>(x, width, lines, sums),
+                3 => dot_bf16::<3>(x, width, lines, sums),
+                4 => dot_bf16::<4>(x, width, lines, sums),
+                5 => dot_bf16::<5>(x, width, lines, sums),
+                _ => dot_bf16::<TILE_ROWS>(x, width, lines, sums),
+            }
+        }
+        return;
+    }
+    for (x, sums) in x.chunks_exact(width).zip(sums) {
+        dot_one(isa, x, lines, format, sums);
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
+unsafe fn dot_bf16<const M: usize>(x: &[u32], width: usize, lines: &[Line], sums: &mut [[f32; LANES]; TILE_ROWS]) {
+    use std::arch::x86_64::{
+        __m512bh, __m512i, _mm512_add_ps, _mm512_dpbf16_ps, _mm512_loadu_si512, _mm512_set1_epi32, _mm512_setzero_ps,
+        _mm512_storeu_ps,
+    };
+
+    fn as_bf16(v: __m512i) -> __m512bh {
+        // SAFETY: both are 64 bytes in which every bit pattern is valid.
+        unsafe { std::mem::transmute(v) }
+    }
+
+    let mut acc = [[_mm512_setzero_ps(); CHAINS]; M];
+    let (fours, rest) = lines.as_chunks::<CHAINS>();
+    // SAFETY: the rows of `x` hold a word for every line by the caller's contract; a row of sums is one vector.
+    unsafe {
+        for (four_idx, four) in fours.iter().enumerate() {
+            for (chain, line) in four.iter().enumerate() {
+                let weights = as_bf16(_mm512_loadu_si512(line.0.as_ptr().cast()));
+                for (row, acc) in acc.iter_mut().enumerate() {
+                    let pair = *x.get_unchecked(row * width + four_idx * CHAINS + chain);
+                    acc[chain] = _mm512_dpbf16_ps(acc[chain], as_bf16(_mm512_set1_epi32(pair.cast_signed())), weights);
+                }
+            }
+        }
+        for (chain, line) in rest.iter().enumerate() {
+            let weights = as_bf16(_mm512_loadu_si512(line.0.as_ptr().cast()));
+            for (row, acc) in acc.iter_mut().enumerate() {
+                let pair = *x.get_unchecked(row * width + fours.len() * CHAINS + chain);
+                acc[chain] = _mm512_dpbf16_ps(acc[chain], as_bf16(_mm512_set1_epi32(pair.cast_signed())), weights);
+            }
+        }
+        for (acc, sums) in acc.iter().zip(sums) {
+            let sum = _mm512_add_ps(_mm512_add_ps(acc[0], acc[1]), _mm512_add_ps(acc[2], acc[3]));
+            _mm512_storeu_ps(sums.as_mut_ptr(), sum);
+        }
+    }
+}
+
+dispatch! {
+    /// One row of `x` with one group: the plain loops for the other instruction sets.
+    fn dot_one(x: &[u32], lines: &[Line], format: WeightFormat, sums: &mut [f32; LANES]) => dot_one_body
+}
+
 #[inline(always)]
-fn dot<const R: usize, const FMA: bool>(x: &[u32], rows: &[u32], format: WeightFormat, sums: &mut [f32]) {
-    let width = x.len();
-    let mut acc = [[0.0_f32; LANES]; R];
-    let rows: [&[u32]; R] = std::array::from_fn(|r| &rows[r * width..][..width]);
-    for from in (0..width).step_by(LANES) {
-        let x: &[u32; LANES] = x[from..from + LANES].try_into().expect("rows are padded");
-        for (acc, row) in acc.iter_mut().zip(&rows) {
-            let row: &[u32; LANES] = row[from..from + LANES].try_into().expect("rows are padded");
-            for lane in 0..LANES {
-                acc[lane] = match format {
-                    WeightFormat::F32 => fma::<FMA>(f32::from_bits(x[lane]), f32::from_bits(row[lane]), acc[lane]),
+fn dot_one_body<const FMA: bool>(x: &[u32], lines: &[Line], format: WeightFormat, sums: &mut [f32; LANES]) {
+    let mut acc = [[0.0_f32; LANES]; CHAINS];
+    for (lines, x) in lines.chunks(CHAINS).zip(x.chunks(CHAINS)) {
+        for ((acc, line), word) in acc.iter_mut().zip(lines).zip(x) {
+            for (sum, weight) in acc.iter_mut().zip(&line.0) {
+                *sum = match format {
+                    WeightFormat::F32 => fma::<FMA>(f32::from_bits(*word), f32::from_bits(*weight), *sum),
                     WeightFormat::Bf16 => {
                         let low = |w: u32| f32::from_bits(w << 16);
                         let high = |w: u32| f32::from_bits(w & 0xffff_0000);
-                        let sum = fma::<FMA>(low(x[lane]), low(row[lane]), acc[lane]);
-                        fma::<FMA>(high(x[lane]), high(row[lane]), sum)
+                        let first = fma::<FMA>(low(*word), low(*weight), *sum);
+                        fma::<FMA>(high(*word), high(*weight), first)
                     }
                 };
             }
         }
     }
-    for (sum, acc) in sums.iter_mut().zip(&acc) {
-        let mut lanes = *acc;
-        for half in [8, 4, 2, 1] {
-            for lane in 0..half {
-                lanes[lane] += lanes[lane + half];
+    for lane in 0..LANES {
+        sums[lane] = (acc[0][lane] + acc[1][lane]) + (acc[2][lane] + acc[3][lane]);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use half::bf16;
+    use proptest::prelude::*;
+
+    use super::super::words::write_row;
+    use super::*;
+    use crate::kernels::cpu::testing::random;
+
+    proptest! {
+        #[test]
+        fn equals_the_formula_and_a_row_has_the_same_bits_alone(
+            m in 1_usize..15, r in 1_usize..40, k in 1_usize..300, f32_values: bool, seed: u64,
+        ) {
+            let format = if f32_values { WeightFormat::F32 } else { WeightFormat::Bf16 };
+            let round = |v: &f32| if f32_values { *v } else { bf16::from_f32(*v).to_f32() };
+            let (x, a) = (random(m * k, seed), random(r * k, !seed));
+            let matrix = RowMatrix::new(format, &a, r, k);
+            let width = row_words(format, k);
+            for isa in Isa::available() {
+                let mut words = vec![0; m * width];
+                for (row, words) in x.chunks_exact(k).zip(words.chunks_exact_mut(width)) {
+                    write_row(isa, format, row, words);
+                }
+                let mut h = vec![f32::NAN; m * r];
+                dot_rows(isa, &words, &matrix, &mut h);
+                for (row, h) in h.chunks_exact(r).enumerate() {
+                    let mut alone = vec![f32::NAN; r];
+                    dot_rows(isa, &words[row * width..][..width], &matrix, &mut alone);
+                    prop_assert_eq!(h, &alone[..]);
+                    for (j, found) in h.iter().enumerate() {
+                        let expected: f64 = (0..k)
+                            .map(|i| f64::from(round(&x[row * k + i])) * f64::from(round(&a[j * k + i])))
+                            .sum();
+                        // f32 summation of up to 300 products in [-1, 1].
+                        prop_assert!((f64::from(*found) - expected).abs() < 1e-4, "{isa:?} {found} {expected}");
+                    }
+                }
             }
         }
-        *sum = lanes[0];
     }
 }

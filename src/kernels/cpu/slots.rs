@@ -1,5 +1,7 @@
 //! What an adapter does to one linear, and its part in a panel of outputs.
 
+#![expect(unsafe_code, reason = "threads write disjoint parts of the outputs")]
+
 use std::ops::Range;
 
 use super::dispatch::{dispatch, fma};
@@ -8,7 +10,9 @@ use super::packed::{PANEL, PackedMatrix, WeightFormat};
 use super::pre::PackedPre;
 use super::rows::RowMatrix;
 use super::scale::PackedScale;
+use super::shared::Shared;
 use super::sparse::SparseRows;
+use super::words::LANES;
 
 /// What an adapter does to one linear, in the CPU's form. All matrices have the format of the base weight.
 #[derive(Debug, Default)]
@@ -69,58 +73,196 @@ impl PackedSlots {
 }
 
 impl PackedDelta {
+    /// The up projection; a sparse term has none.
+    pub(super) fn up(&self) -> Option<&PackedMatrix> {
+        match self {
+            Self::LowRank { b, .. } => Some(b),
+            Self::ShardSum { m } => Some(m),
+            Self::Sparse(_) => None,
+        }
+    }
+
     /// Elements per row of its short vectors; a sparse term has none.
     pub(super) fn short_len(&self) -> usize {
-        match self {
-            Self::LowRank { b, .. } => b.k(),
-            Self::ShardSum { m } => m.k(),
-            Self::Sparse(_) => 0,
-        }
+        self.up().map_or(0, PackedMatrix::k)
     }
 }
 
-/// One row of a run: its input (k), and its short vectors.
+/// Rows that are expanded together; with the columns of a panel they fill the registers of AVX-512.
+pub(super) const EXPAND_ROWS: usize = 6;
+
+/// Some neighbouring rows of a run in one panel of outputs.
 #[derive(Clone, Copy)]
-pub(super) struct RunRow<'a> {
-    /// Its row of `x`.
-    pub(super) x: &'a [f32],
-    /// Short vectors, from the run's first on.
-    pub(super) short: &'a [f32],
-    /// Rows of the run.
-    pub(super) rows: usize,
-    /// The row, counted from the run's first.
-    pub(super) row: usize,
+pub(super) struct Outputs<'a> {
+    /// Where the outputs lie.
+    pub(super) out: Shared<'a, f32>,
+    /// First row's first column in `out`.
+    pub(super) offset: usize,
+    /// Elements between rows.
+    pub(super) stride: usize,
+    /// Number of columns.
+    pub(super) columns: usize,
+    /// The first column within the linear.
+    pub(super) first: usize,
+    /// The rows, counted from the run's first.
+    pub(super) rows: (usize, usize),
 }
 
-/// Replaced rows, terms and scale, in a panel's columns from `first` on; no scale that needs whole rows.
-pub(super) fn apply_slots(slots: &PackedSlots, row: RunRow<'_>, first: usize, y: &mut [f32]) {
-    let mut start = 0;
-    let mut next = |r: usize| {
-        let of_row = start + row.row * r;
-        start += row.rows * r;
-        &row.short[of_row..of_row + r]
-    };
-    let before = slots.deltas.iter().map(PackedDelta::short_len).sum::<usize>() * row.rows;
+impl Outputs<'_> {
+    /// The columns of row `row`.
+    ///
+    /// # Safety
+    /// Nobody else may use them while the result lives.
+    #[expect(clippy::mut_from_ref, reason = "the caller keeps rows disjoint")]
+    pub(super) unsafe fn row(&self, row: usize) -> &mut [f32] {
+        let from = self.offset + (row - self.rows.0) * self.stride;
+        // SAFETY: the caller's contract.
+        unsafe { self.out.part(from..from + self.columns) }
+    }
+}
+
+/// Replaced rows, terms and scale, but no scale that needs whole rows. `x` are the rows' inputs (rows, k); `short` the
+/// run's short vectors, of `run_rows` rows.
+///
+/// # Safety
+/// Nobody else may use the outputs meanwhile.
+pub(super) unsafe fn apply_slots(
+    slots: &PackedSlots,
+    x: &[f32],
+    (short, run_rows): (&[f32], usize),
+    outputs: &Outputs<'_>,
+) {
+    let (from, to) = outputs.rows;
     if let Some((indexes, _)) = &slots.rows {
-        let replaced = &row.short[before + row.row * indexes.len()..][..indexes.len()];
-        let begin = indexes.partition_point(|index| (*index as usize) < first);
-        for (index, value) in indexes.iter().zip(replaced).skip(begin) {
-            let Some(y) = y.get_mut(*index as usize - first) else { break };
-            *y = *value;
+        let before = slots.deltas.iter().map(PackedDelta::short_len).sum::<usize>() * run_rows;
+        let begin = indexes.partition_point(|index| (*index as usize) < outputs.first);
+        for row in from..to {
+            let replaced = &short[before + row * indexes.len()..][..indexes.len()];
+            // SAFETY: the caller's contract; one row at a time.
+            let y = unsafe { outputs.row(row) };
+            for (index, value) in indexes.iter().zip(replaced).skip(begin) {
+                let Some(y) = y.get_mut(*index as usize - outputs.first) else { break };
+                *y = *value;
+            }
         }
     }
+    let mut start = 0;
     for delta in &slots.deltas {
-        let h = next(delta.short_len());
+        let r = delta.short_len();
+        let h = &short[start + from * r..start + to * r];
+        start += run_rows * r;
         match delta {
             PackedDelta::LowRank { b: up, .. } | PackedDelta::ShardSum { m: up } => {
-                expand(Isa::best(), h, up, first, y);
+                // SAFETY: the caller's contract.
+                unsafe { expand_rows(h, up, outputs) };
             }
-            PackedDelta::Sparse(s) => s.add(row.x, first, y),
+            PackedDelta::Sparse(s) => {
+                for (row, x) in (from..to).zip(x.chunks_exact(x.len() / (to - from))) {
+                    // SAFETY: the caller's contract; one row at a time.
+                    s.add(x, outputs.first, unsafe { outputs.row(row) });
+                }
+            }
         }
     }
     if let Some(scale) = slots.scale.as_ref().filter(|scale| !scale.needs_whole_rows()) {
-        scale.apply(first, y);
+        for row in from..to {
+            // SAFETY: the caller's contract; one row at a time.
+            scale.apply(outputs.first, unsafe { outputs.row(row) });
+        }
     }
+}
+
+/// `y[m, j] += sum_s b[(first + j) mod q, s] * h[m, s]`, b: (q, r) packed, h: (m, r) f32.
+///
+/// # Safety
+/// Nobody else may use the outputs meanwhile.
+unsafe fn expand_rows(h: &[f32], b: &PackedMatrix, outputs: &Outputs<'_>) {
+    let (r, (from, to)) = (b.k(), outputs.rows);
+    // Panels of the term and of the linear coincide unless the term repeats over the outputs.
+    let coincide = outputs.first + outputs.columns <= b.n();
+    for (tile_idx, h) in h.chunks(EXPAND_ROWS * r).enumerate() {
+        let first_row = from + tile_idx * EXPAND_ROWS;
+        let mut sums = [[[0.0; LANES]; VECTORS]; EXPAND_ROWS];
+        if coincide {
+            expand_tile(Isa::best(), h, b.panel(outputs.first / PANEL), b, &mut sums);
+        }
+        for (row, (h, sums)) in (first_row..to).zip(h.chunks_exact(r).zip(&sums)) {
+            // SAFETY: the caller's contract; one row at a time.
+            let y = unsafe { outputs.row(row) };
+            if coincide {
+                y.iter_mut().zip(sums.as_flattened()).for_each(|(y, sum)| *y += sum);
+            } else {
+                expand(Isa::best(), h, b, outputs.first, y);
+            }
+        }
+    }
+}
+
+/// Vectors per panel.
+const VECTORS: usize = PANEL / LANES;
+
+dispatch! {
+    /// `sums[m, j] = sum_s b[j, s] * h[m, s]` for the columns of one panel and up to [`EXPAND_ROWS`] rows.
+    fn expand_tile(h: &[f32], panel: &[u32], b: &PackedMatrix, sums: &mut [[[f32; LANES]; VECTORS]; EXPAND_ROWS]) => expand_tile_body
+}
+
+#[inline(always)]
+fn expand_tile_body<const FMA: bool>(
+    h: &[f32],
+    panel: &[u32],
+    b: &PackedMatrix,
+    sums: &mut [[[f32; LANES]; VECTORS]; EXPAND_ROWS],
+) {
+    let r = b.k();
+    match h.len() / r {
+        1 => expand_some::<1, FMA>(h, panel, b, sums),
+        2 => expand_some::<2, FMA>(h, panel, b, sums),
+        3 => expand_some::<3, FMA>(h, panel, b, sums),
+        4 => expand_some::<4, FMA>(h, panel, b, sums),
+        5 => expand_some::<5, FMA>(h, panel, b, sums),
+        _ => expand_some::<EXPAND_ROWS, FMA>(h, panel, b, sums),
+    }
+}
+
+/// `M` rows, one chain over ascending `s` per output.
+#[inline(always)]
+fn expand_some<const M: usize, const FMA: bool>(
+    h: &[f32],
+    panel: &[u32],
+    b: &PackedMatrix,
+    sums: &mut [[[f32; LANES]; VECTORS]; EXPAND_ROWS],
+) {
+    let r = b.k();
+    assert_eq!(h.len(), M * r, "h has the rows");
+    let mut acc = [[[0.0_f32; LANES]; VECTORS]; M];
+    let (steps, _) = panel.as_chunks::<PANEL>();
+    for (step, words) in steps.iter().enumerate() {
+        let (vectors, _) = words.as_chunks::<LANES>();
+        for (v, words) in vectors.iter().enumerate() {
+            match b.format() {
+                WeightFormat::F32 => {
+                    for (m, acc) in acc.iter_mut().enumerate() {
+                        let h = h[m * r + step];
+                        for (sum, word) in acc[v].iter_mut().zip(words) {
+                            *sum = fma::<FMA>(h, f32::from_bits(*word), *sum);
+                        }
+                    }
+                }
+                WeightFormat::Bf16 => {
+                    let low = words.map(|word| f32::from_bits(word << 16));
+                    let high = words.map(|word| f32::from_bits(word & 0xffff_0000));
+                    for (m, acc) in acc.iter_mut().enumerate() {
+                        let first = h[m * r + 2 * step];
+                        let second = if 2 * step + 1 < r { h[m * r + 2 * step + 1] } else { 0.0 };
+                        for ((sum, low), high) in acc[v].iter_mut().zip(&low).zip(&high) {
+                            *sum = fma::<FMA>(second, *high, fma::<FMA>(first, *low, *sum));
+                        }
+                    }
+                }
+            }
+        }
+    }
+    sums[..M].copy_from_slice(&acc);
 }
 
 dispatch! {

@@ -18,10 +18,8 @@ pub(super) struct TileArgs<'a> {
     pub(super) x_stride: usize,
     /// The panel's block, `[steps][PANEL]`.
     pub(super) w: &'a [u32],
-    /// From which to which of the 4 cache lines of a step are fetched ahead of their use.
-    pub(super) fetch: (usize, usize),
-    /// How far ahead, in words.
-    pub(super) ahead: usize,
+    /// Nobody has used the block before: it comes from memory.
+    pub(super) is_first: bool,
     /// Where the tile's first output goes.
     pub(super) y: *mut f32,
     /// Elements between rows of `y`.
@@ -29,7 +27,7 @@ pub(super) struct TileArgs<'a> {
     /// Columns of the panel that exist.
     pub(super) columns: usize,
     /// Start from zero rather than from `y`.
-    pub(super) first: bool,
+    pub(super) from_zero: bool,
 }
 
 /// Accumulates `rows` rows.
@@ -73,16 +71,19 @@ pub(super) unsafe fn tile(rows: usize, isa: Isa, format: WeightFormat, args: Til
 #[expect(unsafe_code, reason = "vector loads and stores through raw pointers")]
 unsafe fn dot_bf16<const M: usize>(args: TileArgs<'_>) {
     use std::arch::x86_64::{
-        __m512bh, __m512i, _MM_HINT_T0, _MM_HINT_T1, _mm_prefetch, _mm512_dpbf16_ps, _mm512_loadu_si512,
-        _mm512_mask_storeu_ps, _mm512_maskz_loadu_ps, _mm512_set1_epi32, _mm512_setzero_ps, _mm512_setzero_si512,
+        __m512bh, __m512i, _MM_HINT_T0, _mm_prefetch, _mm512_dpbf16_ps, _mm512_loadu_si512, _mm512_mask_storeu_ps,
+        _mm512_maskz_loadu_ps, _mm512_set1_epi32, _mm512_setzero_ps, _mm512_setzero_si512,
     };
+
+    /// Steps that a block's first use asks for ahead: it runs at the memory's speed.
+    const AHEAD: usize = 16;
 
     fn as_bf16(v: __m512i) -> __m512bh {
         // SAFETY: both are 64 bytes in which every bit pattern is valid.
         unsafe { std::mem::transmute(v) }
     }
 
-    let TileArgs { x, x_stride, w, fetch, ahead, y, y_stride, columns, first } = args;
+    let TileArgs { x, x_stride, w, is_first, y, y_stride, columns, from_zero } = args;
     let masks: [u16; 4] = std::array::from_fn(|v| {
         let lanes = columns.saturating_sub(16 * v).min(16);
         u16::try_from((1_u32 << lanes) - 1).expect("at most 16 lanes")
@@ -91,7 +92,7 @@ unsafe fn dot_bf16<const M: usize>(args: TileArgs<'_>) {
     // SAFETY: masked lanes are neither read nor written; the others, and `x` and `w`, are in bounds by the caller's
     // contract. Prefetching an address past the end is harmless.
     unsafe {
-        if !first {
+        if !from_zero {
             for (r, row) in acc.iter_mut().enumerate() {
                 for (v, lane) in row.iter_mut().enumerate() {
                     *lane = _mm512_maskz_loadu_ps(masks[v], y.add(r * y_stride + 16 * v));
@@ -102,10 +103,9 @@ unsafe fn dot_bf16<const M: usize>(args: TileArgs<'_>) {
             let mut wv = [_mm512_setzero_si512(); 4];
             for (v, lane) in wv.iter_mut().enumerate() {
                 *lane = _mm512_loadu_si512(weights.as_ptr().add(16 * v).cast());
-            }
-            for line in fetch.0..fetch.1 {
-                let line = weights.as_ptr().wrapping_add(ahead + 16 * line).cast();
-                if M == 1 { _mm_prefetch::<_MM_HINT_T0>(line) } else { _mm_prefetch::<_MM_HINT_T1>(line) }
+                if is_first {
+                    _mm_prefetch::<_MM_HINT_T0>(weights.as_ptr().wrapping_add(AHEAD * PANEL + 16 * v).cast());
+                }
             }
             for (r, row) in acc.iter_mut().enumerate() {
                 let pair = _mm512_set1_epi32(x.get_unchecked(r * x_stride + step).cast_signed());
@@ -127,7 +127,7 @@ unsafe fn dot_bf16<const M: usize>(args: TileArgs<'_>) {
 #[expect(unsafe_code, reason = "passes the caller's contract on")]
 unsafe fn generic_avx512<const M: usize>(args: TileArgs<'_>, format: WeightFormat) {
     // SAFETY: the caller's contract.
-    unsafe { generic::<M, 64, true>(args, format) }
+    unsafe { generic::<M, 4, true>(args, format) }
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -135,55 +135,60 @@ unsafe fn generic_avx512<const M: usize>(args: TileArgs<'_>, format: WeightForma
 #[expect(unsafe_code, reason = "passes the caller's contract on")]
 unsafe fn generic_avx2<const M: usize>(args: TileArgs<'_>, format: WeightFormat) {
     // SAFETY: the caller's contract.
-    unsafe { generic::<M, 16, true>(args, format) }
+    unsafe { generic::<M, 1, true>(args, format) }
 }
 
 #[expect(unsafe_code, reason = "passes the caller's contract on")]
 unsafe fn generic_portable<const M: usize>(args: TileArgs<'_>, format: WeightFormat) {
     // SAFETY: the caller's contract.
-    unsafe { generic::<M, 16, false>(args, format) }
+    unsafe { generic::<M, 1, false>(args, format) }
 }
 
-/// The plain loops, `C` columns at a time; the compiler vectorises them for the features of the function they are
+/// Lanes that the plain loops keep together; the compiler makes them one vector or a few.
+const LANES: usize = 16;
+
+/// The plain loops, `V` groups of lanes at a time; the compiler vectorises them for the features of the function they are
 /// inlined into. `FMA` says whether fused multiply-add is an instruction there.
 #[inline(always)]
 #[expect(unsafe_code, reason = "the output is a raw pointer")]
-unsafe fn generic<const M: usize, const C: usize, const FMA: bool>(args: TileArgs<'_>, format: WeightFormat) {
-    let TileArgs { x, x_stride, w, y, y_stride, columns, first, .. } = args;
+unsafe fn generic<const M: usize, const V: usize, const FMA: bool>(args: TileArgs<'_>, format: WeightFormat) {
+    let TileArgs { x, x_stride, w, y, y_stride, columns, from_zero, .. } = args;
     let fma = |a: f32, b: f32, c: f32| if FMA { a.mul_add(b, c) } else { a * b + c };
-    for from in (0..columns).step_by(C) {
-        let width = C.min(columns - from);
-        let mut acc = [[0.0_f32; C]; M];
-        if !first {
+    let (steps, _) = w.as_chunks::<PANEL>();
+    assert!(x.len() >= (M - 1) * x_stride + steps.len(), "x holds every row of the tile");
+    for from in (0..columns).step_by(V * LANES) {
+        let width = (V * LANES).min(columns - from);
+        let mut acc = [[[0.0_f32; LANES]; V]; M];
+        if !from_zero {
             for (r, row) in acc.iter_mut().enumerate() {
-                for (c, value) in row[..width].iter_mut().enumerate() {
+                for (c, value) in row.as_flattened_mut()[..width].iter_mut().enumerate() {
                     // SAFETY: inside the tile by the caller's contract.
                     *value = unsafe { *y.add(r * y_stride + from + c) };
                 }
             }
         }
-        for (step, weights) in w.chunks_exact(PANEL).enumerate() {
-            let weights: &[u32; C] = weights[from..from + C].try_into().expect("C divides the panel");
-            for (r, row) in acc.iter_mut().enumerate() {
-                let word = x[r * x_stride + step];
-                match format {
-                    WeightFormat::F32 => {
-                        for (value, weight) in row.iter_mut().zip(weights) {
-                            *value = fma(f32::from_bits(word), f32::from_bits(*weight), *value);
-                        }
-                    }
-                    WeightFormat::Bf16 => {
-                        let (low, high) = (f32::from_bits(word << 16), f32::from_bits(word & 0xffff_0000));
-                        for (value, weight) in row.iter_mut().zip(weights) {
-                            let sum = fma(low, f32::from_bits(*weight << 16), *value);
-                            *value = fma(high, f32::from_bits(*weight & 0xffff_0000), sum);
-                        }
+        for (step, weights) in steps.iter().enumerate() {
+            for v in 0..V {
+                let weights: &[u32; LANES] =
+                    weights[from + v * LANES..][..LANES].try_into().expect("the lanes divide the panel");
+                let low = weights.map(|weight| f32::from_bits(weight << 16));
+                let high = weights.map(|weight| f32::from_bits(weight & 0xffff_0000));
+                for (r, row) in acc.iter_mut().enumerate() {
+                    let word = x[r * x_stride + step];
+                    for (lane, value) in row[v].iter_mut().enumerate() {
+                        *value = match format {
+                            WeightFormat::F32 => fma(f32::from_bits(word), f32::from_bits(weights[lane]), *value),
+                            WeightFormat::Bf16 => {
+                                let sum = fma(f32::from_bits(word << 16), low[lane], *value);
+                                fma(f32::from_bits(word & 0xffff_0000), high[lane], sum)
+                            }
+                        };
                     }
                 }
             }
         }
         for (r, row) in acc.iter().enumerate() {
-            for (c, value) in row[..width].iter().enumerate() {
+            for (c, value) in row.as_flattened()[..width].iter().enumerate() {
                 // SAFETY: inside the tile by the caller's contract.
                 unsafe { *y.add(r * y_stride + from + c) = *value };
             }
