@@ -42,7 +42,7 @@ pub(super) fn find(name: &str) -> Option<&'static Section> {
 
 /// Whether the value of this key must never be shown.
 pub(super) fn is_secret(key: &str) -> bool {
-    key.ends_with("_key")
+    key.ends_with("_key") || key.ends_with("_token")
 }
 
 /// Whether this key counts bytes, so that `256MiB` is a value for it.

@@ -18,6 +18,10 @@ const PREFIX: &str = "PATCHBAY_";
 /// tests read; and what an orchestrator sets for a service that is called `patchbay`.
 const NOT_SETTINGS: &[&str] = &["CONFIG", "URL", "TEST_", "SERVICE_", "PORT"];
 
+/// Variables of other programs that are read too: the setting that each gives. Empty ones are as good as not set, and our
+/// own name for the setting counts more.
+const FOREIGN: &[(&str, &str)] = &[("HF_TOKEN", "model.hub_token")];
+
 /// One value given as text, by a flag.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Setting {
@@ -40,14 +44,15 @@ pub struct Sources {
     pub flags: Vec<Setting>,
 }
 
-/// The process's variables that start with `PATCHBAY_`.
+/// The process's variables that start with `PATCHBAY_`, and the few of other programs that are read.
 ///
 /// # Errors
 /// When one of them is not UTF-8.
 pub fn environment() -> Result<Vec<(String, String)>, ConfigError> {
     let mut variables = Vec::new();
     for (name, value) in std::env::vars_os() {
-        let Some(name) = name.to_str().filter(|name| name.starts_with(PREFIX)) else { continue };
+        let is_read = |name: &&str| name.starts_with(PREFIX) || foreign(name).is_some();
+        let Some(name) = name.to_str().filter(is_read) else { continue };
         let value = value.into_string().map_err(|_| ConfigError::Value {
             origin: Origin::Environment(name.to_owned()),
             key: name.to_owned(),
@@ -72,6 +77,11 @@ impl Sources {
             lay_table(&mut entries, read(path)?, &Origin::File(path.clone()))?;
         }
         for (variable, text) in &self.environment {
+            if let Some(key) = foreign(variable) {
+                lay_foreign(&mut entries, variable, key, text)?;
+            }
+        }
+        for (variable, text) in self.environment.iter().filter(|(variable, _)| foreign(variable).is_none()) {
             let rest = variable.strip_prefix(PREFIX).unwrap_or(variable);
             if !NOT_SETTINGS.iter().any(|name| rest == *name || (rest.starts_with(name) && is_family(name, rest))) {
                 lay_variable(&mut entries, variable, text)?;
@@ -84,6 +94,24 @@ impl Sources {
         validate::validate(&config, &entries)?;
         Ok(Resolved { config, entries })
     }
+}
+
+/// The setting that a variable of another program gives.
+fn foreign(variable: &str) -> Option<&'static str> {
+    FOREIGN.iter().find(|(name, _)| *name == variable).map(|(_, key)| *key)
+}
+
+fn lay_foreign(entries: &mut Entries, variable: &str, key: &'static str, text: &str) -> Result<(), ConfigError> {
+    if text.trim().is_empty() {
+        return Ok(());
+    }
+    let origin = Origin::Environment(variable.to_owned());
+    let (name, key) = key.split_once('.').expect("section.key");
+    let section = keys::find(name).expect("the section exists");
+    let key = find_key(section, key, &origin, "variable", variable)?;
+    let value = parse_text(section, key, text, &origin)?;
+    entries.insert((section.name, key), (value, origin));
+    Ok(())
 }
 
 /// Whether a variable belongs to the family named by a prefix: `SERVICE_HOST`, `PORT_8000_TCP`, but not `PORTAL`.
@@ -291,6 +319,18 @@ mod tests {
         let config = sources.resolve().unwrap().config;
         assert_eq!((config.server.port, config.server.logprobs_max), (3, 7));
         assert_eq!(config.server.host, "0.0.0.0");
+    }
+
+    #[test]
+    fn the_hubs_own_variable_gives_the_token_unless_ours_does() {
+        let token = |variables: &[(&str, &str)]| {
+            let environment = variables.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect();
+            Sources { environment, ..Sources::default() }.resolve().unwrap().config.model.hub_token
+        };
+        assert_eq!(token(&[("HF_TOKEN", "hf_1")]).as_deref(), Some("hf_1"));
+        assert_eq!(token(&[("PATCHBAY_MODEL_HUB_TOKEN", "2"), ("HF_TOKEN", "1")]).as_deref(), Some("2"));
+        assert_eq!(token(&[("HF_TOKEN", " ")]), None);
+        assert_eq!(token(&[]), None);
     }
 
     #[test]

@@ -18,14 +18,15 @@ pub(super) fn validate(config: &Config, entries: &Entries) -> Result<(), ConfigE
 /// A broken bound: section, key, what was expected and found.
 type Broken = Option<(&'static str, &'static str, String)>;
 
+fn empty(section: &'static str, key: &'static str, value: &Option<String>) -> Broken {
+    (value.as_deref().map(str::trim) == Some("")).then(|| (section, key, "a key must not be empty".to_owned()))
+}
+
 fn server(config: &Config) -> Broken {
     let s = &config.server;
-    let empty = |key: &'static str, value: &Option<String>| {
-        (value.as_deref().map(str::trim) == Some("")).then(|| ("server", key, "a key must not be empty".to_owned()))
-    };
     (s.host.trim().is_empty().then(|| ("server", "host", "expected an address".to_owned())))
-        .or_else(|| empty("api_key", &s.api_key))
-        .or_else(|| empty("admin_key", &s.admin_key))
+        .or_else(|| empty("server", "api_key", &s.api_key))
+        .or_else(|| empty("server", "admin_key", &s.admin_key))
         .or_else(|| at_least("server", "body_bytes_max", s.body_bytes_max, 1024))
         .or_else(|| at_least("server", "request_timeout_s", s.request_timeout_s, 1))
         .or_else(|| at_least("server", "sequences_per_request_max", s.sequences_per_request_max, 1))
@@ -39,6 +40,7 @@ fn model(config: &Config) -> Broken {
             let empty = m.served_name.as_deref().map(str::trim) == Some("");
             empty.then(|| ("model", "served_name", "expected a name".to_owned()))
         })
+        .or_else(|| empty("model", "hub_token", &m.hub_token))
         .or_else(|| m.context_tokens_max.and_then(|n| at_least("model", "context_tokens_max", n, 1)))
 }
 

@@ -10,6 +10,8 @@ pub struct ModelConfig {
     pub path: String,
     /// Hub revision (branch, tag or commit).
     pub revision: Option<String>,
+    /// Token for private and gated repositories of the hub; by default what the hub's own client saved.
+    pub hub_token: Option<String>,
     /// Name the base model is served under; by default the last component of `path`.
     pub served_name: Option<String>,
     /// Where the weights live and the arithmetic runs.
@@ -92,6 +94,7 @@ impl Default for ModelConfig {
         Self {
             path: "sample-model".to_owned(),
             revision: None,
+            hub_token: None,
             served_name: None,
             device: DeviceChoice::Cpu,
             dtype: DtypeChoice::Auto,

@@ -45,7 +45,11 @@ pub fn locate(config: &ModelConfig) -> Result<PathBuf, ModelError> {
         id: config.path.clone(),
         reason: format!("{error}; there is no local directory of that name either"),
     };
-    let api = ApiBuilder::from_env().with_progress(true).build().map_err(|error| failed(&error))?;
+    let mut builder = ApiBuilder::from_env().with_progress(true);
+    if let Some(token) = &config.hub_token {
+        builder = builder.with_token(Some(token.clone()));
+    }
+    let api = builder.build().map_err(|error| failed(&error))?;
     download(&api.repo(repo.clone())).or_else(|error| match Cache::from_env().repo(repo).get("config.json") {
         Some(config_file) => {
             tracing::warn!(%error, "the hub does not answer; using the copy downloaded earlier");

@@ -4,74 +4,13 @@
 use std::fs;
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::net::{TcpListener, TcpStream};
-use std::process::{Child, ChildStderr, Command, Stdio};
+use std::process::Command;
 
 use patchbay::adapter::KINDS;
 use patchbay::model::supported_architectures;
 use serde_json::{Value, json};
 
-/// A server on a free port, over the sample model and adapters. Dropping it ends the process.
-struct Server {
-    child: Child,
-    log: BufReader<ChildStderr>,
-    /// Everything logged until the server listened.
-    start: String,
-    url: String,
-}
-
-impl Server {
-    fn start(arguments: &[&str]) -> Self {
-        let mut child = Command::new(env!("CARGO_BIN_EXE_patchbay"))
-            .args(["serve", "--port", "0", "--set", "log.format=json", "--set", "engine.kv_cache_bytes=16MiB"])
-            .args(arguments)
-            .env_clear()
-            .current_dir(env!("CARGO_MANIFEST_DIR"))
-            .stderr(Stdio::piped())
-            .spawn()
-            .expect("the program starts");
-        let mut log = BufReader::new(child.stderr.take().expect("piped"));
-        let mut start = String::new();
-        let url = loop {
-            let at = start.len();
-            assert!(log.read_line(&mut start).expect("UTF-8") > 0, "the server ended:\n{start}");
-            let message = &serde_json::from_str::<Value>(&start[at..]).expect("a JSON line")["message"];
-            if let Some((_, url)) = message.as_str().and_then(|m| m.split_once("listening on ")) {
-                break url.to_owned();
-            }
-        };
-        Self { child, log, start, url }
-    }
-
-    fn chat(&self, model: &str, text: &str) -> String {
-        let body = json!({"model": model, "messages": [{"role": "user", "content": text}], "temperature": 0});
-        let answer: Value = ureq::post(&format!("{}/v1/chat/completions", self.url))
-            .send_json(body)
-            .expect("an answer")
-            .into_json()
-            .expect("JSON");
-        answer["choices"][0]["message"]["content"].as_str().expect("text").to_owned()
-    }
-
-    fn signal(&self, name: &str) {
-        let status = Command::new("kill").args([name, &self.child.id().to_string()]).status().expect("kill");
-        assert!(status.success());
-    }
-
-    /// Waits for the end; returns the exit code and the rest of the log.
-    fn end(mut self) -> (Option<i32>, String) {
-        let mut rest = String::new();
-        self.log.read_to_string(&mut rest).expect("UTF-8");
-        (self.child.wait().expect("it ends").code(), rest)
-    }
-}
-
-impl Drop for Server {
-    fn drop(&mut self) {
-        // Fails when the process has ended already, which is as good.
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
+use crate::process::Server;
 
 #[test]
 fn the_default_server_answers_from_base_and_samples_and_stops_with_0() {
