@@ -36,6 +36,7 @@ fn linear_is_neutral(slots: &LinearSlots, id: SiteId, base: &dyn BaseWeights, dt
             Delta::LowRank { a, b } => all_equal(b, 0.0)? || all_equal(a, 0.0)?,
             Delta::ShardSum { m } => all_equal(m, 0.0)?,
             Delta::Sparse { values, .. } => all_equal(values, 0.0)?,
+            Delta::Circulant { kernel } => all_equal(kernel, 0.0)?,
         };
         if !vanishes {
             return Ok(false);
@@ -45,13 +46,21 @@ fn linear_is_neutral(slots: &LinearSlots, id: SiteId, base: &dyn BaseWeights, dt
         Pre::Identity => {}
         Pre::Diag(scale) if all_equal(scale, 1.0)? => {}
         Pre::BlockDiag(blocks) if equal(blocks, &identity_blocks(blocks)?)? => {}
+        Pre::Butterfly(factors) => {
+            for blocks in factors.iter().map(|factor| &factor.blocks) {
+                if !equal(blocks, &identity_blocks(blocks)?)? {
+                    return Ok(false);
+                }
+            }
+        }
         Pre::Diag(_) | Pre::BlockDiag(_) => return Ok(false),
     }
     match &slots.scale {
         Scale::One => {}
         Scale::Diag(scale) if all_equal(scale, 1.0)? => {}
         Scale::PairRot { p, q, .. } if all_equal(p, 1.0)? && all_equal(q, 0.0)? => {}
-        Scale::Diag(_) | Scale::PairRot { .. } => return Ok(false),
+        Scale::BlockDiag(blocks) if equal(blocks, &identity_blocks(blocks)?)? => {}
+        Scale::Diag(_) | Scale::PairRot { .. } | Scale::BlockDiag(_) => return Ok(false),
     }
     if let Some(c) = &slots.c
         && !equals_bias(c, base.bias(id)?)?

@@ -334,11 +334,22 @@ impl<'a> Lowering<'a> {
         let (rows, columns) = (index(|entry| entry.0)?, index(|entry| entry.1)?);
         let values = Tensor::from_vec(entries.iter().map(|entry| entry.2).collect(), count, &Device::Cpu)?;
         let delta = Delta::Sparse { rows, columns, values };
-        if count.saturating_mul(COST) <= self.site(site).kind.num_elements() || !self.finds_room(site) {
+        let reason = "so many entries would cost more than a dense weight";
+        self.add_delta(site, delta, (count.saturating_mul(COST), reason))
+    }
+
+    /// Adds a term that costs as much as `cost` elements of a dense weight: as it is where that is less than the linear's,
+    /// or where a dense weight would exceed the budget; otherwise in an own weight, with `reason` for the report.
+    pub(super) fn add_delta(
+        &mut self,
+        site: SiteId,
+        delta: Delta,
+        (cost, reason): (usize, &'static str),
+    ) -> Result<(), AdapterError> {
+        if cost <= self.site(site).kind.num_elements() || !self.finds_room(site) {
             self.out.linears.entry(site).or_default().deltas.push(delta);
             return Ok(());
         }
-        let reason = "so many entries would cost more than a dense weight";
         self.serve_own(site, reason, |weight| {
             let (out_features, in_features) = weight.dims2()?;
             Ok((weight + merge::dense(&delta, out_features, in_features)?)?)
@@ -346,7 +357,7 @@ impl<'a> Lowering<'a> {
     }
 
     /// Whether the budget has room for a dense weight of this linear; if not, that is remembered for the report.
-    fn finds_room(&mut self, site: SiteId) -> bool {
+    pub(super) fn finds_room(&mut self, site: SiteId) -> bool {
         let bytes = self.site(site).kind.num_elements().saturating_mul(self.options.dtype.size_in_bytes());
         let fits = self.has_own(site) || self.own_bytes.saturating_add(bytes) <= self.options.own_bytes_max;
         if !fits {

@@ -5,6 +5,7 @@ use candle_core::{DType, Result, Tensor};
 
 use super::lowering::Lowering;
 use super::{AdapterError, Delta, LinearSlots, Pre, Scale, SiteId, SiteKind, Weight};
+use crate::kernels::{at_places, circulant_matrix};
 
 /// Folds input transforms, deltas and scales of every linear into own weights. Norms, embeddings and `c` stay as they
 /// are; linears with none of the three keep what they have.
@@ -45,6 +46,12 @@ pub(super) fn effective_weight(slots: &LinearSlots, weight: Tensor) -> Result<Te
         Pre::Identity => weight,
         Pre::Diag(scale) => weight.broadcast_mul(&scale.to_dtype(DType::F32)?)?,
         Pre::BlockDiag(blocks) => times_blocks(&weight, blocks)?,
+        Pre::Butterfly(factors) => {
+            // The first factor meets the input first, so it is the last one beside the weight.
+            factors.iter().rev().try_fold(weight, |weight, factor| {
+                at_places(&weight, &factor.places, |weight| times_blocks(weight, &factor.blocks))
+            })?
+        }
     };
     for delta in &slots.deltas {
         weight = (weight + dense(delta, out_features, in_features)?)?;
@@ -55,6 +62,11 @@ pub(super) fn effective_weight(slots: &LinearSlots, weight: Tensor) -> Result<Te
         Scale::PairRot { p, q, half } => {
             let partner = partners(&weight, *half)?;
             weight.broadcast_mul(&p.unsqueeze(1)?)? + partner.broadcast_mul(&q.unsqueeze(1)?)?
+        }
+        Scale::BlockDiag(blocks) => {
+            let columns = weight.t()?.pad_with_zeros(1, 0, blocks.dim(0)? * blocks.dim(1)? - out_features)?;
+            let turned = times_blocks(&columns.contiguous()?, &blocks.transpose(1, 2)?.contiguous()?)?;
+            turned.narrow(1, 0, out_features)?.t()?.contiguous()
         }
     }
 }
@@ -98,6 +110,7 @@ pub(super) fn dense(delta: &Delta, out_features: usize, in_features: usize) -> R
             }
             Tensor::from_vec(entries, (out_features, in_features), values.device())
         }
+        Delta::Circulant { kernel } => circulant_matrix(&kernel.to_dtype(DType::F32)?),
     }
 }
 
@@ -111,6 +124,7 @@ fn with_rows(weight: &Tensor, ids: &[u32], rows: &Tensor) -> Result<Tensor> {
 mod tests {
     use super::*;
     use crate::adapter::fake_base::{close, random};
+    use crate::kernels::ButterflyFactor;
 
     /// The linear without its bias, by the definition of each slot; x: (tokens, in).
     fn apply(slots: &LinearSlots, weight: &Tensor, x: &Tensor) -> Vec<Vec<f32>> {
@@ -118,57 +132,82 @@ mod tests {
             Some((ids, rows)) => with_rows(weight, ids, rows).unwrap(),
             None => weight.clone(),
         };
-        let pre_x = match &slots.pre {
-            Pre::Identity => x.clone(),
-            Pre::Diag(scale) => x.broadcast_mul(scale).unwrap(),
-            Pre::BlockDiag(blocks) => {
-                let (x, blocks) = (x.to_vec2::<f32>().unwrap(), blocks.to_vec3::<f32>().unwrap());
-                let s = blocks[0].len();
-                let at = |row: &Vec<f32>, at: usize| -> f32 {
-                    let (k, j) = (at / s, at % s);
-                    (0..s).map(|i| row[k * s + i] * blocks[k % blocks.len()][i][j]).sum()
-                };
-                let rows: Vec<Vec<f32>> = x.iter().map(|row| (0..row.len()).map(|c| at(row, c)).collect()).collect();
-                Tensor::new(rows, &candle_core::Device::Cpu).unwrap()
-            }
-        };
+        let x = x.to_vec2::<f32>().unwrap();
+        let pre_x: Vec<Vec<f32>> = x.iter().map(|row| transformed(&slots.pre, row)).collect();
+        let pre_x = Tensor::new(pre_x, &candle_core::Device::Cpu).unwrap();
         let mut y = pre_x.matmul(&weight.t().unwrap()).unwrap().to_vec2::<f32>().unwrap();
-        for delta in &slots.deltas {
-            match delta {
-                Delta::LowRank { a, b } => {
-                    let low = x.matmul(&a.t().unwrap()).unwrap().matmul(&b.t().unwrap()).unwrap();
-                    for (y, low) in y.iter_mut().flatten().zip(low.flatten_all().unwrap().to_vec1::<f32>().unwrap()) {
-                        *y += low;
-                    }
+        for (y, x) in y.iter_mut().zip(&x) {
+            slots.deltas.iter().for_each(|delta| add(delta, x, y));
+            scale(&slots.scale, y);
+        }
+        y
+    }
+
+    fn times(blocks: &Tensor, row: &[f32]) -> Vec<f32> {
+        let blocks = blocks.to_vec3::<f32>().unwrap();
+        let s = blocks[0].len();
+        let at = |j: usize| {
+            let of_block = j / s * s..row.len().min(j / s * s + s);
+            of_block.map(|i| row[i] * blocks[j / s % blocks.len()][i % s][j % s]).sum()
+        };
+        (0..row.len()).map(at).collect()
+    }
+
+    fn transformed(pre: &Pre, row: &[f32]) -> Vec<f32> {
+        match pre {
+            Pre::Identity => row.to_vec(),
+            Pre::Diag(scale) => row.iter().zip(scale.to_vec1::<f32>().unwrap()).map(|(x, scale)| x * scale).collect(),
+            Pre::BlockDiag(blocks) => times(blocks, row),
+            Pre::Butterfly(factors) => factors.iter().fold(row.to_vec(), |mut row, factor| {
+                let places = factor.places.to_vec1::<u32>().unwrap();
+                let moved: Vec<f32> = places.iter().map(|from| row[*from as usize]).collect();
+                for (to, value) in places.iter().zip(times(&factor.blocks, &moved)) {
+                    row[*to as usize] = value;
                 }
-                Delta::Sparse { rows, columns, values } => {
-                    let (rows, columns) = (rows.to_vec1::<u32>().unwrap(), columns.to_vec1::<u32>().unwrap());
-                    let values = values.to_vec1::<f32>().unwrap();
-                    for (y, x) in y.iter_mut().zip(x.to_vec2::<f32>().unwrap()) {
-                        for ((row, column), value) in rows.iter().zip(&columns).zip(&values) {
-                            y[*row as usize] += value * x[*column as usize];
-                        }
-                    }
+                row
+            }),
+        }
+    }
+
+    fn add(delta: &Delta, x: &[f32], y: &mut [f32]) {
+        match delta {
+            Delta::LowRank { a, b } => {
+                let (a, b) = (a.to_vec2::<f32>().unwrap(), b.to_vec2::<f32>().unwrap());
+                let dot = |u: &[f32], v: &[f32]| u.iter().zip(v).map(|(u, v)| u * v).sum::<f32>();
+                let low: Vec<f32> = a.iter().map(|row| dot(row, x)).collect();
+                y.iter_mut().zip(&b).for_each(|(y, row)| *y += dot(row, &low));
+            }
+            Delta::Sparse { rows, columns, values } => {
+                let (rows, columns) = (rows.to_vec1::<u32>().unwrap(), columns.to_vec1::<u32>().unwrap());
+                for ((row, column), value) in rows.iter().zip(&columns).zip(values.to_vec1::<f32>().unwrap()) {
+                    y[*row as usize] += value * x[*column as usize];
                 }
-                Delta::ShardSum { m } => {
-                    let m = m.to_vec2::<f32>().unwrap();
-                    for (y, x) in y.iter_mut().zip(x.to_vec2::<f32>().unwrap()) {
-                        let mut sums = vec![0.0; m.len()];
-                        x.iter().enumerate().for_each(|(idx, x)| sums[idx % m.len()] += x);
-                        for (idx, y) in y.iter_mut().enumerate() {
-                            *y += sums.iter().zip(&m).map(|(sum, m)| sum * m[idx % m.len()]).sum::<f32>();
-                        }
-                    }
+            }
+            Delta::Circulant { kernel } => {
+                let kernel = kernel.to_vec3::<f32>().unwrap();
+                let b = kernel[0][0].len();
+                for (o, y) in y.iter_mut().enumerate() {
+                    *y += (0..x.len()).map(|i| kernel[o / b][i / b][(i % b + b - o % b) % b] * x[i]).sum::<f32>();
+                }
+            }
+            Delta::ShardSum { m } => {
+                let m = m.to_vec2::<f32>().unwrap();
+                let mut sums = vec![0.0; m.len()];
+                x.iter().enumerate().for_each(|(idx, x)| sums[idx % m.len()] += x);
+                for (idx, y) in y.iter_mut().enumerate() {
+                    *y += sums.iter().zip(&m).map(|(sum, m)| sum * m[idx % m.len()]).sum::<f32>();
                 }
             }
         }
-        if let Scale::Diag(scale) = &slots.scale {
-            let scale = scale.to_vec1::<f32>().unwrap();
-            y.iter_mut().for_each(|y| y.iter_mut().zip(&scale).for_each(|(y, scale)| *y *= scale));
-        }
-        if let Scale::PairRot { p, q, half } = &slots.scale {
-            let (p, q) = (p.to_vec1::<f32>().unwrap(), q.to_vec1::<f32>().unwrap());
-            for y in &mut y {
+    }
+
+    fn scale(scale: &Scale, y: &mut Vec<f32>) {
+        match scale {
+            Scale::One => {}
+            Scale::Diag(g) => y.iter_mut().zip(g.to_vec1::<f32>().unwrap()).for_each(|(y, g)| *y *= g),
+            Scale::BlockDiag(blocks) => *y = times(blocks, y),
+            Scale::PairRot { p, q, half } => {
+                let (p, q) = (p.to_vec1::<f32>().unwrap(), q.to_vec1::<f32>().unwrap());
                 for first in (0..y.len()).filter(|at| at / half % 2 == 0) {
                     let (second, a, b) = (first + half, y[first], y[first + half]);
                     y[first] = p[first] * a - q[first] * b;
@@ -176,7 +215,6 @@ mod tests {
                 }
             }
         }
-        y
     }
 
     #[track_caller]
@@ -212,6 +250,21 @@ mod tests {
         for blocks in [(2, 5, 5), (1, 5, 5), (5, 2, 2)] {
             let pre = Pre::BlockDiag(random(13, blocks));
             check(&LinearSlots { pre, scale: rotation(), ..slots(vec![sparse(), low_rank()]) });
+        }
+        check(&slots(vec![Delta::Circulant { kernel: random(14, (6, 5, 2)) }, low_rank()]));
+        let factor = |seed: u64, shape, places: [u32; 10]| ButterflyFactor {
+            places: index(&places),
+            blocks: random(seed, shape),
+        };
+        let factors = vec![
+            factor(15, (2, 5, 5), [3, 1, 4, 0, 5, 9, 2, 6, 8, 7]),
+            factor(16, (5, 2, 2), [9, 8, 7, 6, 5, 4, 3, 2, 1, 0]),
+            factor(17, (2, 5, 5), [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]),
+        ];
+        check(&LinearSlots { pre: Pre::Butterfly(factors), ..slots(vec![sparse()]) });
+        // Blocks that tile the outputs, and one that reaches beyond them.
+        for blocks in [(4, 3, 3), (3, 5, 5)] {
+            check(&LinearSlots { scale: Scale::BlockDiag(random(18, blocks)), ..slots(vec![low_rank()]) });
         }
         let all = vec![low_rank(), balance(), ragged_mini(), low_rank()];
         check(&LinearSlots { pre: pre(), rows: rows(), scale: scale(), ..slots(all) });

@@ -38,6 +38,7 @@ pub use inspect::{Inspection, inspect};
 pub use kinds::{KINDS, Kind, REFUSED, Refused};
 pub use lower::{digest, lower};
 pub use normal_form::{
-    Delta, EmbeddingPatch, KvPrefix, LinearSlots, LoadedAdapter, LoweredAdapter, NormOverride, Pre, Scale, Weight,
+    ButterflyFactor, Delta, EmbeddingPatch, KvPrefix, LinearSlots, LoadedAdapter, LoweredAdapter, NormOverride, Pre,
+    Scale, Weight,
 };
 pub use site::{BaseShape, BaseWeights, Site, SiteId, SiteKind, SiteTable};

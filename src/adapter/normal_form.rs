@@ -19,6 +19,8 @@ use candle_core::Tensor;
 
 use super::SiteId;
 
+pub use crate::kernels::ButterflyFactor;
+
 /// An adapter in normal form. Sites that do not occur are untouched.
 #[derive(Clone, Debug, Default)]
 pub struct LoweredAdapter {
@@ -72,6 +74,8 @@ pub enum Pre {
     /// Each block of consecutive inputs times a matrix: `x'[k*s + j] = sum_i x[k*s + i] m_k[i, j]`, blocks (n, s, s) with
     /// n s inputs, or (1, s, s) when all blocks of the input share one.
     BlockDiag(Tensor),
+    /// Block-diagonal factors under permutations, in the order in which they act on the input.
+    Butterfly(Vec<ButterflyFactor>),
 }
 
 /// The weight a linear multiplies with.
@@ -110,6 +114,11 @@ pub enum Delta {
         /// Values, (entries).
         values: Tensor,
     },
+    /// `y[m*b + t] += sum_n sum_j kernel[m, n, (j - t) mod b] * x[n*b + j]`: a matrix of circulant blocks.
+    Circulant {
+        /// First row of each block, (out / b, in / b, b).
+        kernel: Tensor,
+    },
 }
 
 /// Output scale of a linear.
@@ -130,6 +139,9 @@ pub enum Scale {
         /// Distance of the partners.
         half: usize,
     },
+    /// Each block of consecutive outputs, as a row, times a matrix of blocks (n, s, s). The last block may reach beyond
+    /// the outputs; what is beyond counts as zero, and is dropped.
+    BlockDiag(Tensor),
 }
 
 /// Replacement of a norm's parameters: `y = weight * normalised(x) + shift`.
@@ -173,19 +185,29 @@ pub struct LoadedAdapter {
 }
 
 impl Pre {
-    /// Every tensor of the transform.
+    /// Every tensor of the transform, but for indexes.
     pub fn tensors(&self) -> Vec<&Tensor> {
         match self {
             Self::Identity => Vec::new(),
             Self::Diag(tensor) | Self::BlockDiag(tensor) => vec![tensor],
+            Self::Butterfly(factors) => factors.iter().map(|factor| &factor.blocks).collect(),
         }
     }
 
-    /// Every tensor of the transform, to be replaced in place.
+    /// Tensors of indexes, whose format never changes.
+    pub fn indexes(&self) -> Vec<&Tensor> {
+        match self {
+            Self::Identity | Self::Diag(_) | Self::BlockDiag(_) => Vec::new(),
+            Self::Butterfly(factors) => factors.iter().map(|factor| &factor.places).collect(),
+        }
+    }
+
+    /// Every tensor of the transform but for indexes, to be replaced in place.
     pub fn tensors_mut(&mut self) -> Vec<&mut Tensor> {
         match self {
             Self::Identity => Vec::new(),
             Self::Diag(tensor) | Self::BlockDiag(tensor) => vec![tensor],
+            Self::Butterfly(factors) => factors.iter_mut().map(|factor| &mut factor.blocks).collect(),
         }
     }
 }
@@ -194,7 +216,7 @@ impl Delta {
     /// Tensors of indexes, whose format never changes.
     pub fn indexes(&self) -> Vec<&Tensor> {
         match self {
-            Self::LowRank { .. } | Self::ShardSum { .. } => Vec::new(),
+            Self::LowRank { .. } | Self::ShardSum { .. } | Self::Circulant { .. } => Vec::new(),
             Self::Sparse { rows, columns, .. } => vec![rows, columns],
         }
     }
@@ -213,11 +235,12 @@ impl LinearSlots {
                 Delta::LowRank { a, b } => tensors.extend([a, b]),
                 Delta::ShardSum { m } => tensors.push(m),
                 Delta::Sparse { values, .. } => tensors.push(values),
+                Delta::Circulant { kernel } => tensors.push(kernel),
             }
         }
         match &self.scale {
             Scale::One => {}
-            Scale::Diag(g) => tensors.push(g),
+            Scale::Diag(g) | Scale::BlockDiag(g) => tensors.push(g),
             Scale::PairRot { p, q, .. } => tensors.extend([p, q]),
         }
         tensors.extend(&self.c);
@@ -300,11 +323,12 @@ impl LoweredAdapter {
                     Delta::LowRank { a, b } => tensors.extend([a, b]),
                     Delta::ShardSum { m } => tensors.push(m),
                     Delta::Sparse { values, .. } => tensors.push(values),
+                    Delta::Circulant { kernel } => tensors.push(kernel),
                 }
             }
             match &mut slots.scale {
                 Scale::One => {}
-                Scale::Diag(g) => tensors.push(g),
+                Scale::Diag(g) | Scale::BlockDiag(g) => tensors.push(g),
                 Scale::PairRot { p, q, .. } => tensors.extend([p, q]),
             }
             tensors.extend(&mut slots.c);
@@ -336,8 +360,8 @@ impl LoweredAdapter {
 
     /// Bytes of all tensors.
     pub fn bytes(&self) -> usize {
-        let deltas = self.linears.values().flat_map(|slots| &slots.deltas);
-        let indexes = deltas.flat_map(Delta::indexes);
+        let of_deltas = self.linears.values().flat_map(|slots| &slots.deltas).flat_map(Delta::indexes);
+        let indexes = of_deltas.chain(self.linears.values().flat_map(|slots| slots.pre.indexes()));
         self.tensors().into_iter().chain(indexes).map(|t| t.elem_count() * t.dtype().size_in_bytes()).sum()
     }
 }

@@ -49,6 +49,21 @@ pub enum InputTerm<'a> {
         /// Matrices (n, s, s), n s inputs; (1, s, s) when all blocks share one.
         blocks: &'a Tensor,
     },
+    /// Block-diagonal factors under permutations.
+    Butterfly {
+        /// The factors, in the order in which they act.
+        factors: &'a [ButterflyFactor],
+    },
+}
+
+/// One factor of a butterfly: the inputs in the order of `places` are multiplied block by block, as rows, and the result
+/// goes back to these places.
+#[derive(Clone, Debug)]
+pub struct ButterflyFactor {
+    /// A permutation of the inputs, (in) of u32.
+    pub places: Tensor,
+    /// Matrices (n, s, s) with n s inputs.
+    pub blocks: Tensor,
 }
 
 /// One additive term.
@@ -76,6 +91,11 @@ pub enum Term<'a> {
         /// Values (entries).
         values: &'a Tensor,
     },
+    /// `y[m*b + t] += sum_n sum_j kernel[m, n, (j - t) mod b] * x[n*b + j]`.
+    Circulant {
+        /// First row of each block (out / b, in / b, b).
+        kernel: &'a Tensor,
+    },
 }
 
 /// An output scale of product and terms.
@@ -96,6 +116,12 @@ pub enum OutputTerm<'a> {
         /// Distance of the partners.
         half: usize,
     },
+    /// Each block of consecutive outputs, as a row, times a matrix. What the last block has beyond the outputs is zero
+    /// before, and dropped after.
+    BlockDiag {
+        /// Matrices (n, s, s).
+        blocks: &'a Tensor,
+    },
 }
 
 /// `pre(x)`, segment by segment: `x` (rows, in) with the rows of segments that transform their input transformed, and
@@ -113,6 +139,9 @@ pub fn transform_inputs(x: &Tensor, segments: &[SegmentTerms<'_>]) -> Result<Ten
             None => Ok(x),
             Some(InputTerm::Diag { scale }) => x.broadcast_mul(scale),
             Some(InputTerm::BlockDiag { blocks }) => times_blocks(&x, blocks),
+            Some(InputTerm::Butterfly { factors }) => factors
+                .iter()
+                .try_fold(x, |x, factor| at_places(&x, &factor.places, |x| times_blocks(x, &factor.blocks))),
         }
     };
     Tensor::cat(&segments.iter().map(transform).collect::<Result<Vec<_>>>()?, 0)
@@ -159,12 +188,18 @@ fn apply_one((x, pre_x): (&Tensor, &Tensor), product: Option<&Tensor>, segment: 
             Term::LowRank { a, b } => (y + low_rank(&x, a, b)?)?,
             Term::ShardSum { m } => add_shard_sum(&y, &x, m)?,
             Term::Sparse { rows, columns, values } => add_sparse(&y, &x, (rows, columns), values)?,
+            Term::Circulant { kernel } => (y + linear(&x, &circulant_matrix(kernel)?)?)?,
         };
     }
     y = match segment.scale {
         None => y,
         Some(OutputTerm::Diag { scale }) => y.broadcast_mul(scale)?,
         Some(OutputTerm::PairRot { p, q, half }) => rotate_pairs(&y, (p, q), half)?,
+        Some(OutputTerm::BlockDiag { blocks }) => {
+            let (out_features, covered) = (y.dim(1)?, blocks.dim(0)? * blocks.dim(1)?);
+            let padded = y.pad_with_zeros(1, 0, covered - out_features)?;
+            times_blocks(&padded, blocks)?.narrow(1, 0, out_features)?
+        }
     };
     if let Some(c) = segment.c {
         y = y.broadcast_add(c)?;
@@ -177,6 +212,16 @@ fn with_rows(y: &Tensor, x: &Tensor, indexes: &[u32], rows: &Tensor) -> Result<T
     let replaced = linear(x, rows)?; // [rows of x, n]
     let index = Tensor::new(indexes, y.device())?.broadcast_as(replaced.shape())?.contiguous()?;
     y.contiguous()?.scatter(&index, &replaced, 1)
+}
+
+/// `f` of the columns of `x` (rows, n) in the order of `places` (n, u32), its columns put back to these places.
+///
+/// # Errors
+/// When the shapes do not fit or the device fails.
+pub fn at_places(x: &Tensor, places: &Tensor, f: impl FnOnce(&Tensor) -> Result<Tensor>) -> Result<Tensor> {
+    let moved = f(&x.contiguous()?.index_select(places, 1)?)?.contiguous()?;
+    let index = places.unsqueeze(0)?.broadcast_as(moved.shape())?.contiguous()?;
+    moved.zeros_like()?.scatter(&index, &moved, 1)
 }
 
 /// Each block of a row of `x` (rows, n s) times its matrix of `blocks` (n or 1, s, s).
@@ -210,6 +255,18 @@ fn rotate_pairs(y: &Tensor, (p, q): (&Tensor, &Tensor), half: usize) -> Result<T
     let (first, second) = (pairs.narrow(2, 0, 1)?, pairs.narrow(2, 1, 1)?);
     let partners = Tensor::cat(&[second.neg()?, first], 2)?.reshape((rows, out_features))?;
     y.broadcast_mul(p)? + partners.broadcast_mul(q)?
+}
+
+/// The matrix (out, in) of circulant blocks whose first rows are `kernel` (out / b, in / b, b): entry (t, j) of a block
+/// is `kernel[(j - t) mod b]`. It has the format of `kernel`.
+///
+/// # Errors
+/// When the device fails.
+pub fn circulant_matrix(kernel: &Tensor) -> Result<Tensor> {
+    let (m, n, b) = kernel.dims3()?;
+    let from = (0..b).flat_map(|t| (0..b).map(move |j| ((j + b - t) % b) as u32)).collect::<Vec<_>>();
+    let entries = kernel.contiguous()?.index_select(&Tensor::from_vec(from, b * b, kernel.device())?, 2)?;
+    entries.reshape((m, n, b, b))?.transpose(1, 2)?.reshape((m * b, n * b))
 }
 
 fn low_rank(x: &Tensor, a: &Tensor, b: &Tensor) -> Result<Tensor> {
@@ -304,6 +361,36 @@ mod tests {
         let q = Tensor::new(&[10f32, 10., 10., 10., 0., 0., 1., 1.], &Device::Cpu).unwrap();
         let rotated = rotate_pairs(&y, (&p, &q), 2).unwrap();
         assert_eq!(rotated.to_vec2::<f32>().unwrap(), [[-29., -38., 13., 24., 10., 12., 19., 22.]]);
+    }
+
+    #[test]
+    fn circulant_blocks_turn_their_first_row() {
+        let kernel = Tensor::new(&[[[1f32, 2., 3.], [4., 5., 6.]]], &Device::Cpu).unwrap();
+        let expected = [[1., 2., 3., 4., 5., 6.], [3., 1., 2., 6., 4., 5.], [2., 3., 1., 5., 6., 4.]];
+        assert_eq!(circulant_matrix(&kernel).unwrap().to_vec2::<f32>().unwrap(), expected);
+    }
+
+    #[test]
+    fn butterfly_factors_act_at_their_places_and_in_order() {
+        let x = matrix(&[1., 2., 3., 4.], (1, 4));
+        let swap = Tensor::new(&[[[0f32, 1.], [1., 0.]], [[10., 0.], [0., 100.]]], &Device::Cpu).unwrap();
+        let places = |order: &[u32]| Tensor::new(order, &Device::Cpu).unwrap();
+        let factor = |order: &[u32]| ButterflyFactor { places: places(order), blocks: swap.clone() };
+        let factors = [factor(&[0, 2, 1, 3]), factor(&[0, 1, 2, 3])];
+        let segment =
+            SegmentTerms { len: 1, pre: Some(InputTerm::Butterfly { factors: &factors }), ..Default::default() };
+        // First (1, 3) and (2, 4) are at places 0, 2 and 1, 3: 3, 20, 1, 400. Then 3 and 20 are swapped.
+        let found = transform_inputs(&x, &[segment]).unwrap().to_vec2::<f32>().unwrap();
+        assert_eq!(found, [[20., 3., 10., 40000.]]);
+    }
+
+    #[test]
+    fn a_block_of_outputs_may_reach_beyond_them() {
+        let (x, product) = (matrix(&[0.], (1, 1)), matrix(&[1., 2., 3.], (1, 3)));
+        let blocks = Tensor::new(&[[[1f32, 1.], [0., 1.]], [[2., 7.], [7., 7.]]], &Device::Cpu).unwrap();
+        let scale = Some(OutputTerm::BlockDiag { blocks: &blocks });
+        let y = apply_segments((&x, &x), Some(&product), &[SegmentTerms { len: 1, scale, ..Default::default() }]);
+        assert_eq!(y.unwrap().to_vec2::<f32>().unwrap(), [[1., 3., 6.]]);
     }
 
     #[test]

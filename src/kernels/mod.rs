@@ -10,7 +10,10 @@ mod kv;
 mod linear;
 mod paged;
 
-pub use adapter::{InputTerm, OutputTerm, SegmentTerms, Term, apply_segments, transform_inputs};
+pub use adapter::{
+    ButterflyFactor, InputTerm, OutputTerm, SegmentTerms, Term, apply_segments, at_places, circulant_matrix,
+    transform_inputs,
+};
 pub use attention::AttentionShape;
 pub use linear::linear;
 pub use paged::{AttentionPlan, KvLayout, PagedKv, PagedSpan};

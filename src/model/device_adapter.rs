@@ -8,8 +8,10 @@ use half::bf16;
 use crate::adapter::{
     Delta, EmbeddingPatch, KvPrefix, LinearSlots, LoweredAdapter, NormOverride, Pre, Scale, SiteId, Weight,
 };
+use crate::kernels::ButterflyFactor;
 use crate::kernels::cpu::{
-    NormSlots, PackedDelta, PackedMatrix, PackedPre, PackedScale, PackedSlots, RowMatrix, SparseRows, WeightFormat,
+    Blocks, Circulant, NormSlots, PackedDelta, PackedMatrix, PackedPre, PackedScale, PackedSlots, RowMatrix,
+    SparseRows, WeightFormat,
 };
 
 /// An adapter on the model's device.
@@ -104,6 +106,10 @@ fn host(tensor: &Tensor) -> Result<Vec<f32>> {
     tensor.to_dtype(DType::F32)?.flatten_all()?.to_vec1()
 }
 
+fn pack_blocks(blocks: &Tensor) -> Result<Blocks> {
+    Ok(Blocks { s: blocks.dim(1)?, values: host(blocks)? })
+}
+
 fn pack_slots(slots: &LinearSlots, format: WeightFormat) -> Result<PackedSlots> {
     let mut deltas = Vec::with_capacity(slots.deltas.len());
     for delta in &slots.deltas {
@@ -117,6 +123,7 @@ fn pack_slots(slots: &LinearSlots, format: WeightFormat) -> Result<PackedSlots> 
                 let (rows, columns) = (rows.to_vec1::<u32>()?, columns.to_vec1::<u32>()?);
                 PackedDelta::Sparse(SparseRows::new(&rows, columns, host(values)?))
             }
+            Delta::Circulant { kernel } => PackedDelta::Circulant(Circulant::new(&host(kernel)?, kernel.dims3()?)),
         });
     }
     let rows = match &slots.rows {
@@ -130,7 +137,11 @@ fn pack_slots(slots: &LinearSlots, format: WeightFormat) -> Result<PackedSlots> 
         pre: match &slots.pre {
             Pre::Identity => None,
             Pre::Diag(scale) => Some(PackedPre::Diag(host(scale)?)),
-            Pre::BlockDiag(blocks) => Some(PackedPre::BlockDiag { s: blocks.dim(1)?, blocks: host(blocks)? }),
+            Pre::BlockDiag(blocks) => Some(PackedPre::BlockDiag(pack_blocks(blocks)?)),
+            Pre::Butterfly(factors) => {
+                let factors = factors.iter().map(|factor| Ok((factor.places.to_vec1()?, pack_blocks(&factor.blocks)?)));
+                Some(PackedPre::Butterfly(factors.collect::<Result<_>>()?))
+            }
         },
         rows,
         own: match &slots.weight {
@@ -142,6 +153,7 @@ fn pack_slots(slots: &LinearSlots, format: WeightFormat) -> Result<PackedSlots> 
             Scale::One => None,
             Scale::Diag(scale) => Some(PackedScale::Diag(host(scale)?)),
             Scale::PairRot { p, q, half } => Some(PackedScale::PairRot { p: host(p)?, q: host(q)?, half: *half }),
+            Scale::BlockDiag(blocks) => Some(PackedScale::BlockDiag(pack_blocks(blocks)?)),
         },
         c: slots.c.as_ref().map(host).transpose()?,
     })
@@ -178,6 +190,7 @@ impl Placement<'_> {
                     columns: columns.to_device(self.device)?,
                     values: self.tensor(values)?,
                 },
+                Delta::Circulant { kernel } => Delta::Circulant { kernel: self.tensor(kernel)? },
             });
         }
         let rows = slots.rows.as_ref().map(|(indexes, rows)| Result::Ok((indexes.clone(), self.tensor(rows)?)));
@@ -186,6 +199,13 @@ impl Placement<'_> {
                 Pre::Identity => Pre::Identity,
                 Pre::Diag(scale) => Pre::Diag(self.tensor(scale)?),
                 Pre::BlockDiag(blocks) => Pre::BlockDiag(self.tensor(blocks)?),
+                Pre::Butterfly(factors) => {
+                    let place = |factor: &ButterflyFactor| -> Result<ButterflyFactor> {
+                        let places = factor.places.to_device(self.device)?;
+                        Ok(ButterflyFactor { places, blocks: self.tensor(&factor.blocks)? })
+                    };
+                    Pre::Butterfly(factors.iter().map(place).collect::<Result<_>>()?)
+                }
             },
             rows: rows.transpose()?,
             weight: match &slots.weight {
@@ -197,6 +217,7 @@ impl Placement<'_> {
                 Scale::One => Scale::One,
                 Scale::Diag(scale) => Scale::Diag(self.tensor(scale)?),
                 Scale::PairRot { p, q, half } => Scale::PairRot { p: self.tensor(p)?, q: self.tensor(q)?, half: *half },
+                Scale::BlockDiag(blocks) => Scale::BlockDiag(self.tensor(blocks)?),
             },
             c: self.option(&slots.c)?,
         })

@@ -5,7 +5,7 @@
 use std::collections::BTreeMap;
 
 use candle_core::{DType, Tensor};
-use patchbay::adapter::{AdapterFiles, LowerOptions, LowerReport, LoweredAdapter, inspect, lower};
+use patchbay::adapter::{AdapterFiles, KINDS, Kind, LowerOptions, LowerReport, LoweredAdapter, inspect, lower};
 use patchbay::model::{DtypeChoice, KernelChoice, ModelConfig, QuantChoice};
 
 use crate::fixtures::{self, AdapterCase};
@@ -226,6 +226,32 @@ fn greedy_tokens_equal_peft_with_all_adapters_in_one_batch() {
         }
     });
     assert_none(&failures.into_inner());
+}
+
+/// One request of every kind that there is, and one to the bare base.
+#[test]
+fn one_batch_holds_every_kind() {
+    const MODEL: &str = "llama";
+    /// Room for 100 contexts of some 60 positions.
+    const NUM_BLOCKS: usize = 1200;
+    let mut runner = Runner::with_blocks(fixtures::load_model(MODEL), NUM_BLOCKS);
+    let cases = fixtures::manifest().cases;
+    let of_kind = |kind: &Kind| {
+        let mut cases = cases.iter().filter(|case| case.model == MODEL && case.peft_type == kind.peft_type);
+        let case = cases.find(|case| !case.identity);
+        lower_case(&runner, case.unwrap_or_else(|| panic!("{} has no case on {MODEL}", kind.peft_type)), false)
+    };
+    let lowered: Vec<Lowered> = KINDS.iter().map(of_kind).collect();
+    let prompts = fixtures::prompts();
+    let mut work = vec![(prompts[1].as_slice(), None)];
+    let asked: Vec<&Asked> = lowered.iter().enumerate().map(|(idx, one)| &one.asked[idx % one.asked.len()]).collect();
+    work.extend(lowered.iter().zip(&asked).map(|(one, asked)| (prompts[asked.prompt].as_slice(), Some(&one.adapter))));
+    let found = runner.greedy(&work, GREEDY_TOKENS);
+    let expected: Vec<i64> = fixtures::expected(&format!("models/{MODEL}"))["greedy_1"].to_vec1().unwrap();
+    assert_eq!(found[0].iter().map(|t| i64::from(*t)).collect::<Vec<_>>(), expected, "base");
+    for ((one, asked), found) in lowered.iter().zip(&asked).zip(&found[1..]) {
+        assert_eq!(*found, asked.greedy, "{} prompt {}", one.case.dir, asked.prompt);
+    }
 }
 
 #[test]

@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 
 use candle_core::{DType, Device, Tensor};
 use patchbay::adapter::{
-    BaseShape, BaseWeights, Delta, EmbeddingPatch, KvPrefix, LinearSlots, LoweredAdapter, NormOverride, Pre, Scale,
-    SiteKind, Weight,
+    BaseShape, BaseWeights, ButterflyFactor, Delta, EmbeddingPatch, KvPrefix, LinearSlots, LoweredAdapter,
+    NormOverride, Pre, Scale, SiteKind, Weight,
 };
 use patchbay::model::{DeviceChoice, Model};
 use rand::seq::IndexedRandom;
@@ -56,10 +56,35 @@ fn random_linear(rng: &mut ChaCha8Rng, in_features: usize, out_features: usize) 
         let blocks = if rng.random_bool(0.3) { 1 } else { in_features / s };
         slots.pre = Pre::BlockDiag(random(rng, &[blocks, s, s], 0.3));
     }
+    if rng.random_bool(0.2) {
+        // Strides that share no factor with the length make permutations.
+        let factors = (0..rng.random_range(1..4)).map(|_| {
+            let s = *divisors(in_features).choose(rng).unwrap();
+            let stride =
+                (1..in_features as u32).filter(|n| n % 2 == 1 && n % 3 != 0).nth(rng.random_range(0..5)).unwrap();
+            let places = (0..in_features as u32).map(|i| i * stride % in_features as u32).collect();
+            let places = Tensor::from_vec(places, in_features, &Device::Cpu).unwrap();
+            ButterflyFactor { places, blocks: random(rng, &[in_features / s, s, s], 1. / s as f32) }
+        });
+        slots.pre = Pre::Butterfly(factors.collect());
+    }
+    if rng.random_bool(0.2) {
+        let b = *divisors(in_features)
+            .into_iter()
+            .filter(|b| out_features.is_multiple_of(*b))
+            .collect::<Vec<_>>()
+            .choose(rng)
+            .unwrap();
+        slots.deltas.push(Delta::Circulant { kernel: random(rng, &[out_features / b, in_features / b, b], 0.) });
+    }
     if rng.random_bool(0.3) {
         slots.deltas.push(random_sparse(rng, in_features, out_features));
     }
-    match rng.random_range(0..5) {
+    match rng.random_range(0..6) {
+        5 => {
+            let s = rng.random_range(1..=out_features);
+            slots.scale = Scale::BlockDiag(random(rng, &[out_features.div_ceil(s), s, s], 1. / s as f32));
+        }
         0 | 1 => slots.scale = Scale::Diag(random(rng, &[out_features], 1.)),
         2 if out_features.is_multiple_of(2) => {
             let half = *divisors(out_features / 2).choose(rng).unwrap();
@@ -205,6 +230,16 @@ fn input_matrix(pre: &Pre, n: usize) -> Tensor {
             let s = blocks[0].len();
             square(n, |i, j| if i / s == j / s { blocks[i / s % blocks.len()][j % s][i % s] } else { 0. })
         }
+        Pre::Butterfly(factors) => {
+            let identity = square(n, |i, j| f32::from(u8::from(i == j)));
+            factors.iter().fold(identity, |before, factor| {
+                let places = factor.places.to_vec1::<u32>().unwrap();
+                let order = square(n, |i, j| f32::from(u8::from(places[i] as usize == j)));
+                let blocks = input_matrix(&Pre::BlockDiag(factor.blocks.clone()), n);
+                let moved = blocks.matmul(&order).unwrap().matmul(&before).unwrap();
+                order.t().unwrap().matmul(&moved).unwrap()
+            })
+        }
     }
 }
 
@@ -224,6 +259,11 @@ fn output_matrix(scale: &Scale, n: usize) -> Tensor {
                 (false, false) if j + half == i => q[i],
                 _ => 0.,
             })
+        }
+        Scale::BlockDiag(blocks) => {
+            let blocks = blocks.to_vec3::<f32>().unwrap();
+            let s = blocks[0].len();
+            square(n, |i, j| if i / s == j / s { blocks[i / s][j % s][i % s] } else { 0. })
         }
     }
 }
@@ -246,6 +286,16 @@ fn dense(delta: &Delta, (out_features, in_features): (usize, usize)) -> Tensor {
                 all[row as usize * in_features + column as usize] += value;
             }
             Tensor::from_vec(all, (out_features, in_features), &Device::Cpu).unwrap()
+        }
+        Delta::Circulant { kernel } => {
+            let kernel = kernel.to_vec3::<f32>().unwrap();
+            let b = kernel[0][0].len();
+            let entry = |at: usize| {
+                let (t, j) = (at / in_features, at % in_features);
+                kernel[t / b][j / b][(j % b + b - t % b) % b]
+            };
+            let values: Vec<f32> = (0..out_features * in_features).map(entry).collect();
+            Tensor::from_vec(values, (out_features, in_features), &Device::Cpu).unwrap()
         }
     }
 }

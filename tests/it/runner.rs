@@ -11,7 +11,7 @@ use rand::SeedableRng;
 use rand::seq::SliceRandom;
 use rand_chacha::ChaCha8Rng;
 
-/// Blocks of the test cache; enough for every test.
+/// Blocks of the test cache; enough for most tests.
 const NUM_BLOCKS: usize = 64;
 /// Odd, so that no length divides into blocks by accident.
 const BLOCK_TOKENS: usize = 5;
@@ -47,8 +47,13 @@ pub(crate) struct Context {
 
 impl Runner {
     pub(crate) fn new(model: Model) -> Self {
-        let cache = KvCache::new(model.info(), NUM_BLOCKS, BLOCK_TOKENS).unwrap();
-        let mut free: Vec<u32> = (0..NUM_BLOCKS as u32).collect();
+        Self::with_blocks(model, NUM_BLOCKS)
+    }
+
+    /// With a cache of `num_blocks` blocks.
+    pub(crate) fn with_blocks(model: Model, num_blocks: usize) -> Self {
+        let cache = KvCache::new(model.info(), num_blocks, BLOCK_TOKENS).unwrap();
+        let mut free: Vec<u32> = (0..num_blocks as u32).collect();
         free.shuffle(&mut ChaCha8Rng::seed_from_u64(7));
         Self { model, cache, free }
     }

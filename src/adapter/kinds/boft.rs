@@ -5,8 +5,7 @@
 //! W' = diag(s) W R^T          R = F_{m-1} ... F_0,  F_f = P_f blkdiag(K_f) P_f^T,  K = (I - S) (I + S)^-1
 //! ```
 //!
-//! with S the skew part of a block. With one factor P is the identity and the blocks act on the input as they are; with
-//! more the linear gets an own weight. The bias is not scaled.
+//! with S the skew part of a block. With one factor P is the identity. The bias is not scaled.
 
 use candle_core::{Device, Tensor};
 
@@ -16,13 +15,14 @@ use crate::adapter::config::{Config, Rule, wrong_type};
 use crate::adapter::lowering::Lowering;
 use crate::adapter::matching::Matcher;
 use crate::adapter::rotation::{self, Map};
-use crate::adapter::{AdapterError, Pre, Scale, linalg, merge};
+use crate::adapter::{AdapterError, Pre, Scale, linalg};
+use crate::kernels::ButterflyFactor;
 
 /// The row of the table of kinds.
 pub(super) const BOFT: Kind = Kind {
     peft_type: "BOFT",
     title: "BOFT",
-    served_as: "blocks that multiply the input, and a diagonal output scale; own dense weight with several factors",
+    served_as: "blocks that multiply the input, under permutations with several factors, and a diagonal output scale",
     merged_as: "diag(s) W R^T",
     suffixes: &[R, S],
     pairs: &[(R, S)],
@@ -82,17 +82,14 @@ fn lower(lowering: &mut Lowering<'_>) -> Result<(), AdapterError> {
         if factors == 1 {
             lowering.out.linears.entry(id).or_default().pre = Pre::BlockDiag(rotations);
         } else {
-            let reason = "several butterfly factors mix all inputs";
-            lowering.serve_own(id, reason, |weight| {
-                let apply = |weight: Tensor, f: usize| -> Result<Tensor, AdapterError> {
-                    let order = butterfly(in_features, blocks >> f, s / 2);
-                    let inverse = inverse(&order);
-                    let moved = weight.index_select(&Tensor::new(inverse, &Device::Cpu)?, 1)?;
-                    let turned = merge::times_blocks(&moved, &rotations.narrow(0, f * blocks, blocks)?)?;
-                    Ok(turned.index_select(&Tensor::new(order, &Device::Cpu)?, 1)?)
-                };
-                (0..factors).try_fold(weight, apply)
-            })?;
+            // The last factor meets the input first.
+            let factor = |f: usize| -> Result<ButterflyFactor, AdapterError> {
+                let places = inverse(&butterfly(in_features, blocks >> f, s / 2));
+                let places = Tensor::from_vec(places, in_features, &Device::Cpu)?;
+                Ok(ButterflyFactor { places, blocks: rotations.narrow(0, f * blocks, blocks)?.contiguous()? })
+            };
+            let factors = (0..factors).rev().map(factor).collect::<Result<_, _>>()?;
+            lowering.out.linears.entry(id).or_default().pre = Pre::Butterfly(factors);
         }
         lowering.out.linears.entry(id).or_default().scale = Scale::Diag(scale);
     }

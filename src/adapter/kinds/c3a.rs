@@ -5,20 +5,18 @@
 //! W'[m b + t, n b + j] = W[m b + t, n b + j] + kernel[m, n, (j - t) mod b] / in
 //! ```
 
-use candle_core::{Device, Tensor};
-
 use super::Kind;
-use crate::adapter::AdapterError;
 use crate::adapter::adapted::{self, AdaptedLinear};
 use crate::adapter::config::{Config, Rule, as_positive};
 use crate::adapter::lowering::Lowering;
 use crate::adapter::matching::{Matcher, Patterns};
+use crate::adapter::{AdapterError, Delta};
 
 /// The row of the table of kinds.
 pub(super) const C3A: Kind = Kind {
     peft_type: "C3A",
     title: "C3A",
-    served_as: "own dense weight",
+    served_as: "block-circulant delta, or an own dense weight where the blocks are very short or long",
     merged_as: "W + a block-circulant matrix",
     suffixes: &[KERNEL],
     fields: &[
@@ -58,22 +56,14 @@ fn lower(lowering: &mut Lowering<'_>) -> Result<(), AdapterError> {
                 format!("blocks of {b} (`block_size`) divide {in_features} inputs or {out_features} outputs not");
             return Err(lowering.refuse(id, KERNEL, reason));
         }
-        let kernel = lowering.require(id, KERNEL, &[out_features / b, in_features / b, b])?;
-        let reason = "a block-circulant matrix has full rank";
-        lowering.serve_own(id, reason, |weight| Ok((weight + circulant(&kernel)?)?))?;
+        let kernel = (lowering.require(id, KERNEL, &[out_features / b, in_features / b, b])? / in_features as f64)?;
+        // Two multiplications for each number of the kernel, and a transform of every block of inputs and outputs.
+        let cost = 2 * (in_features * out_features / b) + b * (in_features + out_features);
+        lowering.add_delta(
+            id,
+            Delta::Circulant { kernel },
+            (cost, "blocks of this length cost more than a dense weight"),
+        )?;
     }
     Ok(())
-}
-
-/// The matrix (out, in) that a kernel (out / b, in / b, b) stands for, f32.
-fn circulant(kernel: &Tensor) -> Result<Tensor, AdapterError> {
-    let (m, n, b) = kernel.dims3()?;
-    let (rows, columns) = (m * b, n * b);
-    let kernel = kernel.flatten_all()?.to_vec1::<f32>()?;
-    let entry = |at: usize| {
-        let (row, column) = (at / columns, at % columns);
-        let block = row / b * n + column / b;
-        kernel[block * b + (column % b + b - row % b) % b] / columns as f32
-    };
-    Ok(Tensor::from_vec((0..rows * columns).map(entry).collect(), (rows, columns), &Device::Cpu)?)
 }

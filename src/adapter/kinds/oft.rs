@@ -8,7 +8,7 @@
 //! R is Cayley's map of Q, or with `use_cayley_neumann` a series. `coft` limits the norm, of Q in the first generation and
 //! of D in the others. The bias is neither rotated nor scaled. An embedding's rows are rotated as they are read.
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::Tensor;
 
 use super::Kind;
 use crate::adapter::adapted;
@@ -16,13 +16,13 @@ use crate::adapter::config::{Config, Rule};
 use crate::adapter::lowering::Lowering;
 use crate::adapter::matching::Matcher;
 use crate::adapter::rotation::{self, Map};
-use crate::adapter::{AdapterError, Pre, Scale, SiteId, SiteKind, linalg, merge};
+use crate::adapter::{AdapterError, LinearSlots, Pre, Scale, SiteId, SiteKind, linalg, merge};
 
 /// The row of the table of kinds.
 pub(super) const OFT: Kind = Kind {
     peft_type: "OFT",
     title: "OFT",
-    served_as: "blocks that multiply the input; own dense weight for files up to PEFT 0.13; embeddings from an own table",
+    served_as: "blocks that multiply the input, or in files up to PEFT 0.13 the output (large ones from an own dense weight); embeddings from an own table",
     merged_as: "W blkdiag(R)^T",
     suffixes: &[NEW, EMBEDDING, OLD, OLD_SCALE],
     fields: &[
@@ -53,6 +53,8 @@ const OLD_SCALE: &str = "oft_s";
 /// PEFT's defaults.
 const DEFAULT_EPS: f64 = 6e-5;
 const DEFAULT_TERMS: usize = 5;
+/// A number of a block over the outputs costs as much as this many of a dense weight.
+const DENSE_COST: usize = 4;
 
 /// What the config says for all modules.
 struct Options {
@@ -189,12 +191,19 @@ fn old(
         (slots.pre, slots.scale) = (Pre::BlockDiag(rotations), Scale::Diag(scale));
         return Ok(());
     }
-    let turned = rotations.transpose(1, 2)?.contiguous()?;
-    let reason = "files up to PEFT 0.13 rotate the output";
+    let num_blocks = out_features.div_ceil(s);
+    let rotations = match options.shared {
+        true => rotations.repeat((num_blocks, 1, 1))?,
+        false => rotations.narrow(0, 0, num_blocks)?.contiguous()?,
+    };
+    // Each output is a product with the others of its block; as f32, which a dense weight need not be.
+    if s.saturating_mul(DENSE_COST) <= in_features || !lowering.finds_room(id) {
+        lowering.out.linears.entry(id).or_default().scale = Scale::BlockDiag(rotations);
+        return Ok(());
+    }
+    let reason = "files up to PEFT 0.13 rotate the output, here in blocks that cost more than a dense weight";
     lowering.serve_own(id, reason, |weight| {
-        let padding = Tensor::zeros((in_features, covered - out_features), DType::F32, &Device::Cpu)?;
-        let columns = weight.t()?;
-        let padded = if covered == out_features { columns.contiguous()? } else { Tensor::cat(&[columns, padding], 1)? };
-        Ok(merge::times_blocks(&padded, &turned)?.narrow(1, 0, out_features)?.t()?.contiguous()?)
+        let slots = LinearSlots { scale: Scale::BlockDiag(rotations), ..LinearSlots::default() };
+        Ok(merge::effective_weight(&slots, weight)?)
     })
 }

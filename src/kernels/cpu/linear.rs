@@ -344,6 +344,8 @@ fn overlaps(rows: &Range<usize>, piece: &Piece<'_>) -> bool {
 mod tests {
     use proptest::prelude::*;
 
+    use super::super::blocks::Blocks;
+    use super::super::circulant::Circulant;
     use super::super::pre::PackedPre;
     use super::super::rows::RowMatrix;
     use super::super::scale::PackedScale;
@@ -355,12 +357,14 @@ mod tests {
 
     /// An adapter's slots as plain f32 matrices.
     struct Plain {
-        pre: Option<(usize, Vec<f32>)>,
+        /// Factors: places, length of a block, blocks.
+        pre: Vec<(Vec<u32>, usize, Vec<f32>)>,
         own: Option<Vec<f32>>,
         rows: Option<(Vec<u32>, Vec<f32>)>,
         low_rank: Option<(usize, Vec<f32>, Vec<f32>)>,
         shard_sum: Option<(usize, usize, Vec<f32>)>,
         sparse: Option<(Vec<u32>, Vec<u32>, Vec<f32>)>,
+        circulant: Option<(usize, Vec<f32>)>,
         scale: Option<PackedScale>,
         c: Option<Vec<f32>>,
     }
@@ -372,11 +376,20 @@ mod tests {
             let q = if has(5) { n } else { (1..=n).rev().find(|q| n.is_multiple_of(*q) && *q < n).unwrap_or(n) };
             let some = |bit: u64, len: usize| has(bit).then(|| random(len, seed ^ bit));
             Self {
-                // Blocks of one number are a diagonal.
-                pre: has(7).then(|| {
-                    let s = (1..=8).rev().find(|s| has(10) && k.is_multiple_of(*s)).unwrap_or(1);
-                    (s, random(k * s, seed ^ 7))
-                }),
+                // Blocks of one number are a diagonal. Only the last of several factors has its inputs in order.
+                pre: (0..if has(12) { 3 } else { u64::from(has(7)) })
+                    .map(|factor| {
+                        let s = (1..=8).rev().find(|s| has(10) && k.is_multiple_of(*s)).unwrap_or(1);
+                        let mut places: Vec<u32> = (0..k as u32).collect();
+                        places.rotate_left(factor as usize * 7 % k);
+                        places.reverse();
+                        if factor == 0 {
+                            places.sort_unstable();
+                        }
+                        (places, s, random(k * s, seed ^ 7 ^ factor << 20))
+                    })
+                    .rev()
+                    .collect(),
                 own: some(0, n * k),
                 rows: has(6).then(|| {
                     let indexes: Vec<u32> = (0..n as u32).filter(|i| seed >> (i % 60) & 1 == 1).collect();
@@ -390,8 +403,17 @@ mod tests {
                     let (rows, columns) = places.iter().map(|at| ((at / k) as u32, (at % k) as u32)).unzip();
                     (rows, columns, random(places.len(), seed ^ 8))
                 }),
-                // Pairs within a panel, and across.
+                circulant: has(13).then(|| {
+                    let b = (1..=k).rev().find(|b| k.is_multiple_of(*b) && n.is_multiple_of(*b)).unwrap_or(1);
+                    (b, random(n * k / b, seed ^ 13))
+                }),
+                // Pairs and blocks within a panel, and across.
                 scale: some(3, n).map(|p| {
+                    if has(14) {
+                        let s = [3, 16, 70][(seed >> 15) as usize % 3];
+                        let values = random(n.div_ceil(s) * s * s, seed ^ 14);
+                        return PackedScale::BlockDiag(Blocks { s, values });
+                    }
                     match (1..=n / 2).rfind(|half| n.is_multiple_of(2 * half) && !(has(11) && *half > 4)) {
                         Some(half) if has(9) => PackedScale::PairRot { p, q: random(n, seed ^ 9), half },
                         _ => PackedScale::Diag(p),
@@ -415,15 +437,24 @@ mod tests {
             if let Some((rows, columns, values)) = &self.sparse {
                 deltas.push(PackedDelta::Sparse(SparseRows::new(rows, columns.clone(), values.clone())));
             }
+            if let Some((b, kernel)) = &self.circulant {
+                deltas.push(PackedDelta::Circulant(Circulant::new(kernel, (n / b, k / b, *b))));
+            }
             let own = self.own.as_ref().map(|w| PackedMatrix::from_f32(n, k, |i| &w[i * k..][..k]).expect("own"));
             let rows = self
                 .rows
                 .as_ref()
                 .map(|(indexes, rows)| (indexes.clone(), RowMatrix::new(WeightFormat::F32, rows, indexes.len(), k)));
-            let pre = self.pre.clone().map(|(s, blocks)| match s {
-                1 => PackedPre::Diag(blocks),
-                _ => PackedPre::BlockDiag { s, blocks },
-            });
+            let blocks = |s: &usize, values: &Vec<f32>| Blocks { s: *s, values: values.clone() };
+            let pre = match self.pre.as_slice() {
+                [] => None,
+                [(_, 1, values)] => Some(PackedPre::Diag(values.clone())),
+                [(_, s, values)] => Some(PackedPre::BlockDiag(blocks(s, values))),
+                several => {
+                    let factors = several.iter().map(|(places, s, values)| (places.clone(), blocks(s, values)));
+                    Some(PackedPre::Butterfly(factors.collect()))
+                }
+            };
             PackedSlots { pre, own, rows, deltas, scale: self.scale.clone(), c: self.c.clone() }
         }
 
@@ -435,11 +466,15 @@ mod tests {
             let replaced = self.rows.as_ref().and_then(|(indexes, rows)| {
                 indexes.binary_search(&(o as u32)).ok().map(|found| &rows[found * k..][..k])
             });
-            let pre_x = self.pre.as_ref().map(|(s, blocks)| {
-                let at = |j: usize| (0..*s).map(|i| x[j / s * s + i] * blocks[(j / s * s + i) * s + j % s]).sum();
-                (0..k).map(at).collect::<Vec<f32>>()
-            });
-            let mut y = dot(pre_x.as_deref().unwrap_or(x), replaced.unwrap_or(weight));
+            let mut pre_x = x.to_vec();
+            for (places, s, blocks) in &self.pre {
+                let v: Vec<f32> = places.iter().map(|from| pre_x[*from as usize]).collect();
+                for (j, to) in places.iter().enumerate() {
+                    let products = (0..*s).map(|i| v[j / s * s + i] * blocks[(j / s * s + i) * s + j % s]);
+                    pre_x[*to as usize] = products.sum();
+                }
+            }
+            let mut y = dot(&pre_x, replaced.unwrap_or(weight));
             if let Some((r, a, b)) = &self.low_rank {
                 y += (0..*r).map(|j| f64::from(b[o * r + j]) * dot(x, &a[j * k..][..k])).sum::<f64>();
             }
@@ -450,6 +485,10 @@ mod tests {
                 let entries = rows.iter().zip(columns).zip(values).filter(|((row, _), _)| **row as usize == o);
                 y +=
                     entries.map(|((_, column), value)| f64::from(x[*column as usize]) * f64::from(*value)).sum::<f64>();
+            }
+            if let Some((b, kernel)) = &self.circulant {
+                let value = |i: usize| kernel[(o / b * (k / b) + i / b) * b + (i % b + b - o % b) % b];
+                y += (0..k).map(|i| f64::from(value(i)) * f64::from(x[i])).sum::<f64>();
             }
             y
         }
@@ -464,6 +503,11 @@ mod tests {
                     let is_first = (o / half).is_multiple_of(2);
                     let partner = self.unscaled(x, w, if is_first { o + half } else { o - half });
                     y * f64::from(p[o]) + partner * f64::from(if is_first { -q[o] } else { q[o] })
+                }
+                Some(PackedScale::BlockDiag(Blocks { s, values })) => {
+                    let (first, n) = (o / s * s, w.len() / x.len());
+                    let of_block = first..n.min(first + s);
+                    of_block.map(|i| self.unscaled(x, w, i) * f64::from(values[i * s + o % s])).sum()
                 }
             };
             scaled + f64::from(self.c.as_ref().map_or(bias[o], |c| c[o]))
@@ -499,8 +543,10 @@ mod tests {
                     prop_assert_eq!(&alone[..], &y[row * n..][..n]);
                     for (o, found) in alone.iter().enumerate() {
                         let expected = plain.output(x, &w, &bias, o);
-                        // Chained f32 sums of at most 90, 20 and 8 products in [-1, 1].
-                        prop_assert!((f64::from(*found) - expected).abs() < 6e-4, "{found} {expected}");
+                        // Chained f32 sums of at most 90, 20, 8 and 70 products in [-1, 1]; three factors and a block of 70
+                        // outputs let a value grow to some thousands.
+                        let bound = 6e-4 * expected.abs().max(1.0);
+                        prop_assert!((f64::from(*found) - expected).abs() < bound, "{found} {expected}");
                     }
                 }
             }

@@ -1,6 +1,8 @@
 //! Arithmetic for the CPU. Unsafe code of the crate lives here, each block with its reason.
 
 mod attention;
+mod blocks;
+mod circulant;
 mod dispatch;
 mod exp;
 mod gemm;
@@ -26,6 +28,8 @@ mod tile;
 mod words;
 
 pub(crate) use attention::QuerySpan;
+pub use blocks::Blocks;
+pub use circulant::Circulant;
 pub use isa::Isa;
 pub use limits::{dot_rate, read_bandwidth};
 pub use linear::SweepLinear;

@@ -1,5 +1,6 @@
 //! Output scales of a linear: what becomes of a row once product and additive terms are there.
 
+use super::blocks::Blocks;
 use super::packed::PANEL;
 
 /// An output scale in the CPU's form.
@@ -17,6 +18,8 @@ pub enum PackedScale {
         /// Distance of the partners.
         half: usize,
     },
+    /// Each block of outputs times a matrix, as a row; the last block may reach beyond the outputs.
+    BlockDiag(Blocks),
 }
 
 impl PackedScale {
@@ -25,6 +28,7 @@ impl PackedScale {
         match self {
             Self::Diag(_) => false,
             Self::PairRot { half, .. } => !PANEL.is_multiple_of(2 * half),
+            Self::BlockDiag(blocks) => !PANEL.is_multiple_of(blocks.s),
         }
     }
 
@@ -33,6 +37,7 @@ impl PackedScale {
         match self {
             Self::Diag(scale) => y.iter_mut().zip(&scale[first..]).for_each(|(y, g)| *y *= g),
             Self::PairRot { p, q, half } => rotate_pairs(y, (&p[first..], &q[first..]), *half),
+            Self::BlockDiag(blocks) => blocks.multiply(first / blocks.s, y),
         }
     }
 }

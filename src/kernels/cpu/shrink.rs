@@ -113,6 +113,7 @@ pub(super) fn shrink(
                     x.chunks_exact(k).zip(h.chunks_exact_mut(m.k())).for_each(|(row, h)| shard_sum(row, h));
                 }
                 PackedDelta::Sparse(_) => {}
+                PackedDelta::Circulant(c) => c.multiply(x, h),
             }
         }
         if let Some((indexes, replaced)) = &slots.rows {

@@ -4,6 +4,7 @@
 
 use std::ops::Range;
 
+use super::circulant::Circulant;
 use super::dispatch::{dispatch, fma};
 use super::isa::Isa;
 use super::packed::{PANEL, PackedMatrix, WeightFormat};
@@ -48,6 +49,8 @@ pub enum PackedDelta {
     },
     /// `S x`, S: (n, k) in f32. It reads the row itself, which no format has rounded.
     Sparse(SparseRows),
+    /// `C x`, C: (n, k) in f32. It reads the row itself too.
+    Circulant(Circulant),
 }
 
 /// Consecutive rows of `x` with one adapter.
@@ -73,18 +76,22 @@ impl PackedSlots {
 }
 
 impl PackedDelta {
-    /// The up projection; a sparse term has none.
+    /// The up projection; terms that are not a product of two matrices have none.
     pub(super) fn up(&self) -> Option<&PackedMatrix> {
         match self {
             Self::LowRank { b, .. } => Some(b),
             Self::ShardSum { m } => Some(m),
-            Self::Sparse(_) => None,
+            Self::Sparse(_) | Self::Circulant(_) => None,
         }
     }
 
-    /// Elements per row of its short vectors; a sparse term has none.
+    /// Elements per row of its short vectors: a sparse term has none, a circulant one has its outputs there.
     pub(super) fn short_len(&self) -> usize {
-        self.up().map_or(0, PackedMatrix::k)
+        match self {
+            Self::LowRank { b: up, .. } | Self::ShardSum { m: up } => up.k(),
+            Self::Sparse(_) => 0,
+            Self::Circulant(c) => c.num_outputs(),
+        }
     }
 }
 
@@ -155,6 +162,13 @@ pub(super) unsafe fn apply_slots(
             PackedDelta::LowRank { b: up, .. } | PackedDelta::ShardSum { m: up } => {
                 // SAFETY: the caller's contract.
                 unsafe { expand_rows(h, up, outputs) };
+            }
+            PackedDelta::Circulant(_) => {
+                for (row, h) in (from..to).zip(h.chunks_exact(r)) {
+                    // SAFETY: the caller's contract; one row at a time.
+                    let y = unsafe { outputs.row(row) };
+                    y.iter_mut().zip(&h[outputs.first..]).for_each(|(y, h)| *y += h);
+                }
             }
             PackedDelta::Sparse(s) => {
                 for (row, x) in (from..to).zip(x.chunks_exact(x.len() / (to - from))) {

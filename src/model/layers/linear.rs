@@ -211,6 +211,7 @@ impl Linear {
             Delta::LowRank { a, b } => Term::LowRank { a, b },
             Delta::ShardSum { m } => Term::ShardSum { m },
             Delta::Sparse { rows, columns, values } => Term::Sparse { rows, columns, values },
+            Delta::Circulant { kernel } => Term::Circulant { kernel },
         });
         SegmentTerms {
             start: segment.start,
@@ -219,6 +220,7 @@ impl Linear {
                 Pre::Identity => None,
                 Pre::Diag(scale) => Some(InputTerm::Diag { scale }),
                 Pre::BlockDiag(blocks) => Some(InputTerm::BlockDiag { blocks }),
+                Pre::Butterfly(factors) => Some(InputTerm::Butterfly { factors }),
             },
             own_weight: match &slots.weight {
                 Weight::Base => None,
@@ -230,6 +232,7 @@ impl Linear {
                 Scale::One => None,
                 Scale::Diag(scale) => Some(OutputTerm::Diag { scale }),
                 Scale::PairRot { p, q, half } => Some(OutputTerm::PairRot { p, q, half: *half }),
+                Scale::BlockDiag(blocks) => Some(OutputTerm::BlockDiag { blocks }),
             },
             c: slots.c.as_ref().or(self.bias.as_ref()),
         }
