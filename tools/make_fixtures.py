@@ -359,6 +359,7 @@ def main() -> None:
     refused += [case for module in MORE for case in module.REFUSED]
     manifest = {
         "versions": old.get("versions", {}) | versions(),
+        "peft_types": [peft_type.value for peft_type in PeftType],
         "models": models,
         "cases": merge_entries(kept, cases, ("model", "name")),
         "refused": write_refused(args.out, refused),

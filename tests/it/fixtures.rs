@@ -13,6 +13,8 @@ pub(crate) struct Manifest {
     pub(crate) models: Vec<ModelFixture>,
     pub(crate) cases: Vec<AdapterCase>,
     pub(crate) refused: Vec<RefusedCase>,
+    /// Every `peft_type` of the PEFT release that made the fixtures.
+    pub(crate) peft_types: Vec<String>,
 }
 
 /// A tiny random base model.

@@ -1,7 +1,7 @@
 //! Adapters that must be refused, each with a message that names the fault.
 
 use candle_core::DType;
-use patchbay::adapter::{AdapterFiles, LowerOptions, inspect, lower};
+use patchbay::adapter::{AdapterFiles, KINDS, LowerOptions, REFUSED, inspect, lower};
 
 use crate::fixtures;
 
@@ -56,7 +56,8 @@ fn faults_that_show_without_a_model_are_found_without_one() {
         "alora_string",
         "alora_dora",
         "pissa_niter",
-        "kasa",
+        "kasa_dora",
+        "kasa_alora",
         "fan_in_fan_out",
         "type_mismatch",
         "type_unknown",
@@ -89,5 +90,21 @@ fn faults_that_show_without_a_model_are_found_without_one() {
             Err(error) => vec![error.to_string()],
         };
         assert!(!problems.is_empty(), "{name}");
+    }
+}
+
+/// Types of PEFT that are neither served nor refused with what to do instead.
+const UNKNOWN: [&str; 2] = ["ADAPTION_PROMPT", "XLORA"];
+
+#[test]
+fn every_type_of_peft_is_served_or_refused_with_a_reason() {
+    let served = KINDS.iter().map(|kind| kind.peft_type);
+    let known: Vec<&str> = served.chain(REFUSED.iter().map(|refused| refused.peft_type)).collect();
+    let types = fixtures::manifest().peft_types;
+    let unknown: Vec<&str> = types.iter().map(String::as_str).filter(|name| !known.contains(name)).collect();
+    assert_eq!(unknown, UNKNOWN);
+    for refused in REFUSED {
+        assert!(types.iter().any(|name| name == refused.peft_type), "{} is no type of PEFT", refused.peft_type);
+        assert!(!KINDS.iter().any(|kind| kind.peft_type == refused.peft_type), "{}", refused.peft_type);
     }
 }

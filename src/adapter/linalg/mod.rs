@@ -96,6 +96,24 @@ pub(super) fn inverse(m: &Tensor) -> Result<Option<Tensor>> {
     Ok(Some(matrix(rows.iter().flat_map(|row| &row[n..]).copied().collect(), (n, n))?))
 }
 
+/// The part of `weight` (out, in) in its `q` weakest singular directions as factors `b a`, a: (q, in), b: (out, q); f32.
+/// They come from the eigenvectors of the smaller one of `W W^T` and `W^T W`; as a projection of W the product does not
+/// depend on the signs that a decomposition chooses.
+pub(super) fn weakest_part(weight: &Tensor, q: usize) -> Result<(Tensor, Tensor)> {
+    let (out_features, in_features) = weight.dims2()?;
+    let w = weight.to_dtype(DType::F64)?;
+    let (a, b) = if in_features <= out_features {
+        let (_, vectors) = symmetric_eigen(&w.t()?.matmul(&w)?)?;
+        let weak = vectors.narrow(1, 0, q)?; // [in, q]
+        (weak.t()?.contiguous()?, w.matmul(&weak.contiguous()?)?)
+    } else {
+        let (_, vectors) = symmetric_eigen(&w.matmul(&w.t()?)?)?;
+        let weak = vectors.narrow(1, 0, q)?.contiguous()?; // [out, q]
+        (weak.t()?.matmul(&w)?, weak)
+    };
+    Ok((a.to_dtype(DType::F32)?, b.to_dtype(DType::F32)?))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
