@@ -65,6 +65,7 @@ from fixture_prompt import (
 from fixture_refused import write_refused
 from fixture_refused_affine import affine_refused
 from fixture_refused_lowrank import factored_refused
+from fixture_refused_native import native_refused
 from fixture_refused_variants import variants_refused
 from fixture_variants import VARIANT_CASES, allow_qalora
 
@@ -313,7 +314,7 @@ def merge_entries(old: list[dict], new: list[dict], keys: tuple[str, ...]) -> li
 
 def is_made_elsewhere(entry: dict) -> bool:
     """Whether another script makes this adapter: one with an earlier PEFT release, or for a format that PEFT has not."""
-    return entry["peft_type"] in ("BONE", "SARA") or entry["name"].startswith("oft_0_")
+    return entry["peft_type"] in ("BONE", "SARA", "SVFIT", "FLORA") or entry["name"].startswith("oft_0_")
 
 
 def remove_strays(root: Path, cases: list[dict]) -> None:
@@ -355,7 +356,7 @@ def main() -> None:
     chosen = [(case, model) for case in CASES for model in case.models if re.search(args.only, f"{model}/{case.name}")]
     cases = [write_case(case, model, bases, prompts) for case, model in chosen]
     kept = [entry for entry in old.get("cases", []) if args.only or is_made_elsewhere(entry)]
-    refused = affine_refused() + factored_refused() + variants_refused()
+    refused = affine_refused() + factored_refused() + variants_refused() + native_refused()
     refused += [case for module in MORE for case in module.REFUSED]
     manifest = {
         "versions": old.get("versions", {}) | versions(),

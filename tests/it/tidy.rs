@@ -170,6 +170,8 @@ const KINDS: &[&str] = &[
     "hira",
     "glora",
     "osf",
+    "svfit",
+    "flora",
     "frod",
     "shira",
     "sara",

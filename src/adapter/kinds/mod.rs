@@ -6,6 +6,7 @@ mod boft;
 mod c3a;
 mod deft;
 mod delora;
+mod flora;
 mod fourierft;
 mod frod;
 mod glora;
@@ -31,6 +32,7 @@ mod scaling;
 mod shira;
 mod ssf;
 mod supertuning;
+mod svfit;
 mod task;
 mod tinylora;
 mod trainable_tokens;
@@ -121,12 +123,14 @@ pub static KINDS: &[Kind] = &[
     tinylora::TINYLORA,
     unilora::UNILORA,
     poly::POLY,
+    flora::FLORA,
     hra::HRA,
     deft::DEFT,
     peanut::PEANUT,
     hira::HIRA,
     glora::GLORA,
     osf::OSF,
+    svfit::SVFIT,
     frod::FROD,
     shira::SHIRA,
     shira::SARA,
