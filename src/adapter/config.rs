@@ -61,6 +61,19 @@ impl Config {
         Ok(Self { fields })
     }
 
+    /// The file with other values for some fields; null takes a field out.
+    pub(super) fn edited(&self, changes: &[(&str, Value)]) -> Result<Vec<u8>, AdapterError> {
+        let mut fields = self.fields.clone();
+        for (name, value) in changes {
+            match value {
+                // The others keep their order, which decides between patterns.
+                Value::Null => drop(fields.shift_remove(*name)),
+                value => drop(fields.insert((*name).to_owned(), value.clone())),
+            }
+        }
+        write(&Value::Object(fields))
+    }
+
     /// `peft_type`, which a config must have.
     pub(super) fn peft_type(&self) -> Result<&str, AdapterError> {
         self.string("peft_type")?.ok_or_else(|| field_error("peft_type", "is missing; is this a PEFT adapter?"))
@@ -121,6 +134,14 @@ impl Config {
         let object = value.as_object().ok_or_else(|| wrong_type(name, "an object", value))?;
         Ok(object.iter().collect())
     }
+}
+
+/// A config as bytes of its file.
+pub(super) fn write(config: &Value) -> Result<Vec<u8>, AdapterError> {
+    let malformed = |error: serde_json::Error| AdapterError::Malformed { file: CONFIG_FILE, reason: error.to_string() };
+    let mut bytes = serde_json::to_vec_pretty(config).map_err(malformed)?;
+    bytes.push(b'\n');
+    Ok(bytes)
 }
 
 /// A list of strings.

@@ -35,6 +35,14 @@ pub enum AdapterError {
         /// Why.
         reason: String,
     },
+    /// The adapter cannot be written in the form asked for.
+    #[error("cannot be converted: {place}: {reason}")]
+    NotConvertible {
+        /// Module or field.
+        place: String,
+        /// What has no place in that form.
+        reason: String,
+    },
     /// Dense weight copies would not fit.
     #[error("dense weights of {needed} bytes exceed the {limit} bytes left (adapters.merged_bytes_max)")]
     OverBudget {

@@ -101,7 +101,8 @@ pub(super) fn dense(delta: &Delta, out_features: usize, in_features: usize) -> R
     }
 }
 
-fn with_rows(weight: &Tensor, ids: &[u32], rows: &Tensor) -> Result<Tensor> {
+/// The matrix with rows `ids` replaced by `rows` (ids, in). weight: (out, in) f32; result: the same.
+pub(super) fn with_rows(weight: &Tensor, ids: &[u32], rows: &Tensor) -> Result<Tensor> {
     let rows = rows.to_dtype(DType::F32)?;
     let index = Tensor::new(ids, weight.device())?.unsqueeze(1)?.broadcast_as(rows.shape())?.contiguous()?;
     weight.scatter(&index, &rows, 0)

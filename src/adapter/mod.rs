@@ -8,6 +8,7 @@
 mod activation;
 mod adapted;
 mod config;
+mod convert;
 mod effect;
 mod error;
 #[cfg(test)]
@@ -32,6 +33,7 @@ mod token_rows;
 mod torch_random;
 mod wavelets;
 
+pub use convert::{Converted, Form, MergedModel, convert};
 pub use error::AdapterError;
 pub use files::{AdapterFiles, LowerOptions, LowerReport, OwnWeights};
 pub use inspect::{Inspection, inspect};

@@ -1,4 +1,4 @@
-//! `patchbay adapter`: checking an adapter offline, and listing, adding and removing those of a running server.
+//! `patchbay adapter`: checking or converting an adapter offline, and listing, adding and removing those of a running server.
 
 use std::fs::File;
 use std::io::{Cursor, Read, Write};
@@ -31,6 +31,8 @@ pub(super) enum AdapterCommand {
         #[command(flatten)]
         settings: Box<SettingsArgs>,
     },
+    /// Write an adapter in another form with the same effect, or a model with the adapter merged into it.
+    Convert(super::convert::ConvertArgs),
     /// List the adapters of a running server.
     List(ServerArgs),
     /// Upload a directory to a running server; a name that exists gets a new generation.
@@ -75,6 +77,7 @@ impl std::fmt::Debug for ServerArgs {
 pub(super) fn run(command: AdapterCommand, out: &mut dyn Write) -> Result<()> {
     match command {
         AdapterCommand::Check { dir, merge, settings } => check(&dir, merge, &settings.resolve()?.config, out),
+        AdapterCommand::Convert(arguments) => super::convert::run(arguments, out),
         AdapterCommand::List(server) => list(&server.connect()?, out),
         AdapterCommand::Add { name, dir, merge, server } => {
             add(&server.connect()?, &name, &AdapterDirectory::open(&dir)?, merge, out)

@@ -13,7 +13,7 @@ use super::{Batch, DeviceAdapter, DtypeChoice, KvCache, ModelConfig, ModelError,
 use crate::adapter::{BaseShape, BaseWeights, LoweredAdapter, SiteId, SiteTable};
 use crate::kernels::KvLayout;
 
-const CONFIG_FILE: &str = "config.json";
+pub(super) const CONFIG_FILE: &str = "config.json";
 
 /// A loaded base model.
 pub struct Model {
@@ -36,10 +36,7 @@ impl Model {
     /// See [`ModelError`].
     pub fn load(dir: &Path, config: &ModelConfig) -> std::result::Result<Self, ModelError> {
         let json = read_json(dir, CONFIG_FILE)?;
-        let architecture = json
-            .pointer("/architectures/0")
-            .and_then(Value::as_str)
-            .ok_or_else(|| ModelError::config("architectures", "expected a list of names"))?;
+        let architecture = architecture(&json)?;
         let family = families::find(architecture)?;
         let device = open_device(config.device)?;
         let checkpoint = Checkpoint::open(dir)?;
@@ -117,7 +114,13 @@ impl BaseWeights for Model {
     }
 }
 
-fn read_json(dir: &Path, file: &str) -> std::result::Result<Value, ModelError> {
+/// The name of a checkpoint's architecture.
+pub(super) fn architecture(config: &Value) -> std::result::Result<&str, ModelError> {
+    let name = config.pointer("/architectures/0").and_then(Value::as_str);
+    name.ok_or_else(|| ModelError::config("architectures", "expected a list of names"))
+}
+
+pub(super) fn read_json(dir: &Path, file: &str) -> std::result::Result<Value, ModelError> {
     let text = std::fs::read(dir.join(file)).map_err(|error| ModelError::file(file, &error))?;
     serde_json::from_slice(&text).map_err(|error| ModelError::file(file, &error))
 }

@@ -132,6 +132,17 @@ impl AdapterDirectory {
         Ok(AdapterFiles { config, weights })
     }
 
+    /// Writes an adapter's two files into an existing directory.
+    ///
+    /// # Errors
+    /// When a file cannot be written.
+    pub fn write(dir: &Path, files: &AdapterFiles) -> Result<(), StoreError> {
+        for (name, bytes) in [(CONFIG_FILE, &files.config), (WEIGHTS_FILE, &files.weights)] {
+            fs::write(dir.join(name), bytes).map_err(StoreError::storage)?;
+        }
+        Ok(())
+    }
+
     fn find(dir: &Path, resolve: impl Fn(&Path) -> Result<Option<PathBuf>, StoreError>) -> Result<Self, StoreError> {
         let missing = |file: &str| StoreError::FilesNotFound(format!("the directory has no {file}"));
         let config = resolve(&dir.join(CONFIG_FILE))?.ok_or_else(|| missing(CONFIG_FILE))?;

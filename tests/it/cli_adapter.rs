@@ -65,6 +65,43 @@ fn check_says_why_an_adapter_cannot_be_served() {
     check_fails(&check(&lora, &["--merge", "--set", "adapters.merged_bytes_max=100"]), "adapters.merged_bytes_max");
 }
 
+fn convert(dir: &Path, to: &str, out: &Path) -> Output {
+    let model = fixtures::dir().join("models/llama");
+    let [dir, out, model] = [dir, out, &model].map(|path| path.to_str().unwrap());
+    patchbay(&["convert", dir, "--to", to, "--out", out, "--model", model])
+}
+
+#[test]
+fn convert_writes_a_directory_that_check_accepts() {
+    let temp = tempfile::tempdir().unwrap();
+    for (case, form) in [("hra_chain", "lora"), ("bone_native_oldest", "miss")] {
+        let out = temp.path().join(form);
+        let said = check_succeeds(&convert(&fixtures::dir().join("adapters/llama").join(case), form, &out));
+        assert!(said.starts_with(&format!("wrote the adapter {}", out.display())), "{said}");
+        let said = check_succeeds(&check(&out, &[]));
+        assert!(said.to_lowercase().contains(&format!("kind      {form}")), "{said}");
+    }
+    let model = temp.path().join("merged");
+    let lora = fixtures::dir().join("adapters/llama/lora_r8");
+    check_succeeds(&convert(&lora, "merged", &model));
+    let arguments = ["check", lora.to_str().unwrap(), "--model", model.to_str().unwrap()];
+    check_succeeds(&patchbay(&arguments));
+}
+
+#[test]
+fn convert_overwrites_nothing_and_leaves_nothing_behind_when_it_fails() {
+    let temp = tempfile::tempdir().unwrap();
+    let out = temp.path().join("out");
+    let adapters = fixtures::dir().join("adapters/llama");
+    check_fails(&convert(&adapters.join("lora_dora"), "lora", &out), "its output is scaled or rotated");
+    check_fails(&convert(&adapters.join("hra_chain"), "oft", &out), "expected OFT, found `HRA`");
+    check_fails(&convert(&adapters.join("ssf_shift"), "merged", &out), "cannot be converted");
+    assert_eq!(std::fs::read_dir(temp.path()).unwrap().count(), 0);
+    std::fs::create_dir(&out).unwrap();
+    check_fails(&convert(&adapters.join("hra_chain"), "lora", &out), "nothing is overwritten");
+    assert_eq!(std::fs::read_dir(&out).unwrap().count(), 0);
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn adapters_of_a_running_server_are_added_listed_and_removed() {
     let config = ServerConfig { admin_key: Some(KEY.to_owned()), ..ServerConfig::default() };

@@ -12,12 +12,12 @@ use crate::fixtures::{self, AdapterCase};
 use crate::runner::{Runner, relative_difference};
 
 /// Rounding of f32 sums in another order, relative to the largest logit.
-const F32_TOLERANCE: f32 = 1e-4;
+pub(crate) const F32_TOLERANCE: f32 = 1e-4;
 
 const GREEDY_TOKENS: usize = 16;
 
 /// What PEFT answers to a prompt.
-struct Asked {
+pub(crate) struct Asked {
     prompt: usize,
     logits: Tensor,
     greedy: Vec<u32>,
@@ -32,7 +32,7 @@ struct Lowered {
     asked: Vec<Asked>,
 }
 
-fn read(case: &AdapterCase) -> AdapterFiles {
+pub(crate) fn read(case: &AdapterCase) -> AdapterFiles {
     let dir = fixtures::dir().join(&case.dir);
     let read =
         |name: &str| std::fs::read(dir.join(name)).unwrap_or_else(|error| panic!("{}/{name}: {error}", case.dir));
@@ -47,6 +47,11 @@ fn lower_case_to(runner: &Runner, case: &AdapterCase, merge: bool, dtype: DType)
     let options = LowerOptions { merge, dtype, own_bytes_max: 1 << 30 };
     let (adapter, report) = lower(&read(case), &runner.model, &options)
         .unwrap_or_else(|error| panic!("{} (merge: {merge}): {error}", case.dir));
+    Lowered { case: case.clone(), adapter, report, asked: asked(case) }
+}
+
+/// What PEFT answers to the prompts of a case.
+pub(crate) fn asked(case: &AdapterCase) -> Vec<Asked> {
     let expected = fixtures::expected(&case.dir);
     let asked = (0..fixtures::prompts().len()).filter_map(|prompt| {
         let logits = expected.get(&format!("logits_{prompt}"))?.clone();
@@ -55,11 +60,11 @@ fn lower_case_to(runner: &Runner, case: &AdapterCase, merge: bool, dtype: DType)
     });
     let asked: Vec<Asked> = asked.collect();
     assert!(!asked.is_empty(), "{}", case.dir);
-    Lowered { case: case.clone(), adapter, report, asked }
+    asked
 }
 
 /// Calls `claim` for each model with its cases.
-fn for_each_model(claim: impl Fn(&mut Runner, &[AdapterCase])) {
+pub(crate) fn for_each_model(claim: impl Fn(&mut Runner, &[AdapterCase])) {
     for_each_model_with(|_| (), claim);
 }
 
@@ -78,8 +83,13 @@ fn for_each_model_with(change: impl Fn(&mut ModelConfig), claim: impl Fn(&mut Ru
 
 /// The largest difference of the logits over all prompts; every prompt alone, prefilled in one piece.
 fn difference(runner: &mut Runner, lowered: &Lowered, adapter: Option<&LoweredAdapter>) -> f32 {
+    difference_of(runner, &lowered.asked, adapter)
+}
+
+/// The same for what PEFT answers.
+pub(crate) fn difference_of(runner: &mut Runner, asked: &[Asked], adapter: Option<&LoweredAdapter>) -> f32 {
     let prompts = fixtures::prompts();
-    let each = lowered.asked.iter().map(|asked| {
+    let each = asked.iter().map(|asked| {
         let prompt = &prompts[asked.prompt];
         relative_difference(&runner.prompt_logits(prompt, adapter, prompt.len()), &asked.logits)
     });
@@ -88,7 +98,7 @@ fn difference(runner: &mut Runner, lowered: &Lowered, adapter: Option<&LoweredAd
 
 /// Panics with all the failures, so that one run shows the pattern in them.
 #[track_caller]
-fn assert_none(failures: &[String]) {
+pub(crate) fn assert_none(failures: &[String]) {
     assert!(failures.is_empty(), "{} failures\n{}", failures.len(), failures.join("\n"));
 }
 

@@ -4,6 +4,7 @@
 mod bench;
 mod cli_adapter;
 mod config;
+mod convert;
 mod engine_golden;
 mod engine_sim;
 mod fixtures;

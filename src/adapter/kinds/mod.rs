@@ -41,6 +41,8 @@ mod vblora;
 mod vera;
 mod waveft;
 
+pub(super) use miss::to_miss;
+pub(super) use oft::to_current;
 pub use refused::{REFUSED, Refused};
 
 use super::AdapterError;
