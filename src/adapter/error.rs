@@ -43,6 +43,14 @@ pub enum AdapterError {
         /// Bytes allowed.
         limit: usize,
     },
+    /// Adapters that are each sound have no exact common effect.
+    #[error("adapters {adapters} cannot act together: {reason}")]
+    Composition {
+        /// Their names.
+        adapters: String,
+        /// Where and why.
+        reason: String,
+    },
     /// A tensor operation failed; not the user's mistake.
     #[error("computing the lowered form failed")]
     Compute(#[from] candle_core::Error),

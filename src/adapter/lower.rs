@@ -131,7 +131,7 @@ fn first_infinite(adapter: &LoweredAdapter) -> Result<Option<SiteId>, AdapterErr
     Ok(None)
 }
 
-fn is_finite(tensor: &Tensor) -> candle_core::Result<bool> {
+pub(super) fn is_finite(tensor: &Tensor) -> candle_core::Result<bool> {
     let flat = tensor.flatten_all()?;
     Ok(match tensor.dtype() {
         DType::F16 => flat.to_vec1::<f16>()?.iter().all(|value| value.is_finite()),

@@ -49,12 +49,17 @@ pub(super) fn effective_weight(slots: &LinearSlots, weight: Tensor) -> Result<Te
     for delta in &slots.deltas {
         weight = (weight + dense(delta, out_features, in_features)?)?;
     }
-    match &slots.scale {
-        Scale::One => Ok(weight),
-        Scale::Diag(scale) => weight.broadcast_mul(&scale.unsqueeze(1)?),
+    scaled(&slots.scale, &weight)
+}
+
+/// The scale times a matrix (out, any) in f32.
+pub(super) fn scaled(scale: &Scale, matrix: &Tensor) -> Result<Tensor> {
+    match scale {
+        Scale::One => Ok(matrix.clone()),
+        Scale::Diag(scale) => matrix.broadcast_mul(&scale.to_dtype(DType::F32)?.unsqueeze(1)?),
         Scale::PairRot { p, q, half } => {
-            let partner = partners(&weight, *half)?;
-            weight.broadcast_mul(&p.unsqueeze(1)?)? + partner.broadcast_mul(&q.unsqueeze(1)?)?
+            let (p, q) = (p.to_dtype(DType::F32)?.unsqueeze(1)?, q.to_dtype(DType::F32)?.unsqueeze(1)?);
+            matrix.broadcast_mul(&p)? + partners(matrix, *half)?.broadcast_mul(&q)?
         }
     }
 }

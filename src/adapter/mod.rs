@@ -7,6 +7,7 @@
 
 mod activation;
 mod adapted;
+mod compose;
 mod config;
 mod effect;
 mod error;
@@ -32,6 +33,7 @@ mod token_rows;
 mod torch_random;
 mod wavelets;
 
+pub use compose::{Part, compose, own_bytes_of};
 pub use error::AdapterError;
 pub use files::{AdapterFiles, LowerOptions, LowerReport, OwnWeights};
 pub use inspect::{Inspection, inspect};

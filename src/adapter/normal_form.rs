@@ -13,7 +13,8 @@
 //! Beside the slots an adapter can stand before the prompt: first entries of the KV cache, then virtual tokens. Both take
 //! positions, from 0 on, and the prompt follows. It can also be asleep until its invocation tokens occur in the prompt.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
+use std::sync::Arc;
 
 use candle_core::Tensor;
 
@@ -170,6 +171,15 @@ pub struct LoadedAdapter {
     pub lowered: LoweredAdapter,
     /// Bytes of all tensors in `lowered`.
     pub bytes: usize,
+    /// What it was composed of; empty for an adapter that was loaded. It shares tensors with them, so they stay leased.
+    pub parts: Vec<Arc<LoadedAdapter>>,
+}
+
+impl LoadedAdapter {
+    /// The adapters that work for it: itself, or its parts. Whatever counts by name counts these.
+    pub fn sources(&self) -> impl Iterator<Item = &LoadedAdapter> {
+        std::iter::once(self).filter(|_| self.parts.is_empty()).chain(self.parts.iter().map(Arc::as_ref))
+    }
 }
 
 impl Pre {
@@ -336,8 +346,19 @@ impl LoweredAdapter {
 
     /// Bytes of all tensors.
     pub fn bytes(&self) -> usize {
-        let deltas = self.linears.values().flat_map(|slots| &slots.deltas);
-        let indexes = deltas.flat_map(Delta::indexes);
-        self.tensors().into_iter().chain(indexes).map(|t| t.elem_count() * t.dtype().size_in_bytes()).sum()
+        self.bytes_beside(std::iter::empty())
+    }
+
+    /// Bytes of the tensors that it does not share with `others`.
+    pub fn bytes_beside<'a>(&self, others: impl Iterator<Item = &'a Self>) -> usize {
+        let shared: HashSet<_> = others.flat_map(Self::with_indexes).map(Tensor::id).collect();
+        let own = self.with_indexes().filter(|tensor| !shared.contains(&tensor.id()));
+        own.map(|t| t.elem_count() * t.dtype().size_in_bytes()).sum()
+    }
+
+    /// Every tensor, indexes too.
+    fn with_indexes(&self) -> impl Iterator<Item = &Tensor> {
+        let indexes = self.linears.values().flat_map(|slots| &slots.deltas).flat_map(Delta::indexes);
+        self.tensors().into_iter().chain(indexes)
     }
 }

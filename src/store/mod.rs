@@ -12,6 +12,7 @@
 
 mod admission;
 mod catalog;
+mod compose;
 mod config;
 mod error;
 mod load;

@@ -23,7 +23,14 @@ fn load(case: &AdapterCase, model: &Model) -> Arc<LoadedAdapter> {
     let options = LowerOptions { merge: false, dtype: DType::F32, own_bytes_max: 1 << 20 };
     let (lowered, report) = lower(&files, model, &options).unwrap_or_else(|error| panic!("{}: {error}", case.dir));
     let digest = digest(&files, &options);
-    Arc::new(LoadedAdapter { name: case.name.clone(), generation: 1, digest, lowered, bytes: report.bytes })
+    Arc::new(LoadedAdapter {
+        name: case.name.clone(),
+        generation: 1,
+        digest,
+        lowered,
+        bytes: report.bytes,
+        parts: Vec::new(),
+    })
 }
 
 fn request(prompt: &[u32], adapter: Option<Arc<LoadedAdapter>>) -> GenerationRequest {

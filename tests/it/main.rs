@@ -3,6 +3,7 @@
 
 mod bench;
 mod cli_adapter;
+mod composed;
 mod config;
 mod engine_golden;
 mod engine_sim;
@@ -12,6 +13,7 @@ mod golden_base;
 mod http_adapters;
 mod http_chat;
 mod http_completions;
+mod http_composition;
 mod http_malformed;
 mod http_service;
 mod http_support;
