@@ -51,6 +51,22 @@ pub enum AdapterError {
         /// Where and why.
         reason: String,
     },
+    /// One of several adapters is at fault.
+    #[error("adapter `{name}`: {source}")]
+    Part {
+        /// Its name.
+        name: String,
+        /// What is wrong with it.
+        source: Box<AdapterError>,
+    },
+    /// Adapters cannot be combined to one in this way.
+    #[error("`{field}`: {reason}")]
+    Combination {
+        /// The option at fault, or `adapters` where they do not fit together.
+        field: String,
+        /// What is wrong with it.
+        reason: String,
+    },
     /// A tensor operation failed; not the user's mistake.
     #[error("computing the lowered form failed")]
     Compute(#[from] candle_core::Error),

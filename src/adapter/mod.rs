@@ -37,7 +37,7 @@ pub use compose::{Part, compose, own_bytes_of};
 pub use error::AdapterError;
 pub use files::{AdapterFiles, LowerOptions, LowerReport, OwnWeights};
 pub use inspect::{Inspection, inspect};
-pub use kinds::{KINDS, Kind, REFUSED, Refused};
+pub use kinds::{CombineInput, CombineMode, CombineOptions, KINDS, Kind, REFUSED, Refused, combine};
 pub use lower::{digest, lower};
 pub use normal_form::{
     Delta, EmbeddingPatch, KvPrefix, LinearSlots, LoadedAdapter, LoweredAdapter, NormOverride, Pre, Scale, Weight,

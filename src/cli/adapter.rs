@@ -1,4 +1,4 @@
-//! `patchbay adapter`: checking an adapter offline, and listing, adding and removing those of a running server.
+//! `patchbay adapter`: checking and combining adapters offline, and listing, adding and removing those of a running server.
 
 use std::fs::File;
 use std::io::{Cursor, Read, Write};
@@ -10,6 +10,7 @@ use clap::{Args, Subcommand};
 use serde::Deserialize;
 use serde_json::Value;
 
+use super::combine::{self, CombineArgs};
 use super::settings::SettingsArgs;
 use crate::adapter::{AdapterError, LowerOptions, LowerReport, lower};
 use crate::config::Config;
@@ -31,6 +32,8 @@ pub(super) enum AdapterCommand {
         #[command(flatten)]
         settings: Box<SettingsArgs>,
     },
+    /// Make one adapter of several, without a server or a base model, and write it as PEFT does.
+    Combine(CombineArgs),
     /// List the adapters of a running server.
     List(ServerArgs),
     /// Upload a directory to a running server; a name that exists gets a new generation.
@@ -75,6 +78,7 @@ impl std::fmt::Debug for ServerArgs {
 pub(super) fn run(command: AdapterCommand, out: &mut dyn Write) -> Result<()> {
     match command {
         AdapterCommand::Check { dir, merge, settings } => check(&dir, merge, &settings.resolve()?.config, out),
+        AdapterCommand::Combine(arguments) => combine::run(&arguments, out),
         AdapterCommand::List(server) => list(&server.connect()?, out),
         AdapterCommand::Add { name, dir, merge, server } => {
             add(&server.connect()?, &name, &AdapterDirectory::open(&dir)?, merge, out)

@@ -2,6 +2,7 @@
 
 mod adapter;
 mod bench;
+mod combine;
 mod serve;
 mod settings;
 

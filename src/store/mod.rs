@@ -12,6 +12,7 @@
 
 mod admission;
 mod catalog;
+mod combine;
 mod compose;
 mod config;
 mod error;

@@ -65,6 +65,27 @@ fn check_says_why_an_adapter_cannot_be_served() {
     check_fails(&check(&lora, &["--merge", "--set", "adapters.merged_bytes_max=100"]), "adapters.merged_bytes_max");
 }
 
+#[test]
+fn adapters_are_combined_into_a_directory_that_passes_the_check() {
+    let temp = tempfile::tempdir().unwrap();
+    let out = temp.path().join("both");
+    let fixture = |name: &str| fixtures::dir().join("adapters/llama").join(name).to_str().unwrap().to_owned();
+    let [all, qv, eight, dora] = ["lora_all", "lora_qv", "lora_r8", "lora_dora"].map(fixture);
+    let combine = |arguments: &[&str]| {
+        let to = ["combine", "--out", out.to_str().unwrap()];
+        patchbay(&[&to[..], arguments].concat())
+    };
+    check_fails(&combine(&["--mode", "mean", &all, &eight]), "only `stack`");
+    check_fails(&combine(&["--mode", "stack", &all, &dora]), "use_dora");
+    check_fails(&combine(&["--mode", "ties", &all, &qv]), "`density`");
+    assert!(!out.exists(), "a refusal writes nothing");
+    let said = check_succeeds(&combine(&["--mode", "stack", &format!("{all}=0.7"), &format!("{eight}=-0.3")]));
+    assert!(said.contains("LORA: 14 modules, ranks 12, "), "{said}");
+    check_fails(&combine(&["--mode", "fair", &all, &qv]), "exists already");
+    let said = check_succeeds(&check(&out, &[]));
+    assert!(said.contains("ranks     12\n"), "{said}");
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn adapters_of_a_running_server_are_added_listed_and_removed() {
     let config = ServerConfig { admin_key: Some(KEY.to_owned()), ..ServerConfig::default() };

@@ -1,10 +1,13 @@
-//! Several adapters in one request, through the router.
+//! Several adapters in one request, and one made of several, through the router.
 
-use axum::http::StatusCode;
+use axum::http::{Request, StatusCode};
+use patchbay::adapter::AdapterFiles;
+use patchbay::model::GenerationDefaults;
+use patchbay::server::ServerConfig;
 use serde_json::{Value as Json, json};
 
 use crate::http_support::{Service, post};
-use crate::store_support::{adapter, plain, virtual_tokens};
+use crate::store_support::{adapter, open, plain, value, virtual_tokens, write_directory};
 
 const COMPLETIONS: &str = "/v1/completions";
 
@@ -135,4 +138,79 @@ async fn numbers_of_adapters_stay_with_their_names() {
     assert_eq!(ids().await, [(0, json!("broken")), (1, json!("skip")), (2, json!("a"))]);
     service.state.store.remove("broken").await.unwrap();
     assert_eq!(ids().await, [(1, json!("skip")), (2, json!("a"))]);
+}
+
+// Combining
+
+async fn combine(service: &Service, name: &str, body: &Json) -> crate::http_support::Reply {
+    service.post(&format!("/v1/adapters/{name}:combine"), body).await
+}
+
+#[tokio::test]
+async fn adapters_are_combined_to_a_new_generation_that_survives() {
+    let service = service().await;
+    let body = json!({"mode": "stack", "adapters": [{"name": "a", "weight": 0.5}, {"name": "b@1", "weight": -1}]});
+    let reply = combine(&service, "both", &body).await;
+    assert_eq!(reply.status, StatusCode::CREATED, "{}", reply.text());
+    let status = reply.json();
+    assert_eq!((&status["generation"], &status["report"]["ranks"]), (&json!(1), &json!([2])));
+    assert_eq!(text(&service, &json!({"model": "both"})).await, "ceg");
+    // A part may be the name itself: the new generation is made of the one before.
+    let body = json!({"mode": "mean", "adapters": [{"name": "a"}, {"name": "b"}], "merge": true});
+    assert_eq!(combine(&service, "a", &body).await.json()["generation"], 2);
+    let expected = json!({"mode": "mean", "adapters": [{"name": "b"}], "expected_generation": 7});
+    assert_eq!(combine(&service, "a", &expected).await.status, StatusCode::CONFLICT);
+
+    let again = open(service.root()).await;
+    let combined = again.store.resolve("a").await.unwrap();
+    // b (2 and 3 on ones of rank 1): ((2 + 3) / 2) * 1, in a dense weight.
+    assert_eq!((combined.generation, value(&combined)), (2, 2.5));
+    assert_eq!(again.store.resolve("both").await.unwrap().digest.len(), 32);
+}
+
+#[tokio::test]
+async fn what_cannot_be_combined_is_refused_by_field() {
+    let service = service().await;
+    let check = async |name: &str, body: Json, refusal: (u16, Option<&str>), words: &str| {
+        service.refused(&format!("/v1/adapters/{name}:combine"), &body, refusal, words).await;
+    };
+    let both = json!([{"name": "a"}, {"name": "b"}]);
+    check("c", json!({"mode": "ties", "adapters": both}), (400, Some("density")), "is missing").await;
+    check("c", json!({"mode": "mean", "rank": 3, "adapters": both}), (400, Some("rank")), "stack").await;
+    check("c", json!({"mode": "svd", "adapters": both}), (400, Some("mode")), "stack").await;
+    check("c", json!({"mode": "mean", "adapters": []}), (400, Some("adapters")), "found 0").await;
+    let typo = json!({"mode": "mean", "adapters": [{"name": "a", "scale": 1}]});
+    check("c", typo, (400, Some("adapters[0].scale")), "scale").await;
+    check("c", json!({"mode": "mean", "adapters": [{"name": "nobody"}]}), (404, None), "`nobody`").await;
+    let lead = json!([{"name": "a"}, {"name": "lead"}]);
+    check("c", json!({"mode": "mean", "adapters": lead}), (400, None), "adapter `lead`: ").await;
+    check("base", json!({"mode": "mean", "adapters": both}), (400, Some("name")), "base model").await;
+    check("c%20d", json!({"mode": "mean", "adapters": both}), (400, Some("name")), "not an adapter name").await;
+    assert_eq!(service.get("/v1/adapters/c").await.status, StatusCode::NOT_FOUND, "nothing was left behind");
+}
+
+#[tokio::test]
+async fn combining_needs_the_admin_key() {
+    let config = ServerConfig { admin_key: Some("the-admin-key".to_owned()), ..ServerConfig::default() };
+    let service = Service::with_config(config).await;
+    let body = json!({"mode": "stack", "adapters": [{"name": "skip"}]});
+    assert_eq!(combine(&service, "c", &body).await.status, StatusCode::UNAUTHORIZED);
+    let request = Request::post("/v1/adapters/c:combine").header("content-type", "application/json");
+    let request = request.header("authorization", "Bearer the-admin-key").body(body.to_string().into()).unwrap();
+    assert_eq!(service.call(request).await.status, StatusCode::CREATED);
+}
+
+#[tokio::test]
+async fn what_is_combined_is_within_the_bound_on_uploads() {
+    let sizes = |files: &AdapterFiles| files.config.len() + files.weights.len();
+    let limit = sizes(&adapter(1.0)) + 10;
+    let service = Service::with_store(ServerConfig::default(), GenerationDefaults::default(), |config| {
+        config.upload_bytes_max = limit;
+        write_directory(&config.root.join("a"), &adapter(1.0));
+        write_directory(&config.root.join("b"), &adapter(2.0));
+    })
+    .await;
+    let body = json!({"mode": "mean", "adapters": [{"name": "a"}, {"name": "b"}]});
+    let reply = combine(&service, "c", &body).await;
+    assert_eq!(reply.status, StatusCode::PAYLOAD_TOO_LARGE, "{}", reply.text());
 }

@@ -3,6 +3,7 @@
 
 mod bench;
 mod cli_adapter;
+mod combined;
 mod composed;
 mod config;
 mod engine_golden;

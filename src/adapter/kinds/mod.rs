@@ -39,6 +39,7 @@ mod vblora;
 mod vera;
 mod waveft;
 
+pub use lora::{CombineInput, CombineMode, CombineOptions, combine};
 pub use refused::{REFUSED, Refused};
 
 use super::AdapterError;

@@ -2,6 +2,7 @@
 //! `s = alpha / r`, or `alpha / sqrt(r)` with `use_rslora` (PEFT 0.21 `tuners/lora`).
 
 mod activation;
+mod combine;
 mod dora;
 mod start;
 mod tokens;
@@ -10,6 +11,7 @@ mod variants;
 use candle_core::Tensor;
 use serde_json::Value;
 
+pub use self::combine::{CombineInput, CombineMode, CombineOptions, combine};
 use self::start::Start;
 use self::variants::{Storage, Stored};
 use super::Kind;
