@@ -119,7 +119,6 @@ impl Selector {
         match several {
             Some((field, _)) if wanted.is_some() => Err(disagree(field)),
             Some((field, parts)) => {
-                check_parts(field, &parts)?;
                 let shown = model.unwrap_or_else(|| together(&parts));
                 Ok(Self { shown, parts, field })
             }
@@ -342,16 +341,6 @@ fn check_scale(path: &str, scale: f32) -> Result<(), ApiError> {
     Err(ApiError::bad_request(path, format!("`{path}` must be from -{SCALE_MAX} to {SCALE_MAX}, found {scale}")))
 }
 
-/// Refuses adapters that are named twice: whether their strengths add up would be a guess.
-fn check_parts(field: &str, parts: &[Part]) -> Result<(), ApiError> {
-    for (i, part) in parts.iter().enumerate() {
-        if parts[..i].iter().any(|earlier| earlier.adapter == part.adapter) {
-            return Err(ApiError::bad_request(field, format!("`{field}` names an adapter twice")));
-        }
-    }
-    Ok(())
-}
-
 /// The parts as one name, for answers.
 fn together(parts: &[Part]) -> String {
     let part = |part: &Part| match &part.adapter {
@@ -467,7 +456,6 @@ mod tests {
         check(r#"{"adapter": [{"name": "a"}, {"name": "b", "scale": -101}]}"#, "adapter[1].scale");
         check(r#"{"adapter": [{"name": "a"}, {"scale": 1}]}"#, "adapter[1]");
         check(r#"{"adapter": [{"name": "a"}, null]}"#, "adapter[1]");
-        check(r#"{"adapter": ["a", "a"]}"#, "adapter");
         check(r#"{"adapter": {"name": "a", "weight": 1}}"#, "adapter.weight");
         check(r#"{"adapter": {"name": "a@1", "generation": 2}}"#, "adapter");
         check(r#"{"model": "a", "adapter": ["a", "b"]}"#, "adapter");

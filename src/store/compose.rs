@@ -16,7 +16,7 @@ impl Store {
     /// strength. All must exist; those of strength 0 are not even loaded, and without any other the answer is `None`, the base.
     ///
     /// # Errors
-    /// As [`Store::resolve`] for each; `TooManyParts`; a refusal where they cannot act together.
+    /// As [`Store::resolve`] for each; `TooManyParts`; `NamedTwice`; a refusal where they cannot act together.
     pub async fn compose(&self, parts: &[(String, f32)]) -> Result<Option<Arc<LoadedAdapter>>, StoreError> {
         let limit = self.shared.config.composition_parts_max;
         if parts.len() > limit {
@@ -28,7 +28,11 @@ impl Store {
                 let reference = parse_reference(name)?;
                 self.shared.find(reference.name, reference.generation).await?;
             } else {
-                active.push((self.resolve(name).await?, *strength));
+                let adapter = self.resolve(name).await?;
+                if active.iter().any(|(other, _): &(Arc<LoadedAdapter>, f32)| is_same(other, &adapter)) {
+                    return Err(StoreError::NamedTwice(name.clone()));
+                }
+                active.push((adapter, *strength));
             }
         }
         match active.as_slice() {
@@ -79,6 +83,11 @@ impl Shared {
         })
         .await
     }
+}
+
+/// Whether both are one generation of one name; two generations may act together.
+fn is_same(x: &LoadedAdapter, y: &LoadedAdapter) -> bool {
+    (&x.name, x.generation) == (&y.name, y.generation)
 }
 
 /// The parts with their strengths, for logs: no adapter can have such a name.

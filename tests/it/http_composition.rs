@@ -74,6 +74,9 @@ async fn what_cannot_act_together_is_refused_by_field() {
     check(json!({"model": "a", "adapter": ["a", "b"]}), (400, Some("adapter")), "different adapters").await;
     check(json!({"adapter": ["lead", "a", "broken"]}), (400, Some("adapter")), "header too large").await;
     check(json!({"adapter": {"name": "lead", "scale": 0.5}}), (400, Some("adapter")), "`lead`").await;
+    check(json!({"adapter": ["a", "b", {"name": "a", "scale": 2}]}), (400, Some("adapter")), "`a` is named twice")
+        .await;
+    check(json!({"adapter": ["a", "a@1"]}), (400, Some("adapter")), "named twice").await;
     let many: Vec<String> = (1..10).map(|generation| format!("a@{generation}")).collect();
     check(json!({"adapter": many}), (400, Some("adapter")), "adapters.composition_parts_max").await;
     let ties = json!({"ids": ["a"], "weights": [1], "merge_strategy": "ties"});

@@ -59,7 +59,7 @@ impl From<StoreError> for ApiError {
             StoreError::TooLarge { .. } | StoreError::OverHostMemory { .. } => {
                 Self::new(StatusCode::PAYLOAD_TOO_LARGE, message)
             }
-            StoreError::TooManyParts { .. } => Self::new(StatusCode::BAD_REQUEST, message),
+            StoreError::TooManyParts { .. } | StoreError::NamedTwice(_) => Self::new(StatusCode::BAD_REQUEST, message),
             StoreError::Busy => Self::too_many(message),
             StoreError::Refused(refusal) => match &**refusal {
                 AdapterError::Compute(_) => internal(&error),

@@ -86,6 +86,7 @@ fn load_error(error: StoreError) -> ApiError {
         | StoreError::FilesNotFound(_)
         | StoreError::BadUpload(_)
         | StoreError::TooManyParts { .. }
+        | StoreError::NamedTwice(_)
         | StoreError::Busy
         | StoreError::Storage(_) => ApiError { param: None, ..ApiError::from(error) },
     }

@@ -13,7 +13,7 @@ const UP: &str = "model.layers.1.mlp.up_proj";
 const TOLERANCE: f32 = 1e-5;
 
 /// A LoRA of the fake base: modules with rank and seed, and further config fields.
-fn files(modules: &[(&str, usize, u64)], alpha: f64, more: Value) -> AdapterFiles {
+fn files(modules: &[(&str, usize, u64)], alpha: f64, more: &Value) -> AdapterFiles {
     let mut tensors = BTreeMap::new();
     for (path, r, seed) in modules {
         let outputs = if path.ends_with("up_proj") { 18 } else { 12 };
@@ -29,7 +29,7 @@ fn files(modules: &[(&str, usize, u64)], alpha: f64, more: Value) -> AdapterFile
 }
 
 fn plain(modules: &[(&str, usize, u64)]) -> AdapterFiles {
-    files(modules, 6.0, json!({}))
+    files(modules, 6.0, &json!({}))
 }
 
 const fn with(mode: CombineMode) -> CombineOptions {
@@ -63,7 +63,7 @@ fn square(m: &Tensor) -> f64 {
 
 #[test]
 fn a_stack_acts_as_the_composition_does() {
-    let (x, y) = (plain(&[(Q, 4, 1), (UP, 2, 3)]), files(&[(Q, 3, 5)], 2.0, json!({"use_rslora": true})));
+    let (x, y) = (plain(&[(Q, 4, 1), (UP, 2, 3)]), files(&[(Q, 3, 5)], 2.0, &json!({"use_rslora": true})));
     let stack = lowered(&combined(&[(&x, 0.7), (&y, -0.3)], with(CombineMode::Stack)).unwrap());
     let (x, y) = (lowered(&x), lowered(&y));
     let parts = [Part { name: "x", adapter: &x, scale: 0.7 }, Part { name: "y", adapter: &y, scale: -0.3 }];
@@ -109,7 +109,7 @@ fn the_mean_has_the_mean_factors() {
 
 #[test]
 fn fair_minimises_its_objective() {
-    let (x, y) = (plain(&[(Q, 4, 1)]), files(&[(Q, 4, 3)], 2.0, json!({})));
+    let (x, y) = (plain(&[(Q, 4, 1)]), files(&[(Q, 4, 3)], 2.0, &json!({})));
     let parts = [(&x, 1.0), (&y, 2.0)];
     let lambda = 0.3;
     let options = CombineOptions { lambda: Some(lambda), ..with(CombineMode::Fair) };
@@ -205,10 +205,10 @@ fn what_is_no_pair_of_factors_is_refused_by_name() {
         ("trainable_token_indices", json!([1])),
         ("layer_replication", json!([[0, 1]])),
     ] {
-        check(&files(&[(Q, 4, 1)], 1.0, json!({field: value})), field);
+        check(&files(&[(Q, 4, 1)], 1.0, &json!({field: value})), field);
     }
-    check(&files(&[(Q, 4, 1)], 1.0, json!({"peft_type": "IA3"})), "only `LORA` adapters can be combined, found `IA3`");
-    check(&files(&[(Q, 4, 1)], 1.0, json!({"rank_pattern": {"q_proj": 5}})), "expected two dimensions and rank 5");
+    check(&files(&[(Q, 4, 1)], 1.0, &json!({"peft_type": "IA3"})), "only `LORA` adapters can be combined, found `IA3`");
+    check(&files(&[(Q, 4, 1)], 1.0, &json!({"rank_pattern": {"q_proj": 5}})), "expected two dimensions and rank 5");
     let key = format!("base_model.model.{Q}.lora_A.weight");
     let half = [(key.clone(), random(1, (4, 12)))];
     let config = sound.config.clone();
