@@ -201,6 +201,16 @@ def write_json(path: Path, value: object) -> None:
     path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
 
 
+def put_cases(root: Path, peft_type: str, made: list[dict], versions: dict | None = None) -> None:
+    """Puts entries into the manifest in place of all of their type; `versions` names the releases that made them."""
+    path = root / "manifest.json"
+    manifest = json.loads(path.read_text())
+    others = [entry for entry in manifest["cases"] if entry["peft_type"] != peft_type]
+    manifest["cases"] = sorted(others + made, key=lambda entry: (entry["model"], entry["name"]))
+    manifest["versions"] |= versions or {}
+    write_json(path, manifest)
+
+
 def randomize_adapter(model: torch.nn.Module, *seed_parts: object, values: dict | None = None) -> None:
     """Gives every trainable parameter random values of visible effect, in the model's own order.
 

@@ -68,11 +68,16 @@ impl Config {
 
     /// Every fault of the fields' names and switches: a refused field that is set, or a set field that nobody knows.
     pub(super) fn faults(&self, kind_fields: &[(&str, Rule)]) -> Vec<AdapterError> {
+        self.faults_among(&[kind_fields, COMMON_FIELDS])
+    }
+
+    /// The same where no field but these is known; the first list that has one decides.
+    pub(super) fn faults_among(&self, known: &[&[(&str, Rule)]]) -> Vec<AdapterError> {
         let fault = |(name, value): (&String, &Value)| {
             if is_unset(value) {
                 return None;
             }
-            let rule = kind_fields.iter().chain(COMMON_FIELDS).find(|(known, _)| known == name);
+            let rule = known.iter().copied().flatten().find(|(known, _)| known == name);
             match rule.map(|(_, rule)| *rule) {
                 Some(Rule::Read | Rule::Ignored) => None,
                 Some(Rule::Refused(reason)) => Some(field_error(name, reason)),
@@ -113,6 +118,12 @@ impl Config {
     /// A field that is a number.
     pub(super) fn number(&self, name: &str) -> Result<Option<f64>, AdapterError> {
         self.get(name).map(|value| as_number(name, value)).transpose()
+    }
+
+    /// A field that is an object, with fields of its own.
+    pub(super) fn section(&self, name: &str) -> Result<Option<Self>, AdapterError> {
+        let read = |value: &Value| value.as_object().cloned().ok_or_else(|| wrong_type(name, "an object", value));
+        Ok(self.get(name).map(read).transpose()?.map(|fields| Self { fields }))
     }
 
     /// A field that is an object; empty when absent. Entries keep the order of the file.

@@ -3,7 +3,8 @@
 use candle_core::{DType, Result, Tensor};
 
 use super::{
-    BaseWeights, Delta, EmbeddingPatch, LinearSlots, LoweredAdapter, NormOverride, Pre, Scale, SiteId, Weight,
+    BaseWeights, Delta, EmbeddingPatch, LayerSlots, LinearSlots, LoweredAdapter, Mix, NormOverride, Pre, Scale, SiteId,
+    StreamFunction, Weight,
 };
 
 /// Whether the adapter equals the base exactly. `dtype` is the format of own weights and tables; the rest is f32.
@@ -27,7 +28,13 @@ pub(super) fn is_neutral(adapter: &LoweredAdapter, base: &dyn BaseWeights, dtype
             return Ok(false);
         }
     }
-    Ok(true)
+    adapter.layers.values().flat_map(LayerSlots::functions).try_fold(true, |so_far, f| Ok(so_far && stream_is_kept(f)?))
+}
+
+/// Whether a function of the stream is the base's sum.
+fn stream_is_kept(f: &StreamFunction) -> Result<bool> {
+    let is_sum = f.outer == (Mix { stream: 1.0, output: 1.0 }) && f.norm_after.is_none();
+    Ok(is_sum && all_equal(&f.up.0, 0.0)? && all_equal(&f.up.1, 0.0)?)
 }
 
 fn linear_is_neutral(slots: &LinearSlots, id: SiteId, base: &dyn BaseWeights, dtype: DType) -> Result<bool> {

@@ -23,7 +23,7 @@ pub fn lower(
     options: &LowerOptions,
 ) -> Result<(LoweredAdapter, LowerReport), AdapterError> {
     let config = Config::parse(&files.config)?;
-    let kind = kinds::find(config.peft_type()?);
+    let kind = kinds::of(&config);
     let may_be_empty = kind.as_ref().is_ok_and(|kind| kind.may_be_empty);
     let file = TensorFile::parse(&files.weights, may_be_empty)?;
     let kind = kind?;
@@ -64,6 +64,10 @@ fn finish(mut lowering: Lowering<'_>) -> Result<(LoweredAdapter, LowerReport), A
         merge::merge(&mut lowering)?;
         if modules == 0 {
             lowering.warnings.push("there is nothing to merge: the adapter stands before the prompt".to_owned());
+        } else if lowering.out.linears.is_empty() && !lowering.out.layers.is_empty() {
+            lowering
+                .warnings
+                .push("there is nothing to merge: what the adapter adds is no part of a weight".to_owned());
         }
     }
     if !lowering.options.merge {
@@ -96,6 +100,13 @@ fn store(lowering: &mut Lowering<'_>) -> Result<(), AdapterError> {
     };
     if let Some(site) = first_infinite(&lowering.out)? {
         return refuse(&lowering.site(site).path);
+    }
+    for (layer, slots) in &lowering.out.layers {
+        for tensor in slots.tensors() {
+            if !is_finite(tensor)? {
+                return refuse(&format!("layer {layer}"));
+            }
+        }
     }
     for tensor in lowering.out.leading_tensors() {
         if !is_finite(tensor)? {

@@ -134,6 +134,12 @@ impl<'a> Lowering<'a> {
         self.file.shape(self.shared.get(name)?)
     }
 
+    /// Whether the name of a tensor that belongs to no module, and has not been taken yet, has these first components.
+    pub(super) fn has_shared_below(&self, components: &str) -> bool {
+        let is_below = |name: &String| name.strip_prefix(components).is_some_and(|rest| rest.starts_with('.'));
+        self.shared.keys().any(is_below)
+    }
+
     /// The error for a tensor that belongs to no module.
     pub(super) fn refuse_shared(&self, name: &str, reason: impl Into<String>) -> AdapterError {
         let key = self.shared.get(name).map_or(name, String::as_str);
@@ -415,11 +421,11 @@ impl<'a> Lowering<'a> {
         head.filter(|_| self.base.tied_embeddings()).map(|(id, _)| id)
     }
 
-    /// Number of modules that the result changes.
+    /// Number of modules that the result changes; a part of a layer counts as one.
     pub(super) fn num_modules(&self) -> usize {
         let out = &self.out;
         let ids: BTreeSet<&SiteId> = out.linears.keys().chain(out.norms.keys()).chain(out.embeddings.keys()).collect();
-        ids.len()
+        ids.len() + out.layers.values().map(super::LayerSlots::len).sum::<usize>()
     }
 }
 

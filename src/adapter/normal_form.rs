@@ -10,6 +10,8 @@
 //! `pre_t(x)`; the deltas read `x` itself. `c` is the bias when an adapter says nothing about it. All slots default to
 //! neutral.
 //!
+//! Inside a decoder layer an adapter can take the place of the sums that close its sublayers ([`LayerSlots`]).
+//!
 //! Beside the slots an adapter can stand before the prompt: first entries of the KV cache, then virtual tokens. Both take
 //! positions, from 0 on, and the prompt follows. It can also be asleep until its invocation tokens occur in the prompt.
 
@@ -17,7 +19,7 @@ use std::collections::BTreeMap;
 
 use candle_core::Tensor;
 
-use super::SiteId;
+use super::{LayerSlots, SiteId};
 
 /// An adapter in normal form. Sites that do not occur are untouched.
 #[derive(Clone, Debug, Default)]
@@ -28,6 +30,8 @@ pub struct LoweredAdapter {
     pub norms: BTreeMap<SiteId, NormOverride>,
     /// Patches per embedding.
     pub embeddings: BTreeMap<SiteId, EmbeddingPatch>,
+    /// Slots per decoder layer, by its number.
+    pub layers: BTreeMap<usize, LayerSlots>,
     /// Rows (n, hidden) that stand before every prompt as if they were embedded tokens.
     pub virtual_tokens: Option<Tensor>,
     /// Keys and values that stand before every context.
@@ -277,7 +281,8 @@ impl LoweredAdapter {
         let linears = self.linears.values().flat_map(LinearSlots::tensors);
         let norms = self.norms.values().flat_map(|norm| norm.weight.iter().chain(&norm.shift));
         let embeddings = self.embeddings.values().flat_map(EmbeddingPatch::tensors);
-        linears.chain(norms).chain(embeddings).chain(self.leading_tensors()).collect()
+        let layers = self.layers.values().flat_map(LayerSlots::tensors);
+        linears.chain(norms).chain(embeddings).chain(layers).chain(self.leading_tensors()).collect()
     }
 
     /// Every tensor of what stands before the prompt.
@@ -317,6 +322,7 @@ impl LoweredAdapter {
             tensors.extend(patch.rows.iter_mut().map(|(_, rows)| rows));
             tensors.extend(patch.low_rank.iter_mut().flat_map(|(a, b)| [a, b]));
         }
+        tensors.extend(self.layers.values_mut().flat_map(LayerSlots::tensors_mut));
         tensors.extend(&mut self.virtual_tokens);
         for (keys, values) in self.kv_prefix.iter_mut().flat_map(|prefix| &mut prefix.layers) {
             tensors.extend([keys, values]);

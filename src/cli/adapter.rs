@@ -23,7 +23,7 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 pub(super) enum AdapterCommand {
     /// Check a directory against the base model, without a server: what it is, what it changes, what it takes.
     Check {
-        /// Directory with adapter_config.json and adapter_model.safetensors.
+        /// Directory with adapter_config.json and adapter_model.safetensors (or adapter.safetensors).
         dir: PathBuf,
         /// Check it as it would be served merged into dense weights.
         #[arg(long)]
@@ -37,7 +37,7 @@ pub(super) enum AdapterCommand {
     Add {
         /// Name to serve it under.
         name: String,
-        /// Directory with adapter_config.json and adapter_model.safetensors.
+        /// Directory with adapter_config.json and adapter_model.safetensors (or adapter.safetensors).
         dir: PathBuf,
         /// Serve it merged into dense weights.
         #[arg(long)]

@@ -9,8 +9,10 @@ pub mod cpu;
 mod kv;
 mod linear;
 mod paged;
+mod stream;
 
 pub use adapter::{InputTerm, OutputTerm, SegmentTerms, Term, apply_segments, transform_inputs};
 pub use attention::AttentionShape;
 pub use linear::linear;
 pub use paged::{AttentionPlan, KvLayout, PagedKv, PagedSpan};
+pub use stream::{Factor, StreamTerm, stream_function};

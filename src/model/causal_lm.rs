@@ -82,8 +82,8 @@ impl Model {
             Matrix::Packed(w) => Some(w.format()),
             Matrix::Dense(_) | Matrix::Quantized { .. } => None,
         };
-        let pack_norms = self.info.kv_layout == KvLayout::Heads;
-        DeviceAdapter::new(adapter, &self.info.device, self.info.dtype, (packed_format, pack_norms))
+        let pack_layers = self.info.kv_layout == KvLayout::Heads;
+        DeviceAdapter::new(adapter, &self.info.device, self.info.dtype, (packed_format, pack_layers))
     }
 
     fn parameters(&self, site: SiteId) -> &Parameters {

@@ -1,12 +1,13 @@
 //! An adapter on the model's device, in the form that the layers work with.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 
 use candle_core::{DType, Device, Result, Tensor};
 use half::bf16;
 
 use crate::adapter::{
-    Delta, EmbeddingPatch, KvPrefix, LinearSlots, LoweredAdapter, NormOverride, Pre, Scale, SiteId, Weight,
+    Delta, EmbeddingPatch, KvPrefix, LinearSlots, LoweredAdapter, NormOverride, Pre, Scale, SiteId, StreamFunction,
+    Weight,
 };
 use crate::kernels::cpu::{
     NormSlots, PackedDelta, PackedMatrix, PackedPre, PackedScale, PackedSlots, RowMatrix, SparseRows, WeightFormat,
@@ -24,6 +25,23 @@ pub struct DeviceAdapter {
     pub(super) packed: HashMap<SiteId, PackedSlots>,
     /// Norms in the CPU kernels' form.
     pub(super) packed_norms: HashMap<SiteId, NormSlots>,
+    /// What happens inside decoder layers, by number; the tensors have none of it.
+    pub(super) layers: BTreeMap<usize, DeviceLayer>,
+}
+
+/// What an adapter does inside one decoder layer.
+#[derive(Debug, Default)]
+pub(super) struct DeviceLayer {
+    pub(super) after_attention: Option<DeviceFunction>,
+    pub(super) after_mlp: Option<DeviceFunction>,
+}
+
+/// A function of the residual stream.
+#[derive(Debug)]
+pub(super) struct DeviceFunction {
+    pub(super) function: StreamFunction,
+    /// The weights of the ways down and up, where the CPU's kernels run the layers; they read these then.
+    pub(super) packed: Option<(PackedMatrix, PackedMatrix)>,
 }
 
 impl DeviceAdapter {
@@ -32,13 +50,13 @@ impl DeviceAdapter {
         Self { tensors, ..Self::default() }
     }
 
-    /// Places `adapter`; `packed_format` names the format of a site's base weight where that is packed, `pack_norms` says
-    /// whether the CPU's kernels run the norms.
+    /// Places `adapter`; `packed_format` names the format of a site's base weight where that is packed, `pack_layers` says
+    /// whether the CPU's kernels run norms and residual streams.
     pub(super) fn new(
         adapter: &LoweredAdapter,
         device: &Device,
         dtype: DType,
-        (packed_format, pack_norms): (impl Fn(SiteId) -> Option<WeightFormat>, bool),
+        (packed_format, pack_layers): (impl Fn(SiteId) -> Option<WeightFormat>, bool),
     ) -> Result<Self> {
         let place = Placement { device, dtype };
         let mut placed = Self::default();
@@ -53,7 +71,7 @@ impl DeviceAdapter {
             }
         }
         for (site, norm) in &adapter.norms {
-            if pack_norms {
+            if pack_layers {
                 let host = |tensor: &Option<Tensor>| tensor.as_ref().map(host).transpose();
                 let slots = NormSlots { weight: host(&norm.weight)?, shift: host(&norm.shift)? };
                 placed.packed_norms.insert(*site, slots);
@@ -64,6 +82,14 @@ impl DeviceAdapter {
         }
         for (site, patch) in &adapter.embeddings {
             placed.tensors.embeddings.insert(*site, place.embedding(patch)?);
+        }
+        for (number, slots) in &adapter.layers {
+            let function = |f: &Option<StreamFunction>| f.as_ref().map(|f| place.function(f, pack_layers)).transpose();
+            let layer = DeviceLayer {
+                after_attention: function(&slots.after_attention)?,
+                after_mlp: function(&slots.after_mlp)?,
+            };
+            placed.layers.insert(*number, layer);
         }
         placed.tensors.virtual_tokens = place.option(&adapter.virtual_tokens)?;
         if let Some(prefix) = &adapter.kv_prefix {
@@ -200,6 +226,15 @@ impl Placement<'_> {
             },
             c: self.option(&slots.c)?,
         })
+    }
+
+    fn function(&self, function: &StreamFunction, pack: bool) -> Result<DeviceFunction> {
+        let mut placed = function.clone();
+        for tensor in placed.tensors_mut() {
+            *tensor = self.tensor(tensor)?;
+        }
+        let packed = if pack { Some((pack_matrix(&function.down.0)?, pack_matrix(&function.up.0)?)) } else { None };
+        Ok(DeviceFunction { function: placed, packed })
     }
 
     fn embedding(&self, patch: &EmbeddingPatch) -> Result<EmbeddingPatch> {

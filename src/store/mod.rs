@@ -27,4 +27,5 @@ pub use catalog::{AdapterStatus, PublishOptions, Store, UploadSlot};
 pub use config::StoreConfig;
 pub use error::StoreError;
 pub use local::AdapterDirectory;
+pub use objects::WEIGHTS_FILES;
 pub use unpack::unpack_tar;

@@ -49,6 +49,17 @@ fn check_tells_what_an_adapter_is() {
 }
 
 #[test]
+fn check_reads_a_directory_of_adapterhub() {
+    let source = fixtures::dir().join("adapters/llama/bottleneck_pfeiffer");
+    let said = check_succeeds(&check(&source, &[]));
+    assert!(said.contains("kind      BOTTLENECK\nmodules   2\n"), "{said}");
+    let temp = tempfile::tempdir().unwrap();
+    std::fs::copy(source.join("adapter_config.json"), temp.path().join("adapter_config.json")).unwrap();
+    std::fs::write(temp.path().join("pytorch_adapter.bin"), "x").unwrap();
+    check_fails(&check(temp.path(), &[]), "pytorch_adapter.bin: is a pickle file");
+}
+
+#[test]
 fn check_says_why_an_adapter_cannot_be_served() {
     let temp = tempfile::tempdir().unwrap();
     check_fails(&check(&temp.path().join("absent"), &[]), "is not a directory");

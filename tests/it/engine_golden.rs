@@ -4,7 +4,7 @@
 use std::sync::Arc;
 
 use candle_core::DType;
-use patchbay::adapter::{AdapterFiles, LoadedAdapter, LowerOptions, digest, lower};
+use patchbay::adapter::{LoadedAdapter, LowerOptions, digest, lower};
 use patchbay::engine::{Engine, EngineConfig, GenerationEvent, GenerationRequest, ModelRunner, SamplingParams};
 use patchbay::metrics::{Metrics, MetricsConfig};
 use patchbay::model::Model;
@@ -18,8 +18,7 @@ const GREEDY_TOKENS: usize = 16;
 const CACHE_TOKENS: usize = 96;
 
 fn load(case: &AdapterCase, model: &Model) -> Arc<LoadedAdapter> {
-    let read = |name: &str| std::fs::read(fixtures::dir().join(&case.dir).join(name)).expect("a file of the fixture");
-    let files = AdapterFiles { config: read("adapter_config.json"), weights: read("adapter_model.safetensors") };
+    let files = fixtures::adapter_files(&case.dir).expect("the files of the fixture");
     let options = LowerOptions { merge: false, dtype: DType::F32, own_bytes_max: 1 << 20 };
     let (lowered, report) = lower(&files, model, &options).unwrap_or_else(|error| panic!("{}: {error}", case.dir));
     let digest = digest(&files, &options);

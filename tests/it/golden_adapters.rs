@@ -33,10 +33,7 @@ struct Lowered {
 }
 
 fn read(case: &AdapterCase) -> AdapterFiles {
-    let dir = fixtures::dir().join(&case.dir);
-    let read =
-        |name: &str| std::fs::read(dir.join(name)).unwrap_or_else(|error| panic!("{}/{name}: {error}", case.dir));
-    AdapterFiles { config: read("adapter_config.json"), weights: read("adapter_model.safetensors") }
+    fixtures::adapter_files(&case.dir).unwrap_or_else(|error| panic!("{}: {error}", case.dir))
 }
 
 fn lower_case(runner: &Runner, case: &AdapterCase, merge: bool) -> Lowered {
@@ -112,16 +109,18 @@ fn logits_equal_peft() {
     check_logits(false);
 }
 
-/// The device's own kernels have their tests against the plain ones; what stands before a prompt goes another way in each.
+/// The device's own kernels have their tests against the plain ones; what stands before a prompt, or inside a layer, goes
+/// another way in each.
 #[test]
-fn logits_of_leading_adapters_equal_peft_with_plain_kernels() {
+fn logits_of_adapters_beside_the_linears_equal_peft_with_plain_kernels() {
     let failures = std::cell::RefCell::new(Vec::new());
     for_each_model_with(
         |config| config.kernels = KernelChoice::Plain,
         |runner, cases| {
             for case in cases {
                 let lowered = lower_case(runner, case, false);
-                if lowered.adapter.num_leading() == 0 && lowered.adapter.invocation_tokens.is_empty() {
+                let LoweredAdapter { invocation_tokens, layers, .. } = &lowered.adapter;
+                if lowered.adapter.num_leading() == 0 && invocation_tokens.is_empty() && layers.is_empty() {
                     continue;
                 }
                 let difference = difference(runner, &lowered, Some(&lowered.adapter));

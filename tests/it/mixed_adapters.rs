@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 
 use candle_core::{DType, Device, Tensor};
 use patchbay::adapter::{
-    BaseShape, BaseWeights, Delta, EmbeddingPatch, KvPrefix, LinearSlots, LoweredAdapter, NormOverride, Pre, Scale,
-    SiteKind, Weight,
+    BaseShape, BaseWeights, Delta, EmbeddingPatch, KvPrefix, LayerSlots, LinearSlots, LoweredAdapter, Mix, NormOverride,
+    Pre, Scale, SiteKind, StreamFunction, Weight,
 };
 use patchbay::model::{DeviceChoice, Model};
 use rand::seq::IndexedRandom;
@@ -109,6 +109,26 @@ fn random_embedding(rng: &mut ChaCha8Rng, vocab: usize, dim: usize) -> Embedding
     patch
 }
 
+fn random_function(rng: &mut ChaCha8Rng, hidden: usize) -> StreamFunction {
+    let width = rng.random_range(1..9);
+    let activations = [Tensor::relu, Tensor::silu, Tensor::tanh, Tensor::gelu_erf];
+    let mut mix = || Mix { stream: rng.random_range(0..2) as f32, output: rng.random_range(0..2) as f32 };
+    let (input, inner) = (mix(), mix());
+    let norm = |rng: &mut ChaCha8Rng| {
+        rng.random_bool(0.4).then(|| (random(rng, &[hidden], 1.), random(rng, &[hidden], 0.)))
+    };
+    StreamFunction {
+        input,
+        norm_before: norm(rng),
+        down: (random(rng, &[width, hidden], 0.), random(rng, &[width], 0.)),
+        activation: *activations.choose(rng).unwrap(),
+        up: (random(rng, &[hidden, width], 0.), random(rng, &[hidden], 0.)),
+        inner,
+        norm_after: norm(rng),
+        outer: Mix { stream: 1., output: 1. },
+    }
+}
+
 fn random_adapter(rng: &mut ChaCha8Rng, base: &Model) -> LoweredAdapter {
     let mut adapter = LoweredAdapter::default();
     for (id, site) in base.sites().iter() {
@@ -138,6 +158,11 @@ fn random_adapter(rng: &mut ChaCha8Rng, base: &Model) -> LoweredAdapter {
         let shape = [rng.random_range(1..14), kv_width];
         let layers = (0..num_layers).map(|_| (random(rng, &shape, 0.), random(rng, &shape, 0.))).collect();
         adapter.kv_prefix = Some(KvPrefix { layers });
+    }
+    for layer in 0..num_layers {
+        let mut function = || rng.random_bool(0.3).then(|| random_function(rng, hidden_size));
+        let slots = LayerSlots { after_attention: function(), after_mlp: function() };
+        adapter.layers.insert(layer, slots);
     }
     if adapter.num_leading() == 0 && rng.random_bool(0.5) {
         // Each occurs in some prompts, at the start, in the middle or at the end.

@@ -31,14 +31,15 @@ fn faulty_adapters_are_refused_by_name() {
 #[test]
 fn sound_adapters_pass_the_check_without_a_model() {
     for case in fixtures::manifest().cases {
-        let inspection = inspect(&read(&case.dir)).unwrap_or_else(|error| panic!("{}: {error}", case.dir));
+        let files = fixtures::adapter_files(&case.dir).unwrap_or_else(|error| panic!("{}: {error}", case.dir));
+        let inspection = inspect(&files).unwrap_or_else(|error| panic!("{}: {error}", case.dir));
         assert!(inspection.problems.is_empty(), "{}: {:?}", case.dir, inspection.problems);
         assert_eq!(inspection.kind, case.peft_type);
         assert!(inspection.tensors > 0 && inspection.bytes > 0, "{}", case.dir);
-        // What stands before the prompt belongs to no module.
-        let leads = case.peft_type.contains("PROMPT")
-            || ["P_TUNING", "CPT", "PREFIX_TUNING", "CARTRIDGE"].contains(&case.peft_type.as_str());
-        assert_eq!(inspection.modules.is_empty(), leads, "{}", case.dir);
+        // What stands before the prompt, or inside a layer, belongs to no module that has a weight.
+        let is_beside = case.peft_type.contains("PROMPT")
+            || ["P_TUNING", "CPT", "PREFIX_TUNING", "CARTRIDGE", "BOTTLENECK"].contains(&case.peft_type.as_str());
+        assert_eq!(inspection.modules.is_empty(), is_beside, "{}", case.dir);
     }
 }
 
@@ -74,6 +75,12 @@ fn faults_that_show_without_a_model_are_found_without_one() {
         "multitask_range",
         "cpt_ids",
         "cartridge_inf",
+        "bottleneck_key",
+        "bottleneck_nan",
+        "bottleneck_field",
+        "bottleneck_gating",
+        "bottleneck_architecture",
+        "bottleneck_activation",
         "truncated",
         "config_not_json",
         "no_weights",

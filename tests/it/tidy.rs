@@ -180,6 +180,7 @@ const KINDS: &[&str] = &[
     "road",
     "oft",
     "boft",
+    "bottleneck",
 ];
 /// Names of model families, lower case.
 const FAMILIES: &[&str] = &["llama", "mistral", "qwen2", "qwen3", "phi3"];

@@ -3,6 +3,7 @@
 mod adalora;
 mod beft;
 mod boft;
+mod bottleneck;
 mod c3a;
 mod deft;
 mod delora;
@@ -51,6 +52,8 @@ use super::matching::Matcher;
 pub struct Kind {
     /// `peft_type` in the config.
     pub peft_type: &'static str,
+    /// Whether a config without `peft_type` is of this kind.
+    pub(super) claims: fn(&Config) -> bool,
     /// Its usual name.
     pub title: &'static str,
     /// How it is served when it is not merged.
@@ -83,6 +86,7 @@ impl Kind {
     /// What a row says where nothing is special; each kind gives its names, its suffixes and `lower`.
     const PLAIN: Self = Self {
         peft_type: "",
+        claims: |_| false,
         title: "",
         served_as: "",
         merged_as: "",
@@ -143,10 +147,21 @@ pub static KINDS: &[Kind] = &[
     prompt::CPT,
     prefix::PREFIX_TUNING,
     prefix::CARTRIDGE,
+    bottleneck::BOTTLENECK,
 ];
 
+/// The row that a config belongs to.
+pub(super) fn of(config: &Config) -> Result<&'static Kind, AdapterError> {
+    if config.get("peft_type").is_none()
+        && let Some(kind) = KINDS.iter().find(|kind| (kind.claims)(config))
+    {
+        return Ok(kind);
+    }
+    find(config.peft_type()?)
+}
+
 /// The row with this `peft_type`.
-pub(super) fn find(peft_type: &str) -> Result<&'static Kind, AdapterError> {
+fn find(peft_type: &str) -> Result<&'static Kind, AdapterError> {
     KINDS.iter().find(|kind| kind.peft_type == peft_type).ok_or_else(|| {
         if let Some(refused) = REFUSED.iter().find(|refused| refused.peft_type == peft_type) {
             return super::config::field_error("peft_type", format!("`{peft_type}` is not served: {}", refused.reason));

@@ -21,7 +21,7 @@ mod silu;
 mod slots;
 mod sparse;
 #[cfg(test)]
-mod testing;
+pub(super) mod testing;
 mod tile;
 mod words;
 

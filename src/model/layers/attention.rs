@@ -7,7 +7,7 @@ use crate::kernels::cpu::{QkPrepare, prepare_qk_op};
 use crate::kernels::{AttentionShape, PagedKv};
 use crate::model::step::Step;
 
-/// `y = o(attention(rope(norm(q(x))), rope(norm(k(x))), v(x)))`, grouped-query, causal.
+/// `attention(rope(norm(q(x))), rope(norm(k(x))), v(x))`, grouped-query, causal; then the output projection.
 #[derive(Clone, Debug)]
 pub(in crate::model) struct Attention {
     /// The query, key and value projections.
@@ -64,14 +64,9 @@ impl Heads {
 }
 
 impl Attention {
-    /// Writes the keys and values of `x` (tokens, hidden) into `cache`, attends, and adds `residual`: (tokens, hidden).
-    pub(in crate::model) fn forward_add(
-        &self,
-        x: &Tensor,
-        step: &Step<'_>,
-        cache: &PagedKv,
-        residual: &Tensor,
-    ) -> Result<Tensor> {
+    /// Writes the keys and values of `x` (tokens, hidden) into `cache` and attends: what the output projection reads,
+    /// (tokens, heads * head_dim).
+    pub(in crate::model) fn attend(&self, x: &Tensor, step: &Step<'_>, cache: &PagedKv) -> Result<Tensor> {
         let Heads { num_heads, num_kv_heads, head_dim } = self.heads;
         let (q, k, v) = match &step.rope {
             Rotation::Host { cos, sin } => self.project_joined(x, step, (cos, sin))?,
@@ -85,8 +80,7 @@ impl Attention {
             window: self.window,
         };
         cache.write(&step.attention, &k, &v, &shape)?;
-        let y = cache.attend(&q, &step.attention, &shape)?;
-        self.o_proj.forward_add(&y, step.segments, residual)
+        cache.attend(&q, &step.attention, &shape)
     }
 
     /// Queries, keys and values, (tokens, heads * head_dim) each, ready for attention: with the CPU's kernels.
