@@ -3,11 +3,33 @@
 import torch
 
 from fixture_cases import Case
+from fixture_common import RANDOM_RULES
 from fixture_refused import MODEL, Refused, noise, with_value
 
 HIDDEN = 32
 PLACE = "model.layers.0.output_adapters.adapters.task."
-CASES: list[Case] = []
+RANDOM_RULES.update(
+    {"adaption_prompt": lambda old, noise: 2 * noise, "adaption_gate": lambda old, noise: 1.5 + 0.1 * noise}
+)
+
+
+def adaption(name: str, what: str, models: tuple[str, ...] = ("llama",), identity: bool = False, **config) -> Case:
+    """A case of adaption prompts."""
+    return Case(name, "ADAPTION_PROMPT", what, models, config, identity=identity, prompts=(1, 2))
+
+
+CASES = [
+    adaption(
+        "adaption_prompt",
+        "all layers; a bias of the output projection counts twice",
+        ("llama", "llama_bias", "mistral", "llama_rope_yarn"),
+        adapter_len=5,
+        adapter_layers=2,
+    ),
+    adaption("adaption_prompt_last", "the last layer only, more vectors", adapter_len=17, adapter_layers=1),
+    adaption("adaption_prompt_one", "one vector, whose softmax is one", adapter_len=1, adapter_layers=2),
+    adaption("adaption_prompt_identity", "gates of zero", identity=True, adapter_len=3, adapter_layers=2),
+]
 
 
 def bottleneck(name: str, what: str, names: str, tensors: dict | None = None, top: dict | None = None, **config) -> Refused:
@@ -80,4 +102,45 @@ def bottlenecks() -> list[Refused]:
     ]
 
 
-REFUSED = bottlenecks()
+ATTENTION = "base_model.model.model.layers.1.self_attn."
+
+
+def adaption_fault(name: str, what: str, names: str, tensors: dict | None = None, **changed) -> Refused:
+    """A faulty file of adaption prompts; tensors replace the sound ones (None removes one)."""
+    model = changed.pop("model", MODEL)
+    hidden = changed.pop("hidden", HIDDEN)
+    sound = {f"{ATTENTION}adaption_prompt": noise(1, 4, hidden), f"{ATTENTION}adaption_gate": noise(1)}
+    tensors = {key: value for key, value in (sound | (tensors or {})).items() if value is not None}
+    config = {
+        "peft_type": "ADAPTION_PROMPT",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": f"patchbay/{model}",
+        "inference_mode": True,
+        "target_modules": "self_attn",
+        "adapter_len": 4,
+        "adapter_layers": 1,
+    }
+    return Refused(f"adaption_{name}", what, names, config | changed, tensors, model)
+
+
+def adaptions() -> list[Refused]:
+    """Faults of adaption prompts."""
+    prompt, gate = f"{ATTENTION}adaption_prompt", f"{ATTENTION}adaption_gate"
+    nan = with_value({prompt: noise(1, 4, HIDDEN)}, prompt, float("nan"))
+    return [
+        adaption_fault("key", "an unknown tensor", "adaption_bias", {f"{ATTENTION}adaption_bias": noise(1)}),
+        adaption_fault("missing", "no gate", gate, {gate: None}),
+        adaption_fault("shape", "another length than the config's", prompt, adapter_len=5),
+        adaption_fault("layers", "more layers than there are", "adapter_layers", adapter_layers=3),
+        adaption_fault("first", "a layer that is not among the last ones", "layers.0", {prompt.replace("1.self", "0.self"): noise(1, 4, HIDDEN)}),
+        adaption_fault("nan", "a value is NaN", prompt, nan),
+        adaption_fault("length", "no length", "adapter_len", adapter_len=None),
+        adaption_fault("target", "another module", "target_modules", target_modules="attn"),
+        adaption_fault("field", "a field that nobody knows", "mystery", mystery=1),
+        adaption_fault("saved", "a module beside it", "modules_to_save", modules_to_save=["lm_head"]),
+        adaption_fault("fused", "a base with fused projections", "k_proj", model="phi3"),
+        adaption_fault("normed", "a base that norms its queries", "norms its queries", model="qwen3"),
+    ]
+
+
+REFUSED = bottlenecks() + adaptions()

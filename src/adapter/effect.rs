@@ -28,7 +28,21 @@ pub(super) fn is_neutral(adapter: &LoweredAdapter, base: &dyn BaseWeights, dtype
             return Ok(false);
         }
     }
-    adapter.layers.values().flat_map(LayerSlots::functions).try_fold(true, |so_far, f| Ok(so_far && stream_is_kept(f)?))
+    for slots in adapter.layers.values() {
+        if !layer_is_neutral(slots)? {
+            return Ok(false);
+        }
+    }
+    Ok(true)
+}
+
+fn layer_is_neutral(slots: &LayerSlots) -> Result<bool> {
+    if let Some(branch) = &slots.branch
+        && !all_equal(&branch.values, 0.0)?
+    {
+        return Ok(false);
+    }
+    slots.functions().try_fold(true, |so_far, function| Ok(so_far && stream_is_kept(function)?))
 }
 
 /// Whether a function of the stream is the base's sum.

@@ -9,6 +9,19 @@ pub struct LayerSlots {
     pub after_attention: Option<StreamFunction>,
     /// What takes the place of the sum behind the feed-forward block.
     pub after_mlp: Option<StreamFunction>,
+    /// What the queries attend to beside the context.
+    pub branch: Option<AttentionBranch>,
+}
+
+/// Keys and values of no position, at least one, beside the context. Every query of the layer attends to all of them in a
+/// softmax of their own; what that gives is added to the attention's result, before the output projection:
+/// `softmax(q K^T / sqrt(head_dim)) V`, grouped-query as the attention itself, with the queries as it uses them.
+#[derive(Clone, Debug)]
+pub struct AttentionBranch {
+    /// (entries, kv heads * head_dim), ready to be multiplied with queries.
+    pub keys: Tensor,
+    /// (entries, kv heads * head_dim); any factor is folded in.
+    pub values: Tensor,
 }
 
 /// A function of the residual stream. Where the base adds a sublayer's output o to the stream s that the sublayer read
@@ -80,7 +93,7 @@ impl LayerSlots {
 
     /// How many parts of the layer are changed.
     pub fn len(&self) -> usize {
-        self.functions().count()
+        self.functions().count() + usize::from(self.branch.is_some())
     }
 
     /// Whether nothing is changed.
@@ -90,12 +103,14 @@ impl LayerSlots {
 
     /// Every tensor of the slots.
     pub fn tensors(&self) -> Vec<&Tensor> {
-        self.functions().flat_map(StreamFunction::tensors).collect()
+        let branch = self.branch.iter().flat_map(|branch| [&branch.keys, &branch.values]);
+        self.functions().flat_map(StreamFunction::tensors).chain(branch).collect()
     }
 
     /// Every tensor of the slots, to be replaced in place.
     pub fn tensors_mut(&mut self) -> Vec<&mut Tensor> {
         let functions = self.after_attention.iter_mut().chain(&mut self.after_mlp);
-        functions.flat_map(StreamFunction::tensors_mut).collect()
+        let branch = self.branch.iter_mut().flat_map(|branch| [&mut branch.keys, &mut branch.values]);
+        functions.flat_map(StreamFunction::tensors_mut).chain(branch).collect()
     }
 }

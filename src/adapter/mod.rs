@@ -37,7 +37,7 @@ pub use error::AdapterError;
 pub use files::{AdapterFiles, LowerOptions, LowerReport, OwnWeights};
 pub use inspect::{Inspection, inspect};
 pub use kinds::{KINDS, Kind, REFUSED, Refused};
-pub use layer_slots::{Activation, LayerSlots, Mix, StreamFunction};
+pub use layer_slots::{Activation, AttentionBranch, LayerSlots, Mix, StreamFunction};
 pub use lower::{digest, lower};
 pub use normal_form::{
     Delta, EmbeddingPatch, KvPrefix, LinearSlots, LoadedAdapter, LoweredAdapter, NormOverride, Pre, Scale, Weight,

@@ -6,6 +6,7 @@ use candle_core::{DType, Result, Tensor};
 use serde_json::Value;
 
 use super::checkpoint::Checkpoint;
+use super::device_adapter::Placement;
 use super::families::{self, Built};
 use super::layers::{Decoder, Matrix};
 use super::loader::{Loaded, Loader, Parameters};
@@ -82,8 +83,13 @@ impl Model {
             Matrix::Packed(w) => Some(w.format()),
             Matrix::Dense(_) | Matrix::Quantized { .. } => None,
         };
-        let pack_layers = self.info.kv_layout == KvLayout::Heads;
-        DeviceAdapter::new(adapter, &self.info.device, self.info.dtype, (packed_format, pack_layers))
+        let place = Placement {
+            device: &self.info.device,
+            dtype: self.info.dtype,
+            layout: self.info.kv_layout,
+            heads: (self.info.num_kv_heads, self.info.head_dim),
+        };
+        DeviceAdapter::new(adapter, &place, packed_format)
     }
 
     fn parameters(&self, site: SiteId) -> &Parameters {

@@ -6,12 +6,13 @@ use candle_core::{DType, Device, Result, Tensor};
 use half::bf16;
 
 use crate::adapter::{
-    Delta, EmbeddingPatch, KvPrefix, LinearSlots, LoweredAdapter, NormOverride, Pre, Scale, SiteId, StreamFunction,
-    Weight,
+    AttentionBranch, Delta, EmbeddingPatch, KvPrefix, LinearSlots, LoweredAdapter, NormOverride, Pre, Scale, SiteId,
+    StreamFunction, Weight,
 };
 use crate::kernels::cpu::{
     NormSlots, PackedDelta, PackedMatrix, PackedPre, PackedScale, PackedSlots, RowMatrix, SparseRows, WeightFormat,
 };
+use crate::kernels::{KvLayout, PagedKv};
 
 /// An adapter on the model's device.
 ///
@@ -34,6 +35,8 @@ pub struct DeviceAdapter {
 pub(super) struct DeviceLayer {
     pub(super) after_attention: Option<DeviceFunction>,
     pub(super) after_mlp: Option<DeviceFunction>,
+    /// Entries of an attention branch.
+    pub(super) branch: Option<PagedKv>,
 }
 
 /// A function of the residual stream.
@@ -50,15 +53,13 @@ impl DeviceAdapter {
         Self { tensors, ..Self::default() }
     }
 
-    /// Places `adapter`; `packed_format` names the format of a site's base weight where that is packed, `pack_layers` says
-    /// whether the CPU's kernels run norms and residual streams.
+    /// Places `adapter`; `packed_format` names the format of a site's base weight where that is packed.
     pub(super) fn new(
         adapter: &LoweredAdapter,
-        device: &Device,
-        dtype: DType,
-        (packed_format, pack_layers): (impl Fn(SiteId) -> Option<WeightFormat>, bool),
+        place: &Placement<'_>,
+        packed_format: impl Fn(SiteId) -> Option<WeightFormat>,
     ) -> Result<Self> {
-        let place = Placement { device, dtype };
+        let pack_layers = place.layout == KvLayout::Heads;
         let mut placed = Self::default();
         for (site, slots) in &adapter.linears {
             match packed_format(*site) {
@@ -88,6 +89,7 @@ impl DeviceAdapter {
             let layer = DeviceLayer {
                 after_attention: function(&slots.after_attention)?,
                 after_mlp: function(&slots.after_mlp)?,
+                branch: slots.branch.as_ref().map(|branch| place.branch(branch)).transpose()?,
             };
             placed.layers.insert(*number, layer);
         }
@@ -174,9 +176,14 @@ fn pack_slots(slots: &LinearSlots, format: WeightFormat) -> Result<PackedSlots> 
 }
 
 /// Where an adapter's tensors go.
-struct Placement<'a> {
-    device: &'a Device,
-    dtype: DType,
+pub(super) struct Placement<'a> {
+    pub(super) device: &'a Device,
+    /// Format of activations.
+    pub(super) dtype: DType,
+    /// How keys and values lie; in [`KvLayout::Heads`] the CPU's kernels run norms and residual streams too.
+    pub(super) layout: KvLayout,
+    /// Key and value heads, and the length of their vectors.
+    pub(super) heads: (usize, usize),
 }
 
 impl Placement<'_> {
@@ -235,6 +242,11 @@ impl Placement<'_> {
         }
         let packed = if pack { Some((pack_matrix(&function.down.0)?, pack_matrix(&function.up.0)?)) } else { None };
         Ok(DeviceFunction { function: placed, packed })
+    }
+
+    fn branch(&self, branch: &AttentionBranch) -> Result<PagedKv> {
+        let (keys, values) = (self.tensor(&branch.keys)?, self.tensor(&branch.values)?);
+        PagedKv::of_entries(self.layout, (&keys, &values), self.heads)
     }
 
     fn embedding(&self, patch: &EmbeddingPatch) -> Result<EmbeddingPatch> {

@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 
 use candle_core::{DType, Device, Tensor};
 use patchbay::adapter::{
-    BaseShape, BaseWeights, Delta, EmbeddingPatch, KvPrefix, LayerSlots, LinearSlots, LoweredAdapter, Mix, NormOverride,
-    Pre, Scale, SiteKind, StreamFunction, Weight,
+    AttentionBranch, BaseShape, BaseWeights, Delta, EmbeddingPatch, KvPrefix, LayerSlots, LinearSlots, LoweredAdapter,
+    Mix, NormOverride, Pre, Scale, SiteKind, StreamFunction, Weight,
 };
 use patchbay::model::{DeviceChoice, Model};
 use rand::seq::IndexedRandom;
@@ -114,9 +114,8 @@ fn random_function(rng: &mut ChaCha8Rng, hidden: usize) -> StreamFunction {
     let activations = [Tensor::relu, Tensor::silu, Tensor::tanh, Tensor::gelu_erf];
     let mut mix = || Mix { stream: rng.random_range(0..2) as f32, output: rng.random_range(0..2) as f32 };
     let (input, inner) = (mix(), mix());
-    let norm = |rng: &mut ChaCha8Rng| {
-        rng.random_bool(0.4).then(|| (random(rng, &[hidden], 1.), random(rng, &[hidden], 0.)))
-    };
+    let norm =
+        |rng: &mut ChaCha8Rng| rng.random_bool(0.4).then(|| (random(rng, &[hidden], 1.), random(rng, &[hidden], 0.)));
     StreamFunction {
         input,
         norm_before: norm(rng),
@@ -161,7 +160,12 @@ fn random_adapter(rng: &mut ChaCha8Rng, base: &Model) -> LoweredAdapter {
     }
     for layer in 0..num_layers {
         let mut function = || rng.random_bool(0.3).then(|| random_function(rng, hidden_size));
-        let slots = LayerSlots { after_attention: function(), after_mlp: function() };
+        let (after_attention, after_mlp) = (function(), function());
+        let branch = rng.random_bool(0.3).then(|| {
+            let shape = [rng.random_range(1..20), kv_width];
+            AttentionBranch { keys: random(rng, &shape, 0.), values: random(rng, &shape, 0.) }
+        });
+        let slots = LayerSlots { after_attention, after_mlp, branch };
         adapter.layers.insert(layer, slots);
     }
     if adapter.num_leading() == 0 && rng.random_bool(0.5) {

@@ -38,7 +38,8 @@ fn sound_adapters_pass_the_check_without_a_model() {
         assert!(inspection.tensors > 0 && inspection.bytes > 0, "{}", case.dir);
         // What stands before the prompt, or inside a layer, belongs to no module that has a weight.
         let is_beside = case.peft_type.contains("PROMPT")
-            || ["P_TUNING", "CPT", "PREFIX_TUNING", "CARTRIDGE", "BOTTLENECK"].contains(&case.peft_type.as_str());
+            || ["P_TUNING", "CPT", "PREFIX_TUNING", "CARTRIDGE", "BOTTLENECK", "ADAPTION_PROMPT"]
+                .contains(&case.peft_type.as_str());
         assert_eq!(inspection.modules.is_empty(), is_beside, "{}", case.dir);
     }
 }
@@ -75,6 +76,10 @@ fn faults_that_show_without_a_model_are_found_without_one() {
         "multitask_range",
         "cpt_ids",
         "cartridge_inf",
+        "adaption_nan",
+        "adaption_length",
+        "adaption_target",
+        "adaption_field",
         "bottleneck_key",
         "bottleneck_nan",
         "bottleneck_field",

@@ -239,7 +239,7 @@ fn lower(lowering: &mut Lowering<'_>) -> Result<(), AdapterError> {
             }
         }
         let [after_attention, after_mlp] = functions;
-        let slots = LayerSlots { after_attention, after_mlp };
+        let slots = LayerSlots { after_attention, after_mlp, branch: None };
         if !slots.is_empty() {
             lowering.out.layers.insert(layer, slots);
         }

@@ -1,6 +1,7 @@
 //! The table of adapter kinds. A kind is one file here and one row of [`KINDS`].
 
 mod adalora;
+mod adaption_prompt;
 mod beft;
 mod boft;
 mod bottleneck;
@@ -147,6 +148,7 @@ pub static KINDS: &[Kind] = &[
     prompt::CPT,
     prefix::PREFIX_TUNING,
     prefix::CARTRIDGE,
+    adaption_prompt::ADAPTION_PROMPT,
     bottleneck::BOTTLENECK,
 ];
 

@@ -75,7 +75,7 @@ impl Decoder {
 impl DecoderLayer {
     fn forward(&self, number: usize, x: &Tensor, step: &Step<'_>, cache: &PagedKv) -> Result<Tensor> {
         let normed = self.input_layernorm.forward(x, step.segments)?;
-        let attended = self.self_attn.attend(&normed, step, cache)?;
+        let attended = self.self_attn.attend(number, &normed, step, cache)?;
         let x = close(x, (&self.self_attn.o_proj, &attended), (number, Sublayer::Attention), step.segments)?;
         let normed = self.post_attention_layernorm.forward(&x, step.segments)?;
         let gated = self.mlp.gated(&normed, step.segments)?;
