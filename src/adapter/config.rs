@@ -126,6 +126,14 @@ impl Config {
         Ok(self.get(name).map(read).transpose()?.map(|fields| Self { fields }))
     }
 
+    /// A field that is a list of objects; empty when absent.
+    pub(super) fn sections(&self, name: &str) -> Result<Vec<Self>, AdapterError> {
+        let Some(value) = self.get(name) else { return Ok(Vec::new()) };
+        let items = value.as_array().ok_or_else(|| wrong_type(name, "a list of objects", value))?;
+        let read = |item: &Value| item.as_object().cloned().ok_or_else(|| wrong_type(name, "an object", item));
+        items.iter().map(|item| Ok(Self { fields: read(item)? })).collect()
+    }
+
     /// A field that is an object; empty when absent. Entries keep the order of the file.
     pub(super) fn entries(&self, name: &str) -> Result<Vec<(&String, &Value)>, AdapterError> {
         let Some(value) = self.get(name) else { return Ok(Vec::new()) };

@@ -26,12 +26,25 @@ pub(super) fn merge(lowering: &mut Lowering<'_>) -> std::result::Result<(), Adap
         let slots = lowering.out.linears.entry(id).or_default();
         *slots = LinearSlots { weight: Weight::Own(own), c: slots.c.take(), ..LinearSlots::default() };
     }
+    let routed = lowering.out.linears.values().filter(|slots| is_routed(slots)).count();
+    if routed > 0 {
+        let warning = format!("{routed} linears are not merged: every token chooses among experts there");
+        lowering.warnings.push(warning);
+    }
     Ok(())
 }
 
 fn is_mergeable(slots: &LinearSlots) -> bool {
+    if is_routed(slots) {
+        return false;
+    }
     let keeps_input = matches!(slots.pre, Pre::Identity);
     !keeps_input || !slots.deltas.is_empty() || !matches!(slots.scale, Scale::One)
+}
+
+/// Whether each token has a term of its own, so that no weight does for all.
+fn is_routed(slots: &LinearSlots) -> bool {
+    slots.deltas.iter().any(|delta| matches!(delta, Delta::Routed { .. }))
 }
 
 /// `scale (W_t pre + sum_j delta_j)` with scale and pre as matrices. weight: (out, in) f32, before replaced rows; result: (out, in) f32.
@@ -83,6 +96,7 @@ pub(super) fn partners(m: &Tensor, half: usize) -> Result<Tensor> {
 pub(super) fn dense(delta: &Delta, out_features: usize, in_features: usize) -> Result<Tensor> {
     match delta {
         Delta::LowRank { a, b } => b.to_dtype(DType::F32)?.matmul(&a.to_dtype(DType::F32)?),
+        Delta::Routed { .. } => panic!("a routed term is no matrix, and its linear is not merged"),
         Delta::ShardSum { m } => {
             let (r, q) = m.dims2()?;
             let block = m.to_dtype(DType::F32)?.t()?.contiguous()?; // [q, r]
@@ -150,6 +164,7 @@ mod tests {
                         }
                     }
                 }
+                Delta::Routed { .. } => panic!("not merged"),
                 Delta::ShardSum { m } => {
                     let m = m.to_vec2::<f32>().unwrap();
                     for (y, x) in y.iter_mut().zip(x.to_vec2::<f32>().unwrap()) {

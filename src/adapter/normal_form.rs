@@ -104,6 +104,21 @@ pub enum Delta {
         /// Block matrix (r, q).
         m: Tensor,
     },
+    /// `sum_e g_e b_e (a_e x)` over experts of equal rank, whose factors lie one after the other. Each token has gates of
+    /// its own: the softmax of `|prototypes x| / temperature` over the `top_k` experts with the largest magnitudes, and zero
+    /// for the others.
+    Routed {
+        /// Down projections (experts r, in).
+        a: Tensor,
+        /// Up projections (out, experts r). Any scale factor is folded in.
+        b: Tensor,
+        /// What inputs are compared with, (experts, in) in f32.
+        prototypes: Tensor,
+        /// Experts of a token, at most as many as there are.
+        top_k: usize,
+        /// Divides the magnitudes.
+        temperature: f32,
+    },
     /// `y[rows[i]] += values[i] * x[columns[i]]` for each entry i. The entries are sorted by row, and no place occurs
     /// twice.
     Sparse {
@@ -195,10 +210,11 @@ impl Pre {
 }
 
 impl Delta {
-    /// Tensors of indexes, whose format never changes.
+    /// Tensors whose format never changes: indexes, and what tokens are compared with.
     pub fn indexes(&self) -> Vec<&Tensor> {
         match self {
             Self::LowRank { .. } | Self::ShardSum { .. } => Vec::new(),
+            Self::Routed { prototypes, .. } => vec![prototypes],
             Self::Sparse { rows, columns, .. } => vec![rows, columns],
         }
     }
@@ -214,7 +230,7 @@ impl LinearSlots {
         tensors.extend(self.rows.iter().map(|(_, rows)| rows));
         for delta in &self.deltas {
             match delta {
-                Delta::LowRank { a, b } => tensors.extend([a, b]),
+                Delta::LowRank { a, b } | Delta::Routed { a, b, .. } => tensors.extend([a, b]),
                 Delta::ShardSum { m } => tensors.push(m),
                 Delta::Sparse { values, .. } => tensors.push(values),
             }
@@ -302,7 +318,7 @@ impl LoweredAdapter {
             tensors.extend(slots.rows.iter_mut().map(|(_, rows)| rows));
             for delta in &mut slots.deltas {
                 match delta {
-                    Delta::LowRank { a, b } => tensors.extend([a, b]),
+                    Delta::LowRank { a, b } | Delta::Routed { a, b, .. } => tensors.extend([a, b]),
                     Delta::ShardSum { m } => tensors.push(m),
                     Delta::Sparse { values, .. } => tensors.push(values),
                 }

@@ -10,7 +10,8 @@ use crate::adapter::{
     StreamFunction, Weight,
 };
 use crate::kernels::cpu::{
-    NormSlots, PackedDelta, PackedMatrix, PackedPre, PackedScale, PackedSlots, RowMatrix, SparseRows, WeightFormat,
+    NormSlots, PackedDelta, PackedMatrix, PackedPre, PackedScale, PackedSlots, Router, RowMatrix, SparseRows,
+    WeightFormat,
 };
 use crate::kernels::{KvLayout, PagedKv};
 
@@ -140,6 +141,14 @@ fn pack_slots(slots: &LinearSlots, format: WeightFormat) -> Result<PackedSlots> 
                 let (r, k) = a.dims2()?;
                 PackedDelta::LowRank { a: RowMatrix::new(format, &host(a)?, r, k), b: pack_as(b, format)? }
             }
+            Delta::Routed { a, b, prototypes, top_k, temperature } => {
+                let (r, k) = a.dims2()?;
+                PackedDelta::Routed {
+                    a: RowMatrix::new(format, &host(a)?, r, k),
+                    b: pack_as(b, format)?,
+                    router: Router::new(host(prototypes)?, k, *top_k, *temperature),
+                }
+            }
             Delta::ShardSum { m } => PackedDelta::ShardSum { m: pack_as(&m.t()?, format)? },
             Delta::Sparse { rows, columns, values } => {
                 let (rows, columns) = (rows.to_vec1::<u32>()?, columns.to_vec1::<u32>()?);
@@ -205,6 +214,13 @@ impl Placement<'_> {
         for delta in &slots.deltas {
             deltas.push(match delta {
                 Delta::LowRank { a, b } => Delta::LowRank { a: self.tensor(a)?, b: self.tensor(b)? },
+                Delta::Routed { a, b, prototypes, top_k, temperature } => Delta::Routed {
+                    a: self.tensor(a)?,
+                    b: self.tensor(b)?,
+                    prototypes: prototypes.to_device(self.device)?,
+                    top_k: *top_k,
+                    temperature: *temperature,
+                },
                 Delta::ShardSum { m } => Delta::ShardSum { m: self.tensor(m)? },
                 Delta::Sparse { rows, columns, values } => Delta::Sparse {
                     rows: rows.to_device(self.device)?,

@@ -47,6 +47,16 @@ fn random_linear(rng: &mut ChaCha8Rng, in_features: usize, out_features: usize) 
             Delta::ShardSum { m: random(rng, &[r, q], 0.) }
         });
     }
+    if rng.random_bool(0.2) {
+        let (experts, r) = (rng.random_range(1..4), rng.random_range(1..4));
+        slots.deltas.push(Delta::Routed {
+            a: random(rng, &[experts * r, in_features], 0.),
+            b: random(rng, &[out_features, experts * r], 0.),
+            prototypes: random(rng, &[experts, in_features], 0.),
+            top_k: rng.random_range(1..=experts),
+            temperature: rng.random_range(0.5..2.),
+        });
+    }
     if rng.random_bool(0.3) {
         slots.pre = Pre::Diag(random(rng, &[in_features], 1.));
     }
@@ -175,10 +185,15 @@ fn random_adapter(rng: &mut ChaCha8Rng, base: &Model) -> LoweredAdapter {
     adapter
 }
 
-/// The same adapter with every linear and embedding as one dense copy, by the formulas of the normal form.
+/// The same adapter with every linear and embedding as one dense copy, by the formulas of the normal form. A linear with
+/// a routed term, which is no matrix, stays as it is.
 fn merged(adapter: &LoweredAdapter, base: &Model) -> LoweredAdapter {
     let mut merged = LoweredAdapter { linears: BTreeMap::new(), embeddings: BTreeMap::new(), ..adapter.clone() };
     for (id, slots) in &adapter.linears {
+        if slots.deltas.iter().any(|delta| matches!(delta, Delta::Routed { .. })) {
+            merged.linears.insert(*id, slots.clone());
+            continue;
+        }
         let mut w = match &slots.weight {
             Weight::Base => base.weight(*id).unwrap(),
             Weight::Own(w) => w.clone(),
@@ -261,6 +276,7 @@ fn output_matrix(scale: &Scale, n: usize) -> Tensor {
 fn dense(delta: &Delta, (out_features, in_features): (usize, usize)) -> Tensor {
     match delta {
         Delta::LowRank { a, b } => b.matmul(a).unwrap(),
+        Delta::Routed { .. } => panic!("a routed term is no matrix"),
         Delta::ShardSum { m } => {
             let (r, q) = m.dims2().unwrap();
             let m = m.to_vec2::<f32>().unwrap();

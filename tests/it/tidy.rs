@@ -181,6 +181,7 @@ const KINDS: &[&str] = &[
     "oft",
     "boft",
     "bottleneck",
+    "arrow",
 ];
 /// Names of model families, lower case.
 const FAMILIES: &[&str] = &["llama", "mistral", "qwen2", "qwen3", "phi3"];

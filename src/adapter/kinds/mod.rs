@@ -2,6 +2,7 @@
 
 mod adalora;
 mod adaption_prompt;
+mod arrow;
 mod beft;
 mod boft;
 mod bottleneck;
@@ -148,6 +149,7 @@ pub static KINDS: &[Kind] = &[
     prompt::CPT,
     prefix::PREFIX_TUNING,
     prefix::CARTRIDGE,
+    arrow::ARROW,
     adaption_prompt::ADAPTION_PROMPT,
     bottleneck::BOTTLENECK,
 ];

@@ -345,6 +345,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::super::pre::PackedPre;
+    use super::super::route::Router;
     use super::super::rows::RowMatrix;
     use super::super::scale::PackedScale;
     use super::super::slots::{PackedDelta, PackedSlots};
@@ -362,6 +363,8 @@ mod tests {
         shard_sum: Option<(usize, usize, Vec<f32>)>,
         sparse: Option<(Vec<u32>, Vec<u32>, Vec<f32>)>,
         scale: Option<PackedScale>,
+        /// Experts, how many are chosen, and prototypes.
+        router: Option<(usize, usize, Vec<f32>)>,
         c: Option<Vec<f32>>,
     }
 
@@ -390,6 +393,10 @@ mod tests {
                     let (rows, columns) = places.iter().map(|at| ((at / k) as u32, (at % k) as u32)).unzip();
                     (rows, columns, random(places.len(), seed ^ 8))
                 }),
+                router: has(12).then(|| {
+                    let experts = 1 + (seed >> 16) as usize % 4;
+                    (experts, 1 + (seed >> 20) as usize % experts, random(experts * k, seed ^ 12))
+                }),
                 // Pairs within a panel, and across.
                 scale: some(3, n).map(|p| {
                     match (1..=n / 2).rfind(|half| n.is_multiple_of(2 * half) && !(has(11) && *half > 4)) {
@@ -412,6 +419,12 @@ mod tests {
                 let m = PackedMatrix::from_f32(*q, *r, |i| &transposed[i * r..][..*r]).expect("m");
                 deltas.push(PackedDelta::ShardSum { m });
             }
+            if let Some((experts, top_k, prototypes)) = &self.router {
+                let (a, b) = self.routed_factors(*experts, (n, k));
+                let b = PackedMatrix::from_f32(n, 2 * experts, |i| &b[i * 2 * experts..][..2 * experts]).expect("b");
+                let a = RowMatrix::new(WeightFormat::F32, &a, 2 * experts, k);
+                deltas.push(PackedDelta::Routed { a, b, router: Router::new(prototypes.clone(), k, *top_k, 0.7) });
+            }
             if let Some((rows, columns, values)) = &self.sparse {
                 deltas.push(PackedDelta::Sparse(SparseRows::new(rows, columns.clone(), values.clone())));
             }
@@ -425,6 +438,21 @@ mod tests {
                 _ => PackedPre::BlockDiag { s, blocks },
             });
             PackedSlots { pre, own, rows, deltas, scale: self.scale.clone(), c: self.c.clone() }
+        }
+
+        /// Down and up projections of experts with rank 2.
+        fn routed_factors(&self, experts: usize, (n, k): (usize, usize)) -> (Vec<f32>, Vec<f32>) {
+            (random(2 * experts * k, 77), random(n * 2 * experts, 78))
+        }
+
+        /// The gates of a row, in f64.
+        fn gates(x: &[f32], top_k: usize, prototypes: &[f32]) -> Vec<f64> {
+            let dot = |p: &[f32]| p.iter().zip(x).map(|(p, x)| f64::from(*p) * f64::from(*x)).sum::<f64>().abs();
+            let magnitudes: Vec<f64> = prototypes.chunks_exact(x.len()).map(dot).collect();
+            let rank = |m: f64| magnitudes.iter().filter(|other| **other > m).count();
+            let weights: Vec<f64> =
+                magnitudes.iter().map(|m| if rank(*m) < top_k { (m / 0.7).exp() } else { 0.0 }).collect();
+            weights.iter().map(|w| w / weights.iter().sum::<f64>()).collect()
         }
 
         /// One output before scale and bias, in f64.
@@ -442,6 +470,13 @@ mod tests {
             let mut y = dot(pre_x.as_deref().unwrap_or(x), replaced.unwrap_or(weight));
             if let Some((r, a, b)) = &self.low_rank {
                 y += (0..*r).map(|j| f64::from(b[o * r + j]) * dot(x, &a[j * k..][..k])).sum::<f64>();
+            }
+            if let Some((experts, top_k, prototypes)) = &self.router {
+                let (a, b) = self.routed_factors(*experts, (w.len() / k, k));
+                for (expert, gate) in Self::gates(x, *top_k, prototypes).into_iter().enumerate() {
+                    let part = |j: usize| f64::from(b[o * 2 * experts + j]) * dot(x, &a[j * k..][..k]);
+                    y += gate * (part(2 * expert) + part(2 * expert + 1));
+                }
             }
             if let Some((r, q, m)) = &self.shard_sum {
                 y += x.iter().enumerate().map(|(i, x)| f64::from(*x) * f64::from(m[i % r * q + o % q])).sum::<f64>();

@@ -13,6 +13,7 @@ mod packed;
 mod pool;
 mod pre;
 mod rotate;
+mod route;
 mod rows;
 mod scale;
 mod shared;
@@ -35,6 +36,7 @@ pub(crate) use ops::{add_op, attention_op, gated_op, norm_op, prepare_qk_op, sil
 pub use packed::{PackedMatrix, WeightFormat};
 pub use pre::PackedPre;
 pub use rotate::QkPrepare;
+pub use route::Router;
 pub use rows::RowMatrix;
 pub use scale::PackedScale;
 pub use slots::{PackedDelta, PackedSlots, SlotRun};

@@ -109,6 +109,10 @@ pub(super) fn shrink(
             let h = next(delta.short_len());
             match delta {
                 PackedDelta::LowRank { a, .. } => dot(plain, a, h),
+                PackedDelta::Routed { a, router, .. } => {
+                    dot(plain, a, h);
+                    x.chunks_exact(k).zip(h.chunks_exact_mut(a.r())).for_each(|(row, h)| router.gate(row, h));
+                }
                 PackedDelta::ShardSum { m } => {
                     x.chunks_exact(k).zip(h.chunks_exact_mut(m.k())).for_each(|(row, h)| shard_sum(row, h));
                 }

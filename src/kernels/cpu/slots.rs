@@ -8,6 +8,7 @@ use super::dispatch::{dispatch, fma};
 use super::isa::Isa;
 use super::packed::{PANEL, PackedMatrix, WeightFormat};
 use super::pre::PackedPre;
+use super::route::Router;
 use super::rows::RowMatrix;
 use super::scale::PackedScale;
 use super::shared::Shared;
@@ -46,6 +47,16 @@ pub enum PackedDelta {
         /// Block matrix, transposed.
         m: PackedMatrix,
     },
+    /// As `LowRank`, where a and b hold the equal factors of several experts one after the other, and every row's `a x` is
+    /// weighed expert by expert.
+    Routed {
+        /// Down projections (experts r, k).
+        a: RowMatrix,
+        /// Up projections (n, experts r).
+        b: PackedMatrix,
+        /// Weighs the experts. It reads the row itself, which no format has rounded.
+        router: Router,
+    },
     /// `S x`, S: (n, k) in f32. It reads the row itself, which no format has rounded.
     Sparse(SparseRows),
 }
@@ -76,7 +87,7 @@ impl PackedDelta {
     /// The up projection; a sparse term has none.
     pub(super) fn up(&self) -> Option<&PackedMatrix> {
         match self {
-            Self::LowRank { b, .. } => Some(b),
+            Self::LowRank { b, .. } | Self::Routed { b, .. } => Some(b),
             Self::ShardSum { m } => Some(m),
             Self::Sparse(_) => None,
         }
@@ -152,7 +163,9 @@ pub(super) unsafe fn apply_slots(
         let h = &short[start + from * r..start + to * r];
         start += run_rows * r;
         match delta {
-            PackedDelta::LowRank { b: up, .. } | PackedDelta::ShardSum { m: up } => {
+            PackedDelta::LowRank { b: up, .. }
+            | PackedDelta::Routed { b: up, .. }
+            | PackedDelta::ShardSum { m: up } => {
                 // SAFETY: the caller's contract.
                 unsafe { expand_rows(h, up, outputs) };
             }

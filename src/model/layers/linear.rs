@@ -209,6 +209,9 @@ impl Linear {
     fn slot_terms<'a>(&'a self, segment: &AdapterSegment, slots: &'a LinearSlots) -> SegmentTerms<'a> {
         let terms = slots.deltas.iter().map(|delta| match delta {
             Delta::LowRank { a, b } => Term::LowRank { a, b },
+            Delta::Routed { a, b, prototypes, top_k, temperature } => {
+                Term::Routed { a, b, prototypes, top_k: *top_k, temperature: f64::from(*temperature) }
+            }
             Delta::ShardSum { m } => Term::ShardSum { m },
             Delta::Sparse { rows, columns, values } => Term::Sparse { rows, columns, values },
         });

@@ -98,7 +98,10 @@ const FIELDS: &[(&str, Rule)] = &[
         "kasa_config",
         Rule::Refused("KaSA trains on a base weight without its smallest singular values; it is not served"),
     ),
-    ("arrow_config", Rule::Refused("routing between LoRAs is not served")),
+    (
+        "arrow_config",
+        Rule::Refused("this is the router of an Arrow model, without its experts; collect them with tools/arrow.py"),
+    ),
     ("layer_replication", Rule::Refused("a rebuilt layer stack is not served")),
     ("target_parameters", Rule::Refused("adapters on bare parameters are not served")),
 ];
