@@ -1,12 +1,9 @@
 //! The matrix product with packed weights.
 
 use super::isa::Isa;
-use super::packed::{PANEL, PackedMatrix};
-use super::tile::{ROWS, TileArgs, tile};
+use super::packed::{Line, PANEL, PackedMatrix};
+use super::tile::{Fetch, ROWS, TileArgs, block_steps, tile};
 use super::words::row_words;
-
-/// Words of `k` per block: a block of a panel (128 KiB) stays in the second-level cache while every row uses it.
-const BLOCK_STEPS: usize = 512;
 
 /// Where a panel's product goes: the first row's first column, and the elements between rows.
 #[derive(Clone, Copy)]
@@ -30,10 +27,13 @@ pub(super) unsafe fn multiply_panel(x: &[u32], m: usize, w: &PackedMatrix, panel
     let x_stride = row_words(w.format(), w.k());
     let columns = PANEL.min(w.n() - panel_idx * PANEL);
     assert!(x.len() >= m * x_stride, "x has {m} rows");
-    for (block_idx, block) in w.panel(panel_idx).chunks(BLOCK_STEPS * PANEL).enumerate() {
+    let (steps, passes) = (block_steps(isa), m.div_ceil(ROWS));
+    for (block_idx, block) in w.panel(panel_idx).chunks(steps * PANEL).enumerate() {
+        // The next block is about as long as this one; every pass fetches a part of it.
+        let next = Fetch { at: block.as_ptr_range().end, lines: size_of_val(block) / size_of::<Line>() };
         for (pass, row) in (0..m).step_by(ROWS).enumerate() {
             let args = TileArgs {
-                x: &x[row * x_stride + block_idx * BLOCK_STEPS..],
+                x: &x[row * x_stride + block_idx * steps..],
                 x_stride,
                 w: block,
                 is_first: pass == 0,
@@ -41,6 +41,7 @@ pub(super) unsafe fn multiply_panel(x: &[u32], m: usize, w: &PackedMatrix, panel
                 y_stride: target.stride,
                 columns,
                 from_zero: block_idx == 0,
+                fetch: next.share(pass, passes),
             };
             // SAFETY: the rows and columns are the caller's.
             unsafe {

@@ -23,6 +23,8 @@ mod sparse;
 #[cfg(test)]
 mod testing;
 mod tile;
+#[cfg(target_arch = "x86_64")]
+mod tile_avx2;
 mod words;
 
 pub(crate) use attention::QuerySpan;
