@@ -122,7 +122,9 @@ pub(super) fn base_layers(lowering: &mut Lowering<'_>) -> Result<(), AdapterErro
             SiteKind::Norm { .. } => continue,
         };
         let Some(weight) = lowering.take(id, suffix, &shape)? else { continue };
-        if is_same(&weight, &lowering.base.weight(id)?, lowering.options.dtype)? {
+        if is_same(&weight, &lowering.base.weight(id)?, lowering.options.dtype)?
+            || lowering.base.may_be_quantised_from(id, &weight)?
+        {
             continue;
         }
         let path = &lowering.site(id).path;

@@ -30,7 +30,8 @@ impl Model {
     ///
     /// Weights are read once, tensor by tensor, from the mapped files. With `quant`, the decoder layers' linears are
     /// quantised as they are read; embedding, norms, biases and the output head are not. A linear whose rows the
-    /// format's blocks do not fill takes the next finer format with smaller blocks, or stays as it is.
+    /// format's blocks do not fill takes the next finer format with smaller blocks, or stays as it is. `int8` quantises
+    /// every linear, the output head included, and the embedding where it is the head's weight.
     ///
     /// # Errors
     /// See [`ModelError`].
@@ -44,7 +45,7 @@ impl Model {
         let device = open_device(config.device)?;
         let checkpoint = Checkpoint::open(dir)?;
         let weight_dtype = weight_dtype(config.dtype, &json, &checkpoint)?;
-        let mut loader = Loader::new(checkpoint, device, weight_dtype, config);
+        let mut loader = Loader::new(checkpoint, device, weight_dtype, config)?;
         let built = (family.build)(&json, &mut loader)?;
         let loaded = loader.finish();
         let info = info(architecture, &built, &loaded, config, generation::read(dir, &json)?)?;
@@ -78,10 +79,7 @@ impl Model {
     /// # Errors
     /// When the device is out of memory.
     pub fn adapter_to_device(&self, adapter: &LoweredAdapter) -> Result<DeviceAdapter> {
-        let packed_format = |site| match &self.parameters(site).weight {
-            Matrix::Packed(w) => Some(w.format()),
-            Matrix::Dense(_) | Matrix::Quantized { .. } => None,
-        };
+        let packed_format = |site| self.parameters(site).weight.packed().map(|w| w.form().terms());
         let pack_norms = self.info.kv_layout == KvLayout::Heads;
         DeviceAdapter::new(adapter, &self.info.device, self.info.dtype, (packed_format, pack_norms))
     }
@@ -110,6 +108,13 @@ impl BaseWeights for Model {
 
     fn weight(&self, site: SiteId) -> Result<Tensor> {
         self.parameters(site).weight.to_f32()
+    }
+
+    fn may_be_quantised_from(&self, site: SiteId, weight: &Tensor) -> Result<bool> {
+        match &self.parameters(site).weight {
+            Matrix::Int8(w) => Ok(w.may_be_of(&weight.flatten_all()?.to_vec1::<f32>()?)),
+            Matrix::Dense(_) | Matrix::Packed(_) | Matrix::Quantized { .. } => Ok(false),
+        }
     }
 
     fn bias(&self, site: SiteId) -> Result<Option<Tensor>> {

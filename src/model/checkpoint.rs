@@ -103,6 +103,13 @@ impl Checkpoint {
         dtype: DType,
         device: &Device,
     ) -> Result<Tensor, ModelError> {
+        let (stored, bytes) = self.stored(name, shape)?;
+        let tensor = Tensor::from_raw_buffer(bytes, stored, shape, device)?;
+        Ok(tensor.to_dtype(dtype)?)
+    }
+
+    /// A tensor's format and bytes as they are in the file, in little-endian order.
+    pub(super) fn stored(&mut self, name: &str, shape: &[usize]) -> Result<(DType, &[u8]), ModelError> {
         let Some(entry) = self.tensors.get_mut(name) else {
             return Err(ModelError::tensor(name, "the checkpoint does not have it"));
         };
@@ -119,9 +126,7 @@ impl Checkpoint {
             }
         };
         entry.used = true;
-        let bytes = &self.shards[entry.shard][entry.bytes.clone()];
-        let tensor = Tensor::from_raw_buffer(bytes, stored, shape, device)?;
-        Ok(tensor.to_dtype(dtype)?)
+        Ok((stored, &self.shards[entry.shard][entry.bytes.clone()]))
     }
 
     /// Tensors that no part of the model asked for.

@@ -4,12 +4,15 @@ use std::collections::HashMap;
 
 use candle_core::{DType, Device, Result, Tensor};
 use half::bf16;
+use half::slice::HalfFloatSliceExt;
+use rayon::prelude::*;
 
 use crate::adapter::{
     Delta, EmbeddingPatch, KvPrefix, LinearSlots, LoweredAdapter, NormOverride, Pre, Scale, SiteId, Weight,
 };
 use crate::kernels::cpu::{
-    NormSlots, PackedDelta, PackedMatrix, PackedPre, PackedScale, PackedSlots, RowMatrix, SparseRows, WeightFormat,
+    Int8Matrix, NormSlots, PackedDelta, PackedMatrix, PackedPre, PackedScale, PackedSlots, RowMatrix, SparseRows,
+    WeightFormat,
 };
 
 /// An adapter on the model's device.
@@ -42,16 +45,18 @@ impl DeviceAdapter {
     ) -> Result<Self> {
         let place = Placement { device, dtype };
         let mut placed = Self::default();
+        // Packing is most of the work of placing an adapter, and a step waits for it.
+        let mut to_pack = Vec::new();
         for (site, slots) in &adapter.linears {
             match packed_format(*site) {
-                Some(format) => {
-                    placed.packed.insert(*site, pack_slots(slots, format)?);
-                }
+                Some(format) => to_pack.push((*site, slots, format)),
                 None => {
                     placed.tensors.linears.insert(*site, place.linear(slots)?);
                 }
             }
         }
+        let packed = to_pack.into_par_iter().map(|(site, slots, format)| Ok((site, pack_slots(slots, format)?)));
+        placed.packed = packed.collect::<Result<_>>()?;
         for (site, norm) in &adapter.norms {
             if pack_norms {
                 let host = |tensor: &Option<Tensor>| tensor.as_ref().map(host).transpose();
@@ -79,6 +84,19 @@ impl DeviceAdapter {
 pub(super) fn pack_matrix(w: &Tensor) -> Result<PackedMatrix> {
     let format = if w.dtype() == DType::BF16 { WeightFormat::Bf16 } else { WeightFormat::F32 };
     pack_as(w, format)
+}
+
+/// Quantises a dense weight (n, k) for the CPU; what adapters add to it is in the format that [`pack_matrix`] would give it.
+pub(super) fn quantise_matrix(w: &Tensor) -> Result<Int8Matrix> {
+    let (n, k) = w.dims2()?;
+    let packed = if w.dtype() == DType::BF16 {
+        let values = w.flatten_all()?.to_vec1::<bf16>()?;
+        Int8Matrix::new(WeightFormat::Bf16, n, k, |row, out| values[row * k..][..k].convert_to_f32_slice(out))
+    } else {
+        let values = host(w)?;
+        Int8Matrix::new(WeightFormat::F32, n, k, |row, out| out.copy_from_slice(&values[row * k..][..k]))
+    };
+    Ok(packed?)
 }
 
 fn pack_as(w: &Tensor, format: WeightFormat) -> Result<PackedMatrix> {

@@ -1,9 +1,11 @@
 //! Arithmetic for the CPU. Unsafe code of the crate lives here, each block with its reason.
 
 mod attention;
+mod base;
 mod dispatch;
 mod exp;
 mod gemm;
+mod int8;
 mod isa;
 mod limits;
 mod linear;
@@ -25,11 +27,14 @@ mod testing;
 mod tile;
 #[cfg(target_arch = "x86_64")]
 mod tile_avx2;
+mod tile_int8;
 mod words;
 
 pub(crate) use attention::QuerySpan;
+pub use base::{BaseMatrix, RowForm};
+pub use int8::Int8Matrix;
 pub use isa::Isa;
-pub use limits::{dot_rate, read_bandwidth};
+pub use limits::{dot_rate, int8_rate, read_bandwidth};
 pub use linear::SweepLinear;
 pub use norm::{Norm, NormRun, NormSlots};
 pub use ops::join_op;
