@@ -48,11 +48,11 @@ fn reported_weights_are_those_multiplied_with() {
 }
 
 /// What `int8` may do to logits, relative to the largest: on the fixtures' random weights, where 0.097 is the worst that was
-/// measured, and on the sample model, which is trained.
+/// measured, and on the sample model, which is trained, where it is 0.031.
 const INT8_TOLERANCES: (f32, f32) = (0.12, 0.05);
 
 /// Of 16 greedy tokens after each prompt, the share up to the first one that `int8` changes: at least this over all prompts
-/// of the fixtures, whose random logits lie close together, and of the sample model.
+/// of the fixtures, whose random logits lie close together (0.82 measured), and of the sample model (0.98).
 const INT8_AGREEMENT: (f64, f64) = (0.75, 0.9);
 
 /// Largest difference of the logits over all prompts, and the share of greedy tokens before the first that differs.
@@ -82,7 +82,6 @@ fn int8_is_close_on_every_fixture() {
         agreement.push(agreed);
     }
     let agreement = agreement.iter().sum::<f64>() / agreement.len() as f64;
-    eprintln!("fixtures: {worst} {agreement}");
     assert!(worst < INT8_TOLERANCES.0, "logits differ by {worst}");
     assert!(agreement >= INT8_AGREEMENT.0, "{agreement} of the tokens agree");
 }
@@ -102,7 +101,6 @@ fn int8_answers_as_the_sample_model_does() {
         let quantised = fixtures::load_model_with(&ModelConfig { dtype, ..int8.clone() });
         let smaller = bytes as f64 / quantised.info().weight_bytes as f64;
         let (difference, agreement) = accuracy(exact, quantised, &prompts);
-        eprintln!("sample {dtype:?}: {difference} {agreement} smaller {smaller}");
         assert!(smaller > 1.8, "{dtype:?}: {smaller} times smaller");
         assert!(difference < INT8_TOLERANCES.1, "{dtype:?}: logits differ by {difference}");
         assert!(agreement >= INT8_AGREEMENT.1, "{dtype:?}: {agreement} of the tokens agree");
