@@ -190,10 +190,11 @@ fn dot_chains(x: &[u32], lines: &[Line], sums: &mut [f32; LANES], add: impl Fn(u
     let mut acc = [[0.0_f32; LANES]; CHAINS];
     let (fours, rest) = lines.as_chunks::<CHAINS>();
     let (words, rest_words) = x[..lines.len()].as_chunks::<CHAINS>();
-    for (four, words) in fours.iter().zip(words) {
-        for chain in 0..CHAINS {
-            add(words[chain], &four[chain].0, &mut acc[chain]);
-        }
+    for ([a, b, c, d], words) in fours.iter().zip(words) {
+        add(words[0], &a.0, &mut acc[0]);
+        add(words[1], &b.0, &mut acc[1]);
+        add(words[2], &c.0, &mut acc[2]);
+        add(words[3], &d.0, &mut acc[3]);
     }
     for ((acc, line), word) in acc.iter_mut().zip(rest).zip(rest_words) {
         add(*word, &line.0, acc);

@@ -231,14 +231,14 @@ unsafe fn strips<const M: usize, const V: usize>(args: &Int8Args<'_>) {
         let mut sums = load::<M>(args);
         let mut halves = [[[[0_u32; GROUP_STEPS]; 2]; M]; BLOCK_GROUPS];
         let mut scales = [[0.0_f32; M]; BLOCK_GROUPS];
-        for group in 0..args.w.len() / GROUP_WORDS {
-            for row in 0..M {
-                let (integers, scale, _) = args.row(row, group);
-                scales[group][row] = scale;
-                let [odd, even] = &mut halves[group][row];
+        let of_groups = halves.iter_mut().zip(&mut scales).take(args.w.len() / GROUP_WORDS);
+        for (group, (halves, scales)) in of_groups.enumerate() {
+            for (row, ([odd, even], scale)) in halves.iter_mut().zip(scales).enumerate() {
+                let (integers, of_row, _) = args.row(row, group);
+                *scale = of_row;
                 for ((word, odd), even) in integers.iter().zip(odd).zip(even) {
-                    let [a, b, c, d] =
-                        word.to_le_bytes().map(|byte| u32::from(i16::from(byte.cast_signed()).cast_unsigned()));
+                    let wide = |byte: u8| u32::from(i16::from(byte.cast_signed()).cast_unsigned());
+                    let [a, b, c, d] = word.to_le_bytes().map(wide);
                     (*odd, *even) = (b | d << 16, a | c << 16);
                 }
             }
