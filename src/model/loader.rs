@@ -124,7 +124,7 @@ impl Loader {
             // The embedding then reads its rows from the packed form, so that there is one copy.
             if let (true, Matrix::Dense(table)) = (self.pack, &embedding.table) {
                 self.weight_bytes -= table.elem_count() * table.dtype().size_in_bytes();
-                embedding.table = self.packed(&table.clone())?;
+                embedding.table = self.packed(table)?;
                 self.parameters[embedding.site.0].weight = embedding.table.clone();
             }
             embedding.table.clone()
