@@ -14,8 +14,8 @@ use candle_core::{DType, Device, Result, Tensor};
 use criterion::Criterion;
 use half::bf16;
 use patchbay::kernels::cpu::{
-    Isa, PackedDelta, PackedMatrix, PackedSlots, RowMatrix, SlotRun, SweepLinear, WeightFormat, dot_rate, join_op,
-    read_bandwidth,
+    BaseMatrix, Int8Matrix, Isa, PackedDelta, PackedMatrix, PackedSlots, RowMatrix, SlotRun, SweepLinear, WeightFormat,
+    dot_rate, int8_rate, join_op, read_bandwidth,
 };
 use patchbay::kernels::{AttentionPlan, AttentionShape, KvLayout, PagedKv, PagedSpan};
 
@@ -39,9 +39,17 @@ const LAYERS: usize = 24;
 /// Bytes that operands rotate over, at least.
 const ROTATION_BYTES: usize = 256 << 20;
 
-/// Bytes per second from memory, and bf16 and f32 operations per second in cache.
-static LIMITS: LazyLock<(f64, f64, f64)> =
-    LazyLock::new(|| (read_bandwidth(), dot_rate(WeightFormat::Bf16), dot_rate(WeightFormat::F32)));
+/// Bytes per second from memory, and operations per second in cache of every [`Arithmetic`].
+static LIMITS: LazyLock<(f64, [f64; 3])> =
+    LazyLock::new(|| (read_bandwidth(), [dot_rate(WeightFormat::Bf16), dot_rate(WeightFormat::F32), int8_rate()]));
+
+/// What a kernel multiplies.
+#[derive(Clone, Copy, Debug)]
+enum Arithmetic {
+    Bf16,
+    F32,
+    Int8,
+}
 
 fn main() -> Result<()> {
     let mut criterion = Criterion::default()
@@ -49,26 +57,30 @@ fn main() -> Result<()> {
         .warm_up_time(Duration::from_millis(500))
         .measurement_time(Duration::from_secs(2))
         .configure_from_args();
-    let (memory, bf16_rate, f32_rate) = *LIMITS;
+    let (memory, [bf16_rate, f32_rate, int8_rate]) = *LIMITS;
     println!(
-        "limits: {:.1} GB/s, bf16 {:.0} GFLOP/s, f32 {:.0} GFLOP/s ({:?}, {} threads)\n",
+        "limits: {:.1} GB/s, bf16 {:.0} GFLOP/s, f32 {:.0} GFLOP/s, int8 {:.0} GOP/s ({:?}, {} threads)\n",
         memory / 1e9,
         bf16_rate / 1e9,
         f32_rate / 1e9,
+        int8_rate / 1e9,
         Isa::best(),
         rayon::current_num_threads()
     );
     for (linear, n, k) in LINEARS {
-        let layers = layers(n, k, 0);
-        for rows in ROWS {
-            bench_linear(&mut criterion, &format!("linear/{linear}/{rows} rows"), &layers, rows)?;
+        for (name, arithmetic) in [("linear", Arithmetic::Bf16), ("int8", Arithmetic::Int8)] {
+            let layers = layers((n, k), 0, arithmetic);
+            for rows in ROWS {
+                bench_linear(&mut criterion, &format!("{name}/{linear}/{rows} rows"), &layers, rows, arithmetic)?;
+            }
         }
     }
     for (linear, rows) in ADAPTED {
         let (name, n, k) = LINEARS[linear];
         for adapters in ADAPTERS {
-            let layers = layers(n, k, adapters);
-            bench_linear(&mut criterion, &format!("adapters/{name}/{rows} rows/{adapters}"), &layers, rows)?;
+            let layers = layers((n, k), adapters, Arithmetic::Bf16);
+            let name = format!("adapters/{name}/{rows} rows/{adapters}");
+            bench_linear(&mut criterion, &name, &layers, rows, Arithmetic::Bf16)?;
         }
     }
     for tokens in PREFILL {
@@ -85,7 +97,7 @@ fn main() -> Result<()> {
 struct Work {
     bytes: usize,
     operations: usize,
-    format: WeightFormat,
+    arithmetic: Arithmetic,
 }
 
 /// Runs `call` with 0, 1, ... and prints the best time with what it means.
@@ -108,28 +120,42 @@ fn bench(criterion: &mut Criterion, name: &str, work: &Work, mut call: impl FnMu
     if best.get().is_infinite() {
         return;
     }
-    let (memory, bf16_rate, f32_rate) = *LIMITS;
-    let limit = if work.format == WeightFormat::Bf16 { bf16_rate } else { f32_rate };
+    let (memory, rates) = *LIMITS;
+    let limit = rates[work.arithmetic as usize];
     let (read, done) = (work.bytes as f64 / best.get(), work.operations as f64 / best.get());
     println!(
-        "{name:38} best {:10.1} us  {:7.1} GB/s ({:3.0} % of memory)  {:7.1} GFLOP/s ({:3.0} % of {})\n",
+        "{name:38} best {:10.1} us  {:7.1} GB/s ({:3.0} % of memory)  {:7.1} GFLOP/s ({:3.0} % of {:?})\n",
         best.get() * 1e6,
         read / 1e9,
         100.0 * read / memory,
         done / 1e9,
         100.0 * done / limit,
-        if work.format == WeightFormat::Bf16 { "bf16" } else { "f32" }
+        work.arithmetic
     );
 }
 
 /// A linear of one layer with its adapters.
 struct Layer {
-    weight: PackedMatrix,
+    weight: Base,
     adapters: Vec<PackedSlots>,
 }
 
+enum Base {
+    Float(PackedMatrix),
+    Int8(Int8Matrix),
+}
+
+impl Base {
+    fn matrix(&self) -> BaseMatrix<'_> {
+        match self {
+            Self::Float(w) => w.into(),
+            Self::Int8(w) => w.into(),
+        }
+    }
+}
+
 /// So many layers of a linear (n, k) with `adapters` adapters each that no cache holds them.
-fn layers(n: usize, k: usize, adapters: usize) -> Vec<Layer> {
+fn layers((n, k): (usize, usize), adapters: usize, arithmetic: Arithmetic) -> Vec<Layer> {
     let values = values(n.max(RANK) * k.max(RANK));
     let bits: Vec<bf16> = values.iter().map(|v| bf16::from_f32(*v)).collect();
     let packed = |n: usize, k: usize| PackedMatrix::from_bf16(n, k, |row| &bits[row * k..][..k]).expect("memory");
@@ -137,20 +163,42 @@ fn layers(n: usize, k: usize, adapters: usize) -> Vec<Layer> {
         let a = RowMatrix::new(WeightFormat::Bf16, &values[..RANK * k], RANK, k);
         PackedSlots { deltas: vec![PackedDelta::LowRank { a, b: packed(n, RANK) }], ..PackedSlots::default() }
     };
-    let count = ROTATION_BYTES.div_ceil(n * k * size_of::<bf16>());
-    let layer = || Layer { weight: packed(n, k), adapters: (0..adapters).map(|_| adapter()).collect() };
-    (0..count).map(|_| layer()).collect()
+    let base = || match arithmetic {
+        Arithmetic::Bf16 | Arithmetic::F32 => Base::Float(packed(n, k)),
+        Arithmetic::Int8 => {
+            let read = |row: usize, out: &mut [f32]| out.copy_from_slice(&values[row * k..][..k]);
+            Base::Int8(Int8Matrix::new(WeightFormat::Bf16, n, k, read).expect("memory"))
+        }
+    };
+    let layer = || Layer { weight: base(), adapters: (0..adapters).map(|_| adapter()).collect() };
+    let first = layer();
+    let count = ROTATION_BYTES.div_ceil(base_bytes(&first.weight));
+    std::iter::once(first).chain((1..count).map(|_| layer())).collect()
+}
+
+fn base_bytes(base: &Base) -> usize {
+    match base {
+        Base::Float(w) => w.n() * w.k() * size_of::<bf16>(),
+        Base::Int8(w) => w.bytes(),
+    }
 }
 
 /// `rows` rows through a linear, divided evenly among its adapters.
-fn bench_linear(criterion: &mut Criterion, name: &str, layers: &[Layer], rows: usize) -> Result<()> {
-    let (n, k, adapters) = (layers[0].weight.n(), layers[0].weight.k(), layers[0].adapters.len());
+fn bench_linear(
+    criterion: &mut Criterion,
+    name: &str,
+    layers: &[Layer],
+    rows: usize,
+    arithmetic: Arithmetic,
+) -> Result<()> {
+    let (base, adapters) = (layers[0].weight.matrix(), layers[0].adapters.len());
+    let (n, k) = (base.n(), base.k());
     let x = Tensor::from_vec(values(rows * k), (rows, k), &Device::Cpu)?;
     let low_rank = RANK * (n + k);
     let work = Work {
-        bytes: (n * k + adapters * low_rank) * size_of::<bf16>(),
+        bytes: base_bytes(&layers[0].weight) + adapters * low_rank * size_of::<bf16>(),
         operations: 2 * rows * (n * k + if adapters > 0 { low_rank } else { 0 }),
-        format: WeightFormat::Bf16,
+        arithmetic,
     };
     bench(criterion, name, &work, |call| {
         let layer = &layers[call % layers.len()];
@@ -162,7 +210,7 @@ fn bench_linear(criterion: &mut Criterion, name: &str, layers: &[Layer], rows: u
             .enumerate()
             .map(|(idx, slots)| SlotRun { rows: idx * rows_each..(idx + 1) * rows_each, slots })
             .collect();
-        let linear = SweepLinear { weight: &layer.weight, bias: None, runs };
+        let linear = SweepLinear { weight: layer.weight.matrix(), bias: None, runs };
         black_box(join_op(&x, &[linear]).expect("the shapes fit"));
     });
     Ok(())
@@ -202,7 +250,7 @@ fn bench_attention(
     let work = Work {
         bytes: sequences * context * 2 * width * size_of::<f32>(),
         operations: sequences * visible * 4 * num_heads * head_dim,
-        format: WeightFormat::F32,
+        arithmetic: Arithmetic::F32,
     };
     bench(criterion, name, &work, |call| {
         black_box(caches[call % LAYERS].attend(&q, &plan, &HEADS).expect("the shapes fit"));

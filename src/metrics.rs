@@ -2,7 +2,8 @@
 //!
 //! Names that start with `vllm:` keep the names, labels and buckets that dashboards and gateway pickers already read;
 //! our own start with `patchbay_`. The number of adapters with a label of their own is bounded; the rest share the
-//! label value `other`.
+//! label value `other`. A request that several adapters work for counts under each of them, so sums over the label
+//! `adapter` can exceed the totals without it.
 
 use std::collections::HashSet;
 use std::sync::{Mutex, PoisonError};
@@ -159,6 +160,16 @@ impl Metrics {
         }
         labelled.insert(name.to_owned());
         name
+    }
+
+    /// Counts something under the label of each adapter, or under the base's where there is none. Of a request that
+    /// several adapters work for, each counts all.
+    pub fn for_adapter_labels<'a>(&self, adapters: impl Iterator<Item = &'a str>, mut count: impl FnMut(&str)) {
+        let mut adapters = adapters.peekable();
+        if adapters.peek().is_none() {
+            count(self.adapter_label(None));
+        }
+        adapters.for_each(|name| count(self.adapter_label(Some(name))));
     }
 
     /// Forgets an adapter that was removed: its gauges go, and its label becomes free for another.

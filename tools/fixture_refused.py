@@ -209,13 +209,6 @@ def lora_configs() -> list[Refused]:
         ),
         lora("lora_ga", "an unconverted LoRA-GA file", "lora_ga", init_lora_weights="lora_ga"),
         lora(
-            "kasa",
-            "KaSA",
-            "kasa",
-            lora_tensors() | {f"{P}lora_diag": noise(2)},
-            kasa_config={"beta": 1e-4, "gamma": 1e-3},
-        ),
-        lora(
             "arrow",
             "Arrow routing between LoRAs",
             "arrow_config",

@@ -3,6 +3,7 @@
 from fixture_refused import LORA_CONFIG, SITE, P, Refused, lora_tensors, noise
 
 EMBED = "base_model.model.model.embed_tokens."
+KASA = {"kasa_config": {"beta": 1e-4, "gamma": 1e-3}}
 
 
 def variant(name: str, what: str, names: str, tensors: dict, **config) -> Refused:
@@ -78,5 +79,41 @@ def variants_refused() -> list[Refused]:
             table,
             target_modules=["embed_tokens"],
             init_lora_weights="olora",
+        ),
+            variant(
+            "kasa_rank",
+            "as many ranks as the weight has, so that nothing of it would stay",
+            "kasa_config",
+            lora_tensors(r=32) | {f"{P}lora_diag": noise(32)},
+            r=32,
+            **KASA,
+        ),
+        variant("kasa_diag", "no diagonal", f"{P}lora_diag", lora_tensors(), **KASA),
+        variant(
+            "kasa_shape",
+            "a diagonal of another rank",
+            f"{P}lora_diag",
+            lora_tensors() | {f"{P}lora_diag": noise(3)},
+            **KASA,
+        ),
+        variant(
+            "kasa_unset", "a diagonal without the config", f"{P}lora_diag", lora_tensors() | {f"{P}lora_diag": noise(2)}
+        ),
+        variant(
+            "kasa_dora",
+            "DoRA, which PEFT does not combine with it",
+            "kasa_config",
+            lora_tensors() | {f"{P}lora_diag": noise(2)},
+            use_dora=True,
+            **KASA,
+        ),
+        variant("kasa_embedding", "an embedding", "embed_tokens", table, target_modules=["embed_tokens"], **KASA),
+        variant(
+            "kasa_alora",
+            "an invocation, before which the base is to be unchanged",
+            "alora_invocation_tokens",
+            lora_tensors() | {f"{P}lora_diag": noise(2)},
+            alora_invocation_tokens=[17],
+            **KASA,
         ),
     ]

@@ -1,7 +1,7 @@
 """Cases of the variants inside the type LORA that change what its tensors mean."""
 
 import peft.tuners.lora.layer as lora_layer
-from peft.tuners.lora.config import BdLoraConfig, MontecloraConfig, VeloraConfig
+from peft.tuners.lora.config import BdLoraConfig, KasaConfig, MontecloraConfig, VeloraConfig
 from peft.tuners.lora.variants import QALoraLinearVariant
 
 from fixture_cases import Case
@@ -51,6 +51,15 @@ VARIANT_CASES = [
         "lora_monteclora",
         "a config of MonteCLoRA, and the sampler that only training reads",
         monteclora_config=MontecloraConfig(),
+    ),
+    variant("lora_kasa", "KaSA, on linears with and without a bias", ("llama_bias", "phi3"), kasa_config=KasaConfig()),
+    variant(
+        "lora_kasa_patterns",
+        "KaSA, rslora and patterns",
+        kasa_config=KasaConfig(),
+        use_rslora=True,
+        rank_pattern={"q_proj": 2, "down_proj": 6},
+        alpha_pattern={"v_proj": 3},
     ),
     variant("lora_pissa", "an unconverted PiSSA file", ("llama", "llama_bias"), init_lora_weights="pissa"),
     variant(

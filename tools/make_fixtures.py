@@ -25,7 +25,9 @@ from peft import LoraConfig, PeftModel, PeftType, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from safetensors.torch import load_file, save_file
 
+import fixture_arrow
 import fixture_dense
+import fixture_layers
 import fixture_rotation
 import fixture_sparse
 import ssf
@@ -65,11 +67,12 @@ from fixture_prompt import (
 from fixture_refused import write_refused
 from fixture_refused_affine import affine_refused
 from fixture_refused_lowrank import factored_refused
+from fixture_refused_native import native_refused
 from fixture_refused_variants import variants_refused
 from fixture_variants import VARIANT_CASES, allow_qalora
 
 # Modules with cases and faulty adapters of further kinds.
-MORE = (fixture_dense, fixture_sparse, fixture_rotation)
+MORE = (fixture_dense, fixture_sparse, fixture_rotation, fixture_layers, fixture_arrow)
 CASES = FIRST_CASES + PROMPT_CASES + AFFINE_CASES + FACTORED_CASES + VARIANT_CASES
 CASES += [case for module in MORE for case in module.CASES]
 WEIGHTS = "adapter_model.safetensors"
@@ -313,7 +316,8 @@ def merge_entries(old: list[dict], new: list[dict], keys: tuple[str, ...]) -> li
 
 def is_made_elsewhere(entry: dict) -> bool:
     """Whether another script makes this adapter: one with an earlier PEFT release, or for a format that PEFT has not."""
-    return entry["peft_type"] in ("BONE", "SARA") or entry["name"].startswith("oft_0_")
+    elsewhere = ("BONE", "SARA", "SVFIT", "FLORA", "BOTTLENECK", "ARROW")
+    return entry["peft_type"] in elsewhere or entry["name"].startswith("oft_0_")
 
 
 def remove_strays(root: Path, cases: list[dict]) -> None:
@@ -355,10 +359,11 @@ def main() -> None:
     chosen = [(case, model) for case in CASES for model in case.models if re.search(args.only, f"{model}/{case.name}")]
     cases = [write_case(case, model, bases, prompts) for case, model in chosen]
     kept = [entry for entry in old.get("cases", []) if args.only or is_made_elsewhere(entry)]
-    refused = affine_refused() + factored_refused() + variants_refused()
+    refused = affine_refused() + factored_refused() + variants_refused() + native_refused()
     refused += [case for module in MORE for case in module.REFUSED]
     manifest = {
         "versions": old.get("versions", {}) | versions(),
+        "peft_types": [peft_type.value for peft_type in PeftType],
         "models": models,
         "cases": merge_entries(kept, cases, ("model", "name")),
         "refused": write_refused(args.out, refused),

@@ -1,4 +1,4 @@
-"""Adds adapters of formats that PEFT does not have to tests/fixtures: SaRA, and Bone of the RWKV trainer.
+"""Adds adapters of formats that PEFT does not have to tests/fixtures: SaRA, SVFit, FLoRA, and Bone of the RWKV trainer.
 
 The expected outputs are those of transformers on weights changed by the formats' formulas. Run after make_fixtures.py,
 from the repository root.
@@ -6,6 +6,7 @@ from the repository root.
 
 import argparse
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -30,6 +31,8 @@ from fixture_common import (
 MODEL = "llama"
 TARGETS = ["v_proj", "up_proj"]
 R = 8
+# One short and one longer prompt keep the files of later cases small.
+FEW = (1, 2)
 
 
 def sara(weight: torch.Tensor, rng: torch.Generator) -> tuple[dict, torch.Tensor]:
@@ -63,17 +66,43 @@ def column(weight: torch.Tensor, rng: torch.Generator) -> tuple[dict, torch.Tens
     return {"bone": blocks}, changed
 
 
+def svfit(weight: torch.Tensor, rng: torch.Generator) -> tuple[dict, torch.Tensor]:
+    """Other values for the six largest singular values."""
+    left, values, right = torch.linalg.svd(weight, full_matrices=False)
+    trained = values.clone()
+    trained[:6] *= 1 + 0.5 * torch.randn(6, generator=rng)
+    return {"svfit_sigma": trained[:6].contiguous()}, (left * trained) @ right
+
+
+def flora(r1: int, r2: int, scale: float) -> Callable:
+    """A Tucker core between two factors."""
+
+    def make(weight: torch.Tensor, rng: torch.Generator) -> tuple[dict, torch.Tensor]:
+        noise = lambda *shape: torch.randn(shape, generator=rng)
+        a, core, b = noise(weight.shape[0], r1), 0.1 * noise(r1, r2), noise(weight.shape[1], r2)
+        return {"flora_A": a, "flora_G": core, "flora_B": b}, weight + scale * a @ core @ b.T
+
+    return make
+
+
 CASES: list[tuple[str, str, str, Callable, dict]] = [
     ("sara", "SARA", "the smallest entries, as index and value", sara, {}),
     ("bone_native_row", "BONE", "the RWKV trainer's blocks by input", row, {"r": R}),
     ("bone_native_oldest", "BONE", "the oldest form: blocks by output, one below the other", column, {"r": R}),
+    ("svfit", "SVFIT", "the six largest singular values", svfit, {"r": 6}),
+    ("flora", "FLORA", "a core of 3 by 5", flora(3, 5, 1.0), {"r1": 3, "r2": 5}),
+    ("flora_scale", "FLORA", "a core of 6 by 2, and a scale", flora(6, 2, 0.5), {"r1": 6, "r2": 2, "scale": 0.5}),
 ]
+# Cases of which all prompts are recorded.
+WHOLE = ("sara", "bone_native_row", "bone_native_oldest")
 
 
 def write_case(case: tuple, bases: Bases, prompts: list) -> dict:
     """Seeds until the greedy margins and the effect are large enough; returns the manifest entry."""
     name, peft_type, what, make, config = case
     directory = fresh_dir(bases.root / "adapters" / MODEL / name)
+    if name not in WHOLE:
+        prompts = [ids if index in FEW else None for index, ids in enumerate(prompts)]
     base = load_expected(bases.root / "models" / MODEL)
     for attempt in range(ATTEMPTS_MAX):
         rng, tensors, model = generator(name, attempt), {}, bases.get(MODEL)
@@ -111,13 +140,14 @@ def main() -> None:
     """Makes the adapters and puts them into the manifest."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("tests/fixtures"))
+    parser.add_argument("--only", default="", help="make only the adapters whose name this expression finds; keep the rest")
     args = parser.parse_args()
     torch.set_num_threads(1)
     transformers.utils.logging.set_verbosity_error()
     manifest = json.loads((args.out / "manifest.json").read_text())
     prompts = json.loads((args.out / "prompts.json").read_text())
     bases = Bases(args.out)
-    made = [write_case(case, bases, prompts) for case in CASES]
+    made = [write_case(case, bases, prompts) for case in CASES if re.search(args.only, case[0])]
     names = {entry["name"] for entry in made}
     others = [entry for entry in manifest["cases"] if entry["name"] not in names]
     manifest["cases"] = sorted(others + made, key=lambda entry: (entry["model"], entry["name"]))

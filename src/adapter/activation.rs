@@ -1,12 +1,9 @@
 //! Activation functions by the names that transformers gives them (`activations.ACT2FN`, transformers 5).
 
-use candle_core::{Result, Tensor};
+use candle_core::Tensor;
 
-use super::AdapterError;
 use super::config::{Config, field_error};
-
-/// An elementwise function.
-pub(super) type Activation = fn(&Tensor) -> Result<Tensor>;
+use super::{Activation, AdapterError};
 
 /// Names and functions. Left out are those with parameters of their own, and what no published adapter uses.
 const ACTIVATIONS: &[(&str, Activation)] = &[
@@ -31,8 +28,12 @@ const ACTIVATIONS: &[(&str, Activation)] = &[
 ];
 
 /// The function that a field names.
-pub(super) fn find(config: &Config, field: &str, default: &str) -> std::result::Result<Activation, AdapterError> {
-    let name = config.string(field)?.unwrap_or(default);
+pub(super) fn find(config: &Config, field: &str, default: &str) -> Result<Activation, AdapterError> {
+    named(field, config.string(field)?.unwrap_or(default))
+}
+
+/// The function with this name, which stands in `field`.
+pub(super) fn named(field: &str, name: &str) -> Result<Activation, AdapterError> {
     let found = ACTIVATIONS.iter().find(|(known, _)| *known == name);
     found.map(|(_, function)| *function).ok_or_else(|| {
         let known: Vec<&str> = ACTIVATIONS.iter().map(|(known, _)| *known).collect();

@@ -61,6 +61,19 @@ impl Config {
         Ok(Self { fields })
     }
 
+    /// The file with other values for some fields; null takes a field out.
+    pub(super) fn edited(&self, changes: &[(&str, Value)]) -> Result<Vec<u8>, AdapterError> {
+        let mut fields = self.fields.clone();
+        for (name, value) in changes {
+            match value {
+                // The others keep their order, which decides between patterns.
+                Value::Null => drop(fields.shift_remove(*name)),
+                value => drop(fields.insert((*name).to_owned(), value.clone())),
+            }
+        }
+        write(&Value::Object(fields))
+    }
+
     /// `peft_type`, which a config must have.
     pub(super) fn peft_type(&self) -> Result<&str, AdapterError> {
         self.string("peft_type")?.ok_or_else(|| field_error("peft_type", "is missing; is this a PEFT adapter?"))
@@ -68,11 +81,16 @@ impl Config {
 
     /// Every fault of the fields' names and switches: a refused field that is set, or a set field that nobody knows.
     pub(super) fn faults(&self, kind_fields: &[(&str, Rule)]) -> Vec<AdapterError> {
+        self.faults_among(&[kind_fields, COMMON_FIELDS])
+    }
+
+    /// The same where no field but these is known; the first list that has one decides.
+    pub(super) fn faults_among(&self, known: &[&[(&str, Rule)]]) -> Vec<AdapterError> {
         let fault = |(name, value): (&String, &Value)| {
             if is_unset(value) {
                 return None;
             }
-            let rule = kind_fields.iter().chain(COMMON_FIELDS).find(|(known, _)| known == name);
+            let rule = known.iter().copied().flatten().find(|(known, _)| known == name);
             match rule.map(|(_, rule)| *rule) {
                 Some(Rule::Read | Rule::Ignored) => None,
                 Some(Rule::Refused(reason)) => Some(field_error(name, reason)),
@@ -115,12 +133,34 @@ impl Config {
         self.get(name).map(|value| as_number(name, value)).transpose()
     }
 
+    /// A field that is an object, with fields of its own.
+    pub(super) fn section(&self, name: &str) -> Result<Option<Self>, AdapterError> {
+        let read = |value: &Value| value.as_object().cloned().ok_or_else(|| wrong_type(name, "an object", value));
+        Ok(self.get(name).map(read).transpose()?.map(|fields| Self { fields }))
+    }
+
+    /// A field that is a list of objects; empty when absent.
+    pub(super) fn sections(&self, name: &str) -> Result<Vec<Self>, AdapterError> {
+        let Some(value) = self.get(name) else { return Ok(Vec::new()) };
+        let items = value.as_array().ok_or_else(|| wrong_type(name, "a list of objects", value))?;
+        let read = |item: &Value| item.as_object().cloned().ok_or_else(|| wrong_type(name, "an object", item));
+        items.iter().map(|item| Ok(Self { fields: read(item)? })).collect()
+    }
+
     /// A field that is an object; empty when absent. Entries keep the order of the file.
     pub(super) fn entries(&self, name: &str) -> Result<Vec<(&String, &Value)>, AdapterError> {
         let Some(value) = self.get(name) else { return Ok(Vec::new()) };
         let object = value.as_object().ok_or_else(|| wrong_type(name, "an object", value))?;
         Ok(object.iter().collect())
     }
+}
+
+/// A config as bytes of its file.
+pub(super) fn write(config: &Value) -> Result<Vec<u8>, AdapterError> {
+    let malformed = |error: serde_json::Error| AdapterError::Malformed { file: CONFIG_FILE, reason: error.to_string() };
+    let mut bytes = serde_json::to_vec_pretty(config).map_err(malformed)?;
+    bytes.push(b'\n');
+    Ok(bytes)
 }
 
 /// A list of strings.

@@ -3,7 +3,8 @@
 use candle_core::{DType, Result, Tensor};
 
 use super::{
-    BaseWeights, Delta, EmbeddingPatch, LinearSlots, LoweredAdapter, NormOverride, Pre, Scale, SiteId, Weight,
+    BaseWeights, Delta, EmbeddingPatch, LayerSlots, LinearSlots, LoweredAdapter, Mix, NormOverride, Pre, Scale, SiteId,
+    StreamFunction, Weight,
 };
 
 /// Whether the adapter equals the base exactly. `dtype` is the format of own weights and tables; the rest is f32.
@@ -27,13 +28,33 @@ pub(super) fn is_neutral(adapter: &LoweredAdapter, base: &dyn BaseWeights, dtype
             return Ok(false);
         }
     }
+    for slots in adapter.layers.values() {
+        if !layer_is_neutral(slots)? {
+            return Ok(false);
+        }
+    }
     Ok(true)
+}
+
+fn layer_is_neutral(slots: &LayerSlots) -> Result<bool> {
+    if let Some(branch) = &slots.branch
+        && !all_equal(&branch.values, 0.0)?
+    {
+        return Ok(false);
+    }
+    slots.functions().try_fold(true, |so_far, function| Ok(so_far && stream_is_kept(function)?))
+}
+
+/// Whether a function of the stream is the base's sum.
+fn stream_is_kept(f: &StreamFunction) -> Result<bool> {
+    let is_sum = f.outer == (Mix { stream: 1.0, output: 1.0 }) && f.norm_after.is_none();
+    Ok(is_sum && all_equal(&f.up.0, 0.0)? && all_equal(&f.up.1, 0.0)?)
 }
 
 fn linear_is_neutral(slots: &LinearSlots, id: SiteId, base: &dyn BaseWeights, dtype: DType) -> Result<bool> {
     for delta in &slots.deltas {
         let vanishes = match delta {
-            Delta::LowRank { a, b } => all_equal(b, 0.0)? || all_equal(a, 0.0)?,
+            Delta::LowRank { a, b } | Delta::Routed { a, b, .. } => all_equal(b, 0.0)? || all_equal(a, 0.0)?,
             Delta::ShardSum { m } => all_equal(m, 0.0)?,
             Delta::Sparse { values, .. } => all_equal(values, 0.0)?,
             Delta::Circulant { kernel } => all_equal(kernel, 0.0)?,

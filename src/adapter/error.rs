@@ -35,6 +35,14 @@ pub enum AdapterError {
         /// Why.
         reason: String,
     },
+    /// The adapter cannot be written in the form asked for.
+    #[error("cannot be converted: {place}: {reason}")]
+    NotConvertible {
+        /// Module or field.
+        place: String,
+        /// What has no place in that form.
+        reason: String,
+    },
     /// Dense weight copies would not fit.
     #[error("dense weights of {needed} bytes exceed the {limit} bytes left (adapters.merged_bytes_max)")]
     OverBudget {
@@ -42,6 +50,30 @@ pub enum AdapterError {
         needed: usize,
         /// Bytes allowed.
         limit: usize,
+    },
+    /// Adapters that are each sound have no exact common effect.
+    #[error("adapters {adapters} cannot act together: {reason}")]
+    Composition {
+        /// Their names.
+        adapters: String,
+        /// Where and why.
+        reason: String,
+    },
+    /// One of several adapters is at fault.
+    #[error("adapter `{name}`: {source}")]
+    Part {
+        /// Its name.
+        name: String,
+        /// What is wrong with it.
+        source: Box<AdapterError>,
+    },
+    /// Adapters cannot be combined to one in this way.
+    #[error("`{field}`: {reason}")]
+    Combination {
+        /// The option at fault, or `adapters` where they do not fit together.
+        field: String,
+        /// What is wrong with it.
+        reason: String,
     },
     /// A tensor operation failed; not the user's mistake.
     #[error("computing the lowered form failed")]

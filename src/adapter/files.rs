@@ -8,7 +8,7 @@ use serde::Serialize;
 pub struct AdapterFiles {
     /// `adapter_config.json`.
     pub config: Vec<u8>,
-    /// `adapter_model.safetensors`.
+    /// `adapter_model.safetensors`, or what stands in its place in other libraries' directories.
     pub weights: Vec<u8>,
 }
 

@@ -36,7 +36,7 @@ pub struct Inspection {
 /// When a file cannot be read at all, or the kind is unknown.
 pub fn inspect(files: &AdapterFiles) -> Result<Inspection, AdapterError> {
     let config = Config::parse(&files.config)?;
-    let kind = kinds::find(config.peft_type()?);
+    let kind = kinds::of(&config);
     let may_be_empty = kind.as_ref().is_ok_and(|kind| kind.may_be_empty);
     let file = TensorFile::parse(&files.weights, may_be_empty)?;
     let kind = kind?;

@@ -22,8 +22,19 @@ pub fn lower(
     base: &dyn BaseWeights,
     options: &LowerOptions,
 ) -> Result<(LoweredAdapter, LowerReport), AdapterError> {
+    let mut lowering = open(files, base, options)?;
+    run(&mut lowering)?;
+    finish(lowering)
+}
+
+/// Checks the files as far as that goes without the kind's own rules.
+pub(super) fn open<'a>(
+    files: &'a AdapterFiles,
+    base: &'a dyn BaseWeights,
+    options: &LowerOptions,
+) -> Result<Lowering<'a>, AdapterError> {
     let config = Config::parse(&files.config)?;
-    let kind = kinds::find(config.peft_type()?);
+    let kind = kinds::of(&config);
     let may_be_empty = kind.as_ref().is_ok_and(|kind| kind.may_be_empty);
     let file = TensorFile::parse(&files.weights, may_be_empty)?;
     let kind = kind?;
@@ -34,9 +45,17 @@ pub fn lower(
     if file.len() == 0 {
         return Err(AdapterError::Empty { reason: "the file holds no tensors".to_owned() });
     }
-    let mut lowering = Lowering::new((config, kind, file), base, *options)?;
-    (kind.lower)(&mut lowering)?;
-    finish(lowering)
+    Lowering::new((config, kind, file), base, *options)
+}
+
+/// Lowers by the kind's rules, and accounts for every tensor.
+pub(super) fn run(lowering: &mut Lowering<'_>) -> Result<(), AdapterError> {
+    (lowering.kind.lower)(lowering)?;
+    lowering.check_complete()?;
+    if lowering.num_modules() == 0 && lowering.out.num_leading() == 0 {
+        return Err(AdapterError::Empty { reason: "the config names none".to_owned() });
+    }
+    Ok(())
 }
 
 /// SHA-256 over the files' bytes and the options that change the adapter's effect.
@@ -52,11 +71,7 @@ pub fn digest(files: &AdapterFiles, options: &LowerOptions) -> [u8; 32] {
 }
 
 fn finish(mut lowering: Lowering<'_>) -> Result<(LoweredAdapter, LowerReport), AdapterError> {
-    lowering.check_complete()?;
     let (modules, leading_tokens) = (lowering.num_modules(), lowering.out.num_leading());
-    if modules == 0 && leading_tokens == 0 {
-        return Err(AdapterError::Empty { reason: "the config names none".to_owned() });
-    }
     if effect::is_neutral(&lowering.out, lowering.base, lowering.options.dtype)? {
         lowering.warnings.push("the adapter has no effect: it equals the base model".to_owned());
     }
@@ -64,6 +79,10 @@ fn finish(mut lowering: Lowering<'_>) -> Result<(LoweredAdapter, LowerReport), A
         merge::merge(&mut lowering)?;
         if modules == 0 {
             lowering.warnings.push("there is nothing to merge: the adapter stands before the prompt".to_owned());
+        } else if lowering.out.linears.is_empty() && !lowering.out.layers.is_empty() {
+            lowering
+                .warnings
+                .push("there is nothing to merge: what the adapter adds is no part of a weight".to_owned());
         }
     }
     if !lowering.options.merge {
@@ -96,6 +115,13 @@ fn store(lowering: &mut Lowering<'_>) -> Result<(), AdapterError> {
     };
     if let Some(site) = first_infinite(&lowering.out)? {
         return refuse(&lowering.site(site).path);
+    }
+    for (layer, slots) in &lowering.out.layers {
+        for tensor in slots.tensors() {
+            if !is_finite(tensor)? {
+                return refuse(&format!("layer {layer}"));
+            }
+        }
     }
     for tensor in lowering.out.leading_tensors() {
         if !is_finite(tensor)? {
@@ -131,7 +157,7 @@ fn first_infinite(adapter: &LoweredAdapter) -> Result<Option<SiteId>, AdapterErr
     Ok(None)
 }
 
-fn is_finite(tensor: &Tensor) -> candle_core::Result<bool> {
+pub(super) fn is_finite(tensor: &Tensor) -> candle_core::Result<bool> {
     let flat = tensor.flatten_all()?;
     Ok(match tensor.dtype() {
         DType::F16 => flat.to_vec1::<f16>()?.iter().all(|value| value.is_finite()),

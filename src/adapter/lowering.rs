@@ -30,6 +30,8 @@ pub(super) struct Lowering<'a> {
     pub(super) ranks: BTreeSet<usize>,
     /// What is odd but not wrong.
     pub(super) warnings: Vec<String>,
+    /// Keep terms that a dense weight would serve cheaper.
+    pub(super) keep_terms: bool,
     file: TensorFile<'a>,
     unread: ModuleKeys<SiteId>,
     shared: SharedKeys,
@@ -55,6 +57,7 @@ impl<'a> Lowering<'a> {
             out: LoweredAdapter::default(),
             ranks: BTreeSet::new(),
             warnings: Vec::new(),
+            keep_terms: false,
             file,
             unread,
             shared,
@@ -132,6 +135,12 @@ impl<'a> Lowering<'a> {
     /// Shape of a tensor that belongs to no module and has not been taken yet.
     pub(super) fn shared_shape(&self, name: &str) -> Option<&[usize]> {
         self.file.shape(self.shared.get(name)?)
+    }
+
+    /// Whether the name of a tensor that belongs to no module, and has not been taken yet, has these first components.
+    pub(super) fn has_shared_below(&self, components: &str) -> bool {
+        let is_below = |name: &String| name.strip_prefix(components).is_some_and(|rest| rest.starts_with('.'));
+        self.shared.keys().any(is_below)
     }
 
     /// The error for a tensor that belongs to no module.
@@ -302,8 +311,11 @@ impl<'a> Lowering<'a> {
         Ok(())
     }
 
-    /// Whether the factors of a low-rank delta have more elements than a linear's weight.
+    /// Whether the factors of a low-rank delta have more elements than a linear's weight; never where terms are kept.
     pub(super) fn costs_more(&self, site: SiteId, rank: usize) -> bool {
+        if self.keep_terms {
+            return false;
+        }
         match self.site(site).kind {
             SiteKind::Linear { in_features, out_features, .. } => {
                 rank.saturating_mul(in_features + out_features) > in_features * out_features
@@ -358,6 +370,9 @@ impl<'a> Lowering<'a> {
 
     /// Whether the budget has room for a dense weight of this linear; if not, that is remembered for the report.
     pub(super) fn finds_room(&mut self, site: SiteId) -> bool {
+        if self.keep_terms {
+            return false;
+        }
         let bytes = self.site(site).kind.num_elements().saturating_mul(self.options.dtype.size_in_bytes());
         let fits = self.has_own(site) || self.own_bytes.saturating_add(bytes) <= self.options.own_bytes_max;
         if !fits {
@@ -383,6 +398,23 @@ impl<'a> Lowering<'a> {
     /// Notes why a module has a dense weight or table of its own, for the report. The first reason stays.
     pub(super) fn explain_own(&mut self, site: SiteId, reason: &'static str) {
         self.own_reasons.entry(site).or_insert(reason);
+    }
+
+    /// Why a module has a dense weight or table of its own.
+    pub(super) fn own_reason(&self, site: SiteId) -> Option<&'static str> {
+        self.own_reasons.get(&site).copied()
+    }
+
+    /// The tensors that are not of this kind (replaced modules and biases), under their usual keys, in f32. They are read
+    /// and not taken.
+    pub(super) fn other_tensors(&self) -> Result<Vec<(String, Tensor)>, AdapterError> {
+        let mut others = Vec::new();
+        for (site, keys) in &self.unread {
+            for (suffix, key) in keys.iter().filter(|(suffix, _)| !self.kind.suffixes.contains(&suffix.as_str())) {
+                others.push((key_of(&self.site(*site).path, suffix), self.file.read_f32(key)?));
+            }
+        }
+        Ok(others)
     }
 
     /// The modules with dense weights or tables of their own, counted by reason.
@@ -426,11 +458,11 @@ impl<'a> Lowering<'a> {
         head.filter(|_| self.base.tied_embeddings()).map(|(id, _)| id)
     }
 
-    /// Number of modules that the result changes.
+    /// Number of modules that the result changes; a part of a layer counts as one.
     pub(super) fn num_modules(&self) -> usize {
         let out = &self.out;
         let ids: BTreeSet<&SiteId> = out.linears.keys().chain(out.norms.keys()).chain(out.embeddings.keys()).collect();
-        ids.len()
+        ids.len() + out.layers.values().map(super::LayerSlots::len).sum::<usize>()
     }
 }
 

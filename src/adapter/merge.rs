@@ -27,12 +27,25 @@ pub(super) fn merge(lowering: &mut Lowering<'_>) -> std::result::Result<(), Adap
         let slots = lowering.out.linears.entry(id).or_default();
         *slots = LinearSlots { weight: Weight::Own(own), c: slots.c.take(), ..LinearSlots::default() };
     }
+    let routed = lowering.out.linears.values().filter(|slots| is_routed(slots)).count();
+    if routed > 0 {
+        let warning = format!("{routed} linears are not merged: every token chooses among experts there");
+        lowering.warnings.push(warning);
+    }
     Ok(())
 }
 
 fn is_mergeable(slots: &LinearSlots) -> bool {
+    if is_routed(slots) {
+        return false;
+    }
     let keeps_input = matches!(slots.pre, Pre::Identity);
     !keeps_input || !slots.deltas.is_empty() || !matches!(slots.scale, Scale::One)
+}
+
+/// Whether each token has a term of its own, so that no weight does for all.
+fn is_routed(slots: &LinearSlots) -> bool {
+    slots.deltas.iter().any(|delta| matches!(delta, Delta::Routed { .. }))
 }
 
 /// `scale (W_t pre + sum_j delta_j)` with scale and pre as matrices. weight: (out, in) f32, before replaced rows; result: (out, in) f32.
@@ -56,17 +69,23 @@ pub(super) fn effective_weight(slots: &LinearSlots, weight: Tensor) -> Result<Te
     for delta in &slots.deltas {
         weight = (weight + dense(delta, out_features, in_features)?)?;
     }
-    match &slots.scale {
-        Scale::One => Ok(weight),
-        Scale::Diag(scale) => weight.broadcast_mul(&scale.unsqueeze(1)?),
+    scaled(&slots.scale, &weight)
+}
+
+/// The scale times a matrix (out, any) in f32.
+pub(super) fn scaled(scale: &Scale, matrix: &Tensor) -> Result<Tensor> {
+    match scale {
+        Scale::One => Ok(matrix.clone()),
+        Scale::Diag(scale) => matrix.broadcast_mul(&scale.to_dtype(DType::F32)?.unsqueeze(1)?),
         Scale::PairRot { p, q, half } => {
-            let partner = partners(&weight, *half)?;
-            weight.broadcast_mul(&p.unsqueeze(1)?)? + partner.broadcast_mul(&q.unsqueeze(1)?)?
+            let (p, q) = (p.to_dtype(DType::F32)?.unsqueeze(1)?, q.to_dtype(DType::F32)?.unsqueeze(1)?);
+            matrix.broadcast_mul(&p)? + partners(matrix, *half)?.broadcast_mul(&q)?
         }
         Scale::BlockDiag(blocks) => {
-            let columns = weight.t()?.pad_with_zeros(1, 0, blocks.dim(0)? * blocks.dim(1)? - out_features)?;
+            let rows = matrix.dim(0)?;
+            let columns = matrix.t()?.pad_with_zeros(1, 0, blocks.dim(0)? * blocks.dim(1)? - rows)?;
             let turned = times_blocks(&columns.contiguous()?, &blocks.transpose(1, 2)?.contiguous()?)?;
-            turned.narrow(1, 0, out_features)?.t()?.contiguous()
+            turned.narrow(1, 0, rows)?.t()?.contiguous()
         }
     }
 }
@@ -95,6 +114,7 @@ pub(super) fn partners(m: &Tensor, half: usize) -> Result<Tensor> {
 pub(super) fn dense(delta: &Delta, out_features: usize, in_features: usize) -> Result<Tensor> {
     match delta {
         Delta::LowRank { a, b } => b.to_dtype(DType::F32)?.matmul(&a.to_dtype(DType::F32)?),
+        Delta::Routed { .. } => panic!("a routed term is no matrix, and its linear is not merged"),
         Delta::ShardSum { m } => {
             let (r, q) = m.dims2()?;
             let block = m.to_dtype(DType::F32)?.t()?.contiguous()?; // [q, r]
@@ -114,7 +134,8 @@ pub(super) fn dense(delta: &Delta, out_features: usize, in_features: usize) -> R
     }
 }
 
-fn with_rows(weight: &Tensor, ids: &[u32], rows: &Tensor) -> Result<Tensor> {
+/// The matrix with rows `ids` replaced by `rows` (ids, in). weight: (out, in) f32; result: the same.
+pub(super) fn with_rows(weight: &Tensor, ids: &[u32], rows: &Tensor) -> Result<Tensor> {
     let rows = rows.to_dtype(DType::F32)?;
     let index = Tensor::new(ids, weight.device())?.unsqueeze(1)?.broadcast_as(rows.shape())?.contiguous()?;
     weight.scatter(&index, &rows, 0)
@@ -183,6 +204,7 @@ mod tests {
                     y[*row as usize] += value * x[*column as usize];
                 }
             }
+            Delta::Routed { .. } => panic!("not merged"),
             Delta::Circulant { kernel } => {
                 let kernel = kernel.to_vec3::<f32>().unwrap();
                 let b = kernel[0][0].len();

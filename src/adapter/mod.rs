@@ -7,7 +7,9 @@
 
 mod activation;
 mod adapted;
+mod compose;
 mod config;
+mod convert;
 mod effect;
 mod error;
 #[cfg(test)]
@@ -16,6 +18,7 @@ mod files;
 mod inspect;
 mod keys;
 mod kinds;
+mod layer_slots;
 mod linalg;
 mod lower;
 mod lowering;
@@ -32,10 +35,13 @@ mod token_rows;
 mod torch_random;
 mod wavelets;
 
+pub use compose::{Part, compose, own_bytes_of};
+pub use convert::{Converted, Form, MergedModel, convert};
 pub use error::AdapterError;
 pub use files::{AdapterFiles, LowerOptions, LowerReport, OwnWeights};
 pub use inspect::{Inspection, inspect};
-pub use kinds::{KINDS, Kind, REFUSED, Refused};
+pub use kinds::{CombineInput, CombineMode, CombineOptions, KINDS, Kind, REFUSED, Refused, combine};
+pub use layer_slots::{Activation, AttentionBranch, LayerSlots, Mix, StreamFunction};
 pub use lower::{digest, lower};
 pub use normal_form::{
     ButterflyFactor, Delta, EmbeddingPatch, KvPrefix, LinearSlots, LoadedAdapter, LoweredAdapter, NormOverride, Pre,

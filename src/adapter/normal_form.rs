@@ -10,14 +10,17 @@
 //! `pre_t(x)`; the deltas read `x` itself. `c` is the bias when an adapter says nothing about it. All slots default to
 //! neutral.
 //!
+//! Inside a decoder layer an adapter can take the place of the sums that close its sublayers ([`LayerSlots`]).
+//!
 //! Beside the slots an adapter can stand before the prompt: first entries of the KV cache, then virtual tokens. Both take
 //! positions, from 0 on, and the prompt follows. It can also be asleep until its invocation tokens occur in the prompt.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
+use std::sync::Arc;
 
 use candle_core::Tensor;
 
-use super::SiteId;
+use super::{LayerSlots, SiteId};
 
 pub use crate::kernels::ButterflyFactor;
 
@@ -30,6 +33,8 @@ pub struct LoweredAdapter {
     pub norms: BTreeMap<SiteId, NormOverride>,
     /// Patches per embedding.
     pub embeddings: BTreeMap<SiteId, EmbeddingPatch>,
+    /// Slots per decoder layer, by its number.
+    pub layers: BTreeMap<usize, LayerSlots>,
     /// Rows (n, hidden) that stand before every prompt as if they were embedded tokens.
     pub virtual_tokens: Option<Tensor>,
     /// Keys and values that stand before every context.
@@ -103,6 +108,21 @@ pub enum Delta {
     ShardSum {
         /// Block matrix (r, q).
         m: Tensor,
+    },
+    /// `sum_e g_e b_e (a_e x)` over experts of equal rank, whose factors lie one after the other. Each token has gates of
+    /// its own: the softmax of `|prototypes x| / temperature` over the `top_k` experts with the largest magnitudes, and zero
+    /// for the others.
+    Routed {
+        /// Down projections (experts r, in).
+        a: Tensor,
+        /// Up projections (out, experts r). Any scale factor is folded in.
+        b: Tensor,
+        /// What inputs are compared with, (experts, in) in f32.
+        prototypes: Tensor,
+        /// Experts of a token, at most as many as there are.
+        top_k: usize,
+        /// Divides the magnitudes.
+        temperature: f32,
     },
     /// `y[rows[i]] += values[i] * x[columns[i]]` for each entry i. The entries are sorted by row, and no place occurs
     /// twice.
@@ -182,6 +202,15 @@ pub struct LoadedAdapter {
     pub lowered: LoweredAdapter,
     /// Bytes of all tensors in `lowered`.
     pub bytes: usize,
+    /// What it was composed of; empty for an adapter that was loaded. It shares tensors with them, so they stay leased.
+    pub parts: Vec<Arc<LoadedAdapter>>,
+}
+
+impl LoadedAdapter {
+    /// The adapters that work for it: itself, or its parts. Whatever counts by name counts these.
+    pub fn sources(&self) -> impl Iterator<Item = &LoadedAdapter> {
+        std::iter::once(self).filter(|_| self.parts.is_empty()).chain(self.parts.iter().map(Arc::as_ref))
+    }
 }
 
 impl Pre {
@@ -213,10 +242,11 @@ impl Pre {
 }
 
 impl Delta {
-    /// Tensors of indexes, whose format never changes.
+    /// Tensors whose format never changes: indexes, and what tokens are compared with.
     pub fn indexes(&self) -> Vec<&Tensor> {
         match self {
             Self::LowRank { .. } | Self::ShardSum { .. } | Self::Circulant { .. } => Vec::new(),
+            Self::Routed { prototypes, .. } => vec![prototypes],
             Self::Sparse { rows, columns, .. } => vec![rows, columns],
         }
     }
@@ -232,7 +262,7 @@ impl LinearSlots {
         tensors.extend(self.rows.iter().map(|(_, rows)| rows));
         for delta in &self.deltas {
             match delta {
-                Delta::LowRank { a, b } => tensors.extend([a, b]),
+                Delta::LowRank { a, b } | Delta::Routed { a, b, .. } => tensors.extend([a, b]),
                 Delta::ShardSum { m } => tensors.push(m),
                 Delta::Sparse { values, .. } => tensors.push(values),
                 Delta::Circulant { kernel } => tensors.push(kernel),
@@ -300,7 +330,8 @@ impl LoweredAdapter {
         let linears = self.linears.values().flat_map(LinearSlots::tensors);
         let norms = self.norms.values().flat_map(|norm| norm.weight.iter().chain(&norm.shift));
         let embeddings = self.embeddings.values().flat_map(EmbeddingPatch::tensors);
-        linears.chain(norms).chain(embeddings).chain(self.leading_tensors()).collect()
+        let layers = self.layers.values().flat_map(LayerSlots::tensors);
+        linears.chain(norms).chain(embeddings).chain(layers).chain(self.leading_tensors()).collect()
     }
 
     /// Every tensor of what stands before the prompt.
@@ -320,7 +351,7 @@ impl LoweredAdapter {
             tensors.extend(slots.rows.iter_mut().map(|(_, rows)| rows));
             for delta in &mut slots.deltas {
                 match delta {
-                    Delta::LowRank { a, b } => tensors.extend([a, b]),
+                    Delta::LowRank { a, b } | Delta::Routed { a, b, .. } => tensors.extend([a, b]),
                     Delta::ShardSum { m } => tensors.push(m),
                     Delta::Sparse { values, .. } => tensors.push(values),
                     Delta::Circulant { kernel } => tensors.push(kernel),
@@ -341,6 +372,7 @@ impl LoweredAdapter {
             tensors.extend(patch.rows.iter_mut().map(|(_, rows)| rows));
             tensors.extend(patch.low_rank.iter_mut().flat_map(|(a, b)| [a, b]));
         }
+        tensors.extend(self.layers.values_mut().flat_map(LayerSlots::tensors_mut));
         tensors.extend(&mut self.virtual_tokens);
         for (keys, values) in self.kv_prefix.iter_mut().flat_map(|prefix| &mut prefix.layers) {
             tensors.extend([keys, values]);
@@ -360,8 +392,20 @@ impl LoweredAdapter {
 
     /// Bytes of all tensors.
     pub fn bytes(&self) -> usize {
+        self.bytes_beside(std::iter::empty())
+    }
+
+    /// Bytes of the tensors that it does not share with `others`.
+    pub fn bytes_beside<'a>(&self, others: impl Iterator<Item = &'a Self>) -> usize {
+        let shared: HashSet<_> = others.flat_map(Self::with_indexes).map(Tensor::id).collect();
+        let own = self.with_indexes().filter(|tensor| !shared.contains(&tensor.id()));
+        own.map(|t| t.elem_count() * t.dtype().size_in_bytes()).sum()
+    }
+
+    /// Every tensor, indexes too.
+    fn with_indexes(&self) -> impl Iterator<Item = &Tensor> {
         let of_deltas = self.linears.values().flat_map(|slots| &slots.deltas).flat_map(Delta::indexes);
         let indexes = of_deltas.chain(self.linears.values().flat_map(|slots| slots.pre.indexes()));
-        self.tensors().into_iter().chain(indexes).map(|t| t.elem_count() * t.dtype().size_in_bytes()).sum()
+        self.tensors().into_iter().chain(indexes)
     }
 }

@@ -8,7 +8,7 @@ use super::matching::{is_saved, modules_to_save};
 use super::{AdapterError, SiteId, SiteKind, Weight};
 
 /// Why such a module does not use the shared weight.
-const REPLACED: &str = "the file replaces the weight as a whole";
+pub(super) const REPLACED: &str = "the file replaces the weight as a whole";
 
 /// Applies `modules_to_save`: complete tensors of the modules it names. `also` is one more module, for weight tying.
 pub(super) fn saved_modules(lowering: &mut Lowering<'_>, also: Option<SiteId>) -> Result<(), AdapterError> {
@@ -122,7 +122,9 @@ pub(super) fn base_layers(lowering: &mut Lowering<'_>) -> Result<(), AdapterErro
             SiteKind::Norm { .. } => continue,
         };
         let Some(weight) = lowering.take(id, suffix, &shape)? else { continue };
-        if is_same(&weight, &lowering.base.weight(id)?, lowering.options.dtype)? {
+        if is_same(&weight, &lowering.base.weight(id)?, lowering.options.dtype)?
+            || lowering.base.may_be_quantised_from(id, &weight)?
+        {
             continue;
         }
         let path = &lowering.site(id).path;

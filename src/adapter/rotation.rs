@@ -36,6 +36,12 @@ pub(super) fn from_upper(triangles: &[f64], s: usize) -> Vec<f64> {
     blocks
 }
 
+/// The strict upper triangles of blocks (s, s), each row by row.
+pub(super) fn upper(blocks: &[f64], s: usize) -> Vec<f64> {
+    let places = |block| (0..s).flat_map(move |row| (row + 1..s).map(move |column| block * s * s + row * s + column));
+    (0..blocks.len() / (s * s)).flat_map(places).map(|at| blocks[at]).collect()
+}
+
 /// Shrinks each block to a Frobenius norm of at most `norm_max`.
 pub(super) fn limit_norm(blocks: &mut [f64], s: usize, norm_max: f64) {
     for block in blocks.chunks_exact_mut(s * s) {

@@ -141,6 +141,15 @@ pub trait BaseWeights: Send + Sync {
     /// When the tensor cannot be copied or dequantised.
     fn weight(&self, site: SiteId) -> Result<Tensor>;
 
+    /// Whether the base's weight at `site` is quantised and `weight`, in f32, is one that quantising may have made it of. A
+    /// file's copy of the base's weight is known by it.
+    ///
+    /// # Errors
+    /// When the tensor cannot be read.
+    fn may_be_quantised_from(&self, _site: SiteId, _weight: &Tensor) -> Result<bool> {
+        Ok(false)
+    }
+
     /// Bias of a linear (out) or shift of a norm (dim); `None` where the base has none.
     ///
     /// # Errors

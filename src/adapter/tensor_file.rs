@@ -1,6 +1,6 @@
 //! Tensors of a safetensors file that is held as bytes. A header is believed only where the file bears it out.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 
 use candle_core::{Device, Tensor};
 use half::{bf16, f16};
@@ -91,6 +91,13 @@ impl<'a> TensorFile<'a> {
             }
         })
     }
+}
+
+/// The bytes of a weights file with these tensors.
+pub(super) fn write(tensors: &BTreeMap<String, Tensor>) -> Result<Vec<u8>, AdapterError> {
+    let metadata = HashMap::from([("format".to_owned(), "pt".to_owned())]);
+    safetensors::serialize(tensors, Some(metadata))
+        .map_err(|error| AdapterError::Malformed { file: WEIGHTS_FILE, reason: error.to_string() })
 }
 
 fn check_shape(key: &str, shape: &[usize], may_be_empty: bool) -> Result<(), AdapterError> {

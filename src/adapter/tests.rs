@@ -334,7 +334,7 @@ fn inspection_needs_no_base() {
     assert_eq!((inspection.modules, inspection.bytes), (vec![Q.to_owned()], 4 * 2 * 3 * HIDDEN));
     assert!(inspection.problems.is_empty());
     let lone = factors(Q).split_off(1);
-    let inspection = inspect(&files(&lora(&json!({"kasa_config": {"beta": 1}}), &["q_proj"]), &lone)).unwrap();
+    let inspection = inspect(&files(&lora(&json!({"layer_replication": [[0, 1]]}), &["q_proj"]), &lone)).unwrap();
     assert_eq!(inspection.problems.len(), 2);
 }
 

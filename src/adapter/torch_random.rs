@@ -42,6 +42,33 @@ impl TorchRandom {
         bits ^ bits >> 18
     }
 
+    /// `torch.randn(n)` for n of at least 16; fewer are the first of 16, which torch draws in another way.
+    ///
+    /// Box-Muller in blocks of 16: the first half of a block's uniform numbers gives radii, the second angles. A last block
+    /// that is not full overlaps the one before it and is drawn anew. torch computes logarithm and sine with other roundings
+    /// where the processor has vectors.
+    pub(super) fn normals(&mut self, n: usize) -> Vec<f32> {
+        const BLOCK: usize = 16;
+        let count = n.max(BLOCK);
+        let mut uniform = || (self.next_u32() & 0x00ff_ffff) as f32 / (1 << 24) as f32;
+        let mut values: Vec<f32> = (0..count).map(|_| uniform()).collect();
+        let fill = |block: &mut [f32]| {
+            let (radii, angles) = block.split_at_mut(BLOCK / 2);
+            for (radius, angle) in radii.iter_mut().zip(angles) {
+                let (r, theta) = ((-2.0 * (1.0 - *radius).ln()).sqrt(), std::f32::consts::TAU * *angle);
+                (*radius, *angle) = (r * theta.cos(), r * theta.sin());
+            }
+        };
+        values.chunks_exact_mut(BLOCK).for_each(fill);
+        if !count.is_multiple_of(BLOCK) {
+            let last = &mut values[count - BLOCK..];
+            last.iter_mut().for_each(|value| *value = uniform());
+            fill(last);
+        }
+        values.truncate(n);
+        values
+    }
+
     fn refill(&mut self) {
         for at in 0..STATE {
             let joined = self.state[at] & 0x8000_0000 | self.state[(at + 1) % STATE] & 0x7fff_ffff;
@@ -93,6 +120,27 @@ mod tests {
         );
     }
 
+    #[test]
+    fn normal_numbers_are_those_of_torch() {
+        for (seed, expected) in [(0, NORMALS_0_35), (777, NORMALS_777_35)] {
+            for (found, expected) in TorchRandom::new(seed).normals(35).iter().zip(expected) {
+                assert!((found - expected).abs() < 1e-5, "{found} {expected}");
+            }
+        }
+    }
+
     const PERM_0_10: [usize; 10] = [4, 1, 7, 5, 3, 9, 0, 8, 6, 2];
+    const NORMALS_0_35: [f32; 35] = [
+        -1.12584, -1.15236, -0.250579, -0.433879, 0.84871, 0.692009, -0.316013, -2.115219, 0.322275, -1.263335,
+        0.349983, 0.308134, 0.119842, 1.237658, 1.116777, -0.247278, -1.352654, -1.695931, 0.566651, 0.248415,
+        0.439696, 0.112411, 0.640792, 0.441156, -0.215863, -0.742548, 0.562721, 0.052507, 0.52286, 2.302205, -1.468894,
+        -1.586689, 1.203224, 0.084535, -1.200139,
+    ];
+    const NORMALS_777_35: [f32; 35] = [
+        0.18739, -0.098004, -0.381458, -0.817534, 1.597588, -1.492733, -0.150731, 1.180561, -0.368533, 1.158253,
+        0.941886, -0.553984, 1.307823, -1.425018, -1.598056, -0.07558, 2.077635, 0.770822, 1.602024, 2.068354,
+        1.875552, 1.423084, -1.208203, 0.211144, -0.297465, -0.985866, 1.616607, -1.373138, 0.069705, 0.226527,
+        0.396131, 0.938248, 0.236175, -0.08209, -0.01053,
+    ];
     const PERM_777_1536: [usize; 6] = [1127, 190, 1005, 1004, 471, 296];
 }

@@ -1,4 +1,5 @@
-//! `patchbay adapter`: checking an adapter offline, and listing, adding and removing those of a running server.
+//! `patchbay adapter`: checking, converting and combining adapters offline, and listing, adding and removing those of a
+//! running server.
 
 use std::fs::File;
 use std::io::{Cursor, Read, Write};
@@ -10,6 +11,7 @@ use clap::{Args, Subcommand};
 use serde::Deserialize;
 use serde_json::Value;
 
+use super::combine::{self, CombineArgs};
 use super::settings::SettingsArgs;
 use crate::adapter::{AdapterError, LowerOptions, LowerReport, lower};
 use crate::config::Config;
@@ -23,7 +25,7 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 pub(super) enum AdapterCommand {
     /// Check a directory against the base model, without a server: what it is, what it changes, what it takes.
     Check {
-        /// Directory with adapter_config.json and adapter_model.safetensors.
+        /// Directory with adapter_config.json and adapter_model.safetensors (or adapter.safetensors).
         dir: PathBuf,
         /// Check it as it would be served merged into dense weights.
         #[arg(long)]
@@ -31,13 +33,17 @@ pub(super) enum AdapterCommand {
         #[command(flatten)]
         settings: Box<SettingsArgs>,
     },
+    /// Write an adapter in another form with the same effect, or a model with the adapter merged into it.
+    Convert(super::convert::ConvertArgs),
+    /// Make one adapter of several, without a server or a base model, and write it as PEFT does.
+    Combine(CombineArgs),
     /// List the adapters of a running server.
     List(ServerArgs),
     /// Upload a directory to a running server; a name that exists gets a new generation.
     Add {
         /// Name to serve it under.
         name: String,
-        /// Directory with adapter_config.json and adapter_model.safetensors.
+        /// Directory with adapter_config.json and adapter_model.safetensors (or adapter.safetensors).
         dir: PathBuf,
         /// Serve it merged into dense weights.
         #[arg(long)]
@@ -75,6 +81,8 @@ impl std::fmt::Debug for ServerArgs {
 pub(super) fn run(command: AdapterCommand, out: &mut dyn Write) -> Result<()> {
     match command {
         AdapterCommand::Check { dir, merge, settings } => check(&dir, merge, &settings.resolve()?.config, out),
+        AdapterCommand::Convert(arguments) => super::convert::run(arguments, out),
+        AdapterCommand::Combine(arguments) => combine::run(&arguments, out),
         AdapterCommand::List(server) => list(&server.connect()?, out),
         AdapterCommand::Add { name, dir, merge, server } => {
             add(&server.connect()?, &name, &AdapterDirectory::open(&dir)?, merge, out)

@@ -2,6 +2,8 @@
 
 mod adapter;
 mod bench;
+mod combine;
+mod convert;
 mod serve;
 mod settings;
 
@@ -32,7 +34,7 @@ enum Command {
     Config(SettingsArgs),
     /// Measure a server's speed: one that runs, or one started for it.
     Bench(bench::BenchArgs),
-    /// Check an adapter offline, or list, add and remove those of a running server.
+    /// Check or convert an adapter offline, or list, add and remove those of a running server.
     #[command(subcommand)]
     Adapter(adapter::AdapterCommand),
 }

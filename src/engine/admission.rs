@@ -49,8 +49,10 @@ impl Admission {
             };
             self.metrics.admission_rejections.with_label_values(&[reason]).inc();
         })?;
-        let adapter = request.adapter.as_ref().map(|adapter| adapter.name.as_str());
-        self.metrics.adapter_requests.with_label_values(&[self.metrics.adapter_label(adapter)]).inc();
+        let sources = request.adapter.iter().flat_map(|adapter| adapter.sources());
+        self.metrics.for_adapter_labels(sources.map(|adapter| adapter.name.as_str()), |label| {
+            self.metrics.adapter_requests.with_label_values(&[label]).inc();
+        });
 
         let context = self.context_tokens_max(&request);
         let max_tokens = request.max_tokens.min(context - request.prompt.len());

@@ -40,26 +40,29 @@ impl Observer {
     /// A sequence's prompt is computed.
     pub(super) fn prompt_computed(&self, sequence: &Sequence) {
         self.metrics.prompt_tokens.inc_by(sequence.prompt_len as u64);
-        let label = self.metrics.adapter_label(sequence.adapter_name());
-        self.metrics.adapter_prompt_tokens.with_label_values(&[label]).inc_by(sequence.prompt_len as u64);
+        self.metrics.for_adapter_labels(sequence.adapter_names(), |label| {
+            self.metrics.adapter_prompt_tokens.with_label_values(&[label]).inc_by(sequence.prompt_len as u64);
+        });
     }
 
     /// A sequence got a token.
     pub(super) fn token(&self, sequence: &mut Sequence, now: Instant) {
-        let name = sequence.adapter.as_ref().map(|adapter| adapter.name.as_str());
-        let label = self.metrics.adapter_label(name);
-        let times = &mut sequence.times;
-        if let Some(last_token) = times.last_token {
-            self.metrics.inter_token_latency.observe(seconds(last_token, now));
+        let metrics = &self.metrics;
+        if let Some(last_token) = sequence.times.last_token {
+            metrics.inter_token_latency.observe(seconds(last_token, now));
         } else {
-            let time = seconds(times.arrived, now);
-            self.metrics.time_to_first_token.observe(time);
-            self.metrics.adapter_time_to_first_token.with_label_values(&[label]).observe(time);
-            times.first_token = Some(now);
+            let time = seconds(sequence.times.arrived, now);
+            metrics.time_to_first_token.observe(time);
+            metrics.for_adapter_labels(sequence.adapter_names(), |label| {
+                metrics.adapter_time_to_first_token.with_label_values(&[label]).observe(time);
+            });
+            sequence.times.first_token = Some(now);
         }
-        times.last_token = Some(now);
-        self.metrics.generation_tokens.inc();
-        self.metrics.adapter_generation_tokens.with_label_values(&[label]).inc();
+        sequence.times.last_token = Some(now);
+        metrics.generation_tokens.inc();
+        metrics.for_adapter_labels(sequence.adapter_names(), |label| {
+            metrics.adapter_generation_tokens.with_label_values(&[label]).inc();
+        });
     }
 
     /// A sequence ended.
@@ -73,10 +76,9 @@ impl Observer {
         self.metrics.request_success.with_label_values(&[reason]).inc();
         match end {
             End::Finished(_) => self.finished(sequence),
-            End::Failed(_) => {
-                let label = self.metrics.adapter_label(sequence.adapter_name());
+            End::Failed(_) => self.metrics.for_adapter_labels(sequence.adapter_names(), |label| {
                 self.metrics.adapter_errors.with_label_values(&[label]).inc();
-            }
+            }),
             End::Cancelled | End::ShutDown(_) => {}
         }
     }
@@ -137,7 +139,7 @@ impl Observer {
         metrics.kv_cache_usage.with_label_values::<&str>(&[]).set(blocks.in_use() as f64 / blocks.total() as f64);
 
         let resident: BTreeSet<&str> = resident.collect();
-        let waiting = scheduler.waiting.iter().filter_map(|sequence| sequence.adapter_name());
+        let waiting = scheduler.waiting.iter().filter_map(|sequence| sequence.own_adapter_name());
         let waiting: BTreeSet<&str> = waiting.filter(|name| !resident.contains(name)).collect();
         if !resident.iter().eq(&self.activity.resident) || !waiting.iter().eq(&self.activity.waiting) {
             self.activity.resident = resident.into_iter().map(str::to_owned).collect();

@@ -215,9 +215,14 @@ impl Sequence {
         self.adapter.as_ref().map(|adapter| &adapter.digest)
     }
 
-    /// Name of the adapter.
-    pub(super) fn adapter_name(&self) -> Option<&str> {
-        self.adapter.as_ref().map(|adapter| adapter.name.as_str())
+    /// Names of the adapters that it counts for; none for the bare base.
+    pub(super) fn adapter_names(&self) -> impl Iterator<Item = &str> {
+        self.adapter.iter().flat_map(|adapter| adapter.sources()).map(|adapter| adapter.name.as_str())
+    }
+
+    /// Name of the adapter, unless it is a composition: that has none that anyone could ask for.
+    pub(super) fn own_adapter_name(&self) -> Option<&str> {
+        self.adapter.as_ref().filter(|adapter| adapter.parts.is_empty()).map(|adapter| adapter.name.as_str())
     }
 
     /// First token whose logits the prompt's logprobs still need; `None` when none are asked or all are there.

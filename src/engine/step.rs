@@ -194,7 +194,9 @@ impl Engine {
         match copy {
             Ok(Ok(lowered)) => {
                 self.residents[load.slot] = Some(Arc::new(lowered));
-                self.resident_names[load.slot] = Some(load.adapter.name.clone());
+                // A composition has no name that anyone could ask for.
+                let named = load.adapter.parts.is_empty();
+                self.resident_names[load.slot] = named.then(|| load.adapter.name.clone());
                 self.observer.adapter_copied();
                 return;
             }

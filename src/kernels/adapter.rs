@@ -1,6 +1,6 @@
 //! Adapter application: what segments of the rows add to, or take instead of, the shared product of a linear.
 
-use candle_core::{Result, Tensor};
+use candle_core::{DType, Result, Tensor};
 
 use super::linear;
 
@@ -81,6 +81,20 @@ pub enum Term<'a> {
     ShardSum {
         /// Block matrix (r, q), q divides out.
         m: &'a Tensor,
+    },
+    /// `sum_e g_e b_e (a_e x)` over experts of equal rank, whose factors lie one after the other. The gates g are the softmax of
+    /// `|prototypes x| / temperature` over the `top_k` experts with the largest magnitudes.
+    Routed {
+        /// Down projections (experts r, in).
+        a: &'a Tensor,
+        /// Up projections (out, experts r).
+        b: &'a Tensor,
+        /// What inputs are compared with (experts, in), f32.
+        prototypes: &'a Tensor,
+        /// Experts of an input.
+        top_k: usize,
+        /// Divides the magnitudes.
+        temperature: f64,
     },
     /// `y[rows[i]] += values[i] * x[columns[i]]`.
     Sparse {
@@ -186,6 +200,10 @@ fn apply_one((x, pre_x): (&Tensor, &Tensor), product: Option<&Tensor>, segment: 
     for term in &segment.terms {
         y = match *term {
             Term::LowRank { a, b } => (y + low_rank(&x, a, b)?)?,
+            Term::Routed { a, b, prototypes, top_k, temperature } => {
+                let gates = route(&x, prototypes, top_k, temperature)?;
+                (y + linear(&gated(&linear(&x, a)?, &gates)?, b)?)?
+            }
             Term::ShardSum { m } => add_shard_sum(&y, &x, m)?,
             Term::Sparse { rows, columns, values } => add_sparse(&y, &x, (rows, columns), values)?,
             Term::Circulant { kernel } => (y + linear(&x, &circulant_matrix(kernel)?)?)?,
@@ -267,6 +285,24 @@ pub fn circulant_matrix(kernel: &Tensor) -> Result<Tensor> {
     let from = (0..b).flat_map(|t| (0..b).map(move |j| ((j + b - t) % b) as u32)).collect::<Vec<_>>();
     let entries = kernel.contiguous()?.index_select(&Tensor::from_vec(from, b * b, kernel.device())?, 2)?;
     entries.reshape((m, n, b, b))?.transpose(1, 2)?.reshape((m * b, n * b))
+}
+
+/// The experts' gates for each row of `x` (rows, in): (rows, experts) in f32, the softmax of `|prototypes x| / temperature`
+/// over the experts whose magnitude is at least the `top_k`-th largest, and zero for the others. prototypes: (experts, in)
+/// in f32.
+fn route(x: &Tensor, prototypes: &Tensor, top_k: usize, temperature: f64) -> Result<Tensor> {
+    let magnitudes = linear(&x.to_dtype(DType::F32)?, prototypes)?.abs()?.contiguous()?;
+    let (sorted, _) = magnitudes.sort_last_dim(false)?;
+    let chosen = magnitudes.broadcast_ge(&sorted.narrow(1, top_k - 1, 1)?)?;
+    let never = Tensor::full(f32::NEG_INFINITY, magnitudes.shape(), x.device())?;
+    candle_nn::ops::softmax_last_dim(&chosen.where_cond(&(magnitudes / temperature)?, &never)?)
+}
+
+/// Each expert's equal share of `h` (rows, experts r) times its gate (rows, experts).
+fn gated(h: &Tensor, gates: &Tensor) -> Result<Tensor> {
+    let ((rows, width), experts) = (h.dims2()?, gates.dim(1)?);
+    let shares = h.reshape((rows, experts, width / experts))?;
+    shares.broadcast_mul(&gates.to_dtype(h.dtype())?.unsqueeze(2)?)?.reshape((rows, width))
 }
 
 fn low_rank(x: &Tensor, a: &Tensor, b: &Tensor) -> Result<Tensor> {
@@ -391,6 +427,27 @@ mod tests {
         let scale = Some(OutputTerm::BlockDiag { blocks: &blocks });
         let y = apply_segments((&x, &x), Some(&product), &[SegmentTerms { len: 1, scale, ..Default::default() }]);
         assert_eq!(y.unwrap().to_vec2::<f32>().unwrap(), [[1., 3., 6.]]);
+    }
+
+    #[test]
+    fn the_nearest_experts_share_a_row() {
+        let x = matrix(&[1., 0., 0., -2.], (2, 2));
+        let prototypes = matrix(&[3., 0., -3., 0.1, 0.1, 1.], (3, 2));
+        let gates = route(&x, &prototypes, 2, 0.5).unwrap().to_vec2::<f32>().unwrap();
+        // Magnitudes 3, 3, 0.1 and 0, 0.2, 2.
+        assert_eq!(gates[0], [0.5, 0.5, 0.]);
+        let (low, high) = ((0.2f32 / 0.5).exp(), (2f32 / 0.5).exp());
+        assert!((gates[1][1] - low / (low + high)).abs() < 1e-6 && gates[1][0] == 0., "{gates:?}");
+        let a = matrix(&[1., 1., 2., 2., 4., 4.], (3, 2));
+        let b = matrix(&[1., 10., 100.], (1, 3));
+        let segment = SegmentTerms {
+            len: 2,
+            terms: vec![Term::Routed { a: &a, b: &b, prototypes: &prototypes, top_k: 1, temperature: 1. }],
+            ..SegmentTerms::default()
+        };
+        let y = apply_segments((&x, &x), Some(&matrix(&[0., 0.], (2, 1))), &[segment]).unwrap();
+        // The first row has two equals, the second goes to the last expert.
+        assert_eq!(y.to_vec2::<f32>().unwrap(), [[10.5], [-800.]]);
     }
 
     #[test]

@@ -113,6 +113,15 @@ fn gather(cache: &Tensor, span: &KvSpan, first_key: usize, shape: &AttentionShap
         .contiguous()
 }
 
+/// `softmax(scale * q k^T) v` where every row sees all keys: q (rows, heads, head_dim), k and v (kv heads, entries,
+/// head_dim). The result is (rows, heads * head_dim) in the format of `q`.
+///
+/// # Errors
+/// When the shapes do not fit or the device fails.
+pub(super) fn attend_all(q: &Tensor, k: &Tensor, v: &Tensor, shape: &AttentionShape) -> Result<Tensor> {
+    attend(q, k, v, None, shape)
+}
+
 fn attend(q: &Tensor, k: &Tensor, v: &Tensor, mask: Option<&Tensor>, shape: &AttentionShape) -> Result<Tensor> {
     let rows = q.dim(0)?;
     let visible = k.dim(1)?;

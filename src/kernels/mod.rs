@@ -9,6 +9,7 @@ pub mod cpu;
 mod kv;
 mod linear;
 mod paged;
+mod stream;
 
 pub use adapter::{
     ButterflyFactor, InputTerm, OutputTerm, SegmentTerms, Term, apply_segments, at_places, circulant_matrix,
@@ -17,3 +18,4 @@ pub use adapter::{
 pub use attention::AttentionShape;
 pub use linear::linear;
 pub use paged::{AttentionPlan, KvLayout, PagedKv, PagedSpan};
+pub use stream::{Factor, StreamTerm, stream_function};

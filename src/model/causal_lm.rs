@@ -6,6 +6,7 @@ use candle_core::{DType, Result, Tensor};
 use serde_json::Value;
 
 use super::checkpoint::Checkpoint;
+use super::device_adapter::Placement;
 use super::families::{self, Built};
 use super::layers::{Decoder, Matrix};
 use super::loader::{Loaded, Loader, Parameters};
@@ -13,7 +14,7 @@ use super::{Batch, DeviceAdapter, DtypeChoice, KvCache, ModelConfig, ModelError,
 use crate::adapter::{BaseShape, BaseWeights, LoweredAdapter, SiteId, SiteTable};
 use crate::kernels::KvLayout;
 
-const CONFIG_FILE: &str = "config.json";
+pub(super) const CONFIG_FILE: &str = "config.json";
 
 /// A loaded base model.
 pub struct Model {
@@ -30,21 +31,19 @@ impl Model {
     ///
     /// Weights are read once, tensor by tensor, from the mapped files. With `quant`, the decoder layers' linears are
     /// quantised as they are read; embedding, norms, biases and the output head are not. A linear whose rows the
-    /// format's blocks do not fill takes the next finer format with smaller blocks, or stays as it is.
+    /// format's blocks do not fill takes the next finer format with smaller blocks, or stays as it is. `int8` quantises
+    /// every linear, the output head included, and the embedding where it is the head's weight.
     ///
     /// # Errors
     /// See [`ModelError`].
     pub fn load(dir: &Path, config: &ModelConfig) -> std::result::Result<Self, ModelError> {
         let json = read_json(dir, CONFIG_FILE)?;
-        let architecture = json
-            .pointer("/architectures/0")
-            .and_then(Value::as_str)
-            .ok_or_else(|| ModelError::config("architectures", "expected a list of names"))?;
+        let architecture = architecture(&json)?;
         let family = families::find(architecture)?;
         let device = open_device(config.device)?;
         let checkpoint = Checkpoint::open(dir)?;
         let weight_dtype = weight_dtype(config.dtype, &json, &checkpoint)?;
-        let mut loader = Loader::new(checkpoint, device, weight_dtype, config);
+        let mut loader = Loader::new(checkpoint, device, weight_dtype, config)?;
         let built = (family.build)(&json, &mut loader)?;
         let loaded = loader.finish();
         let info = info(architecture, &built, &loaded, config, generation::read(dir, &json)?)?;
@@ -78,12 +77,14 @@ impl Model {
     /// # Errors
     /// When the device is out of memory.
     pub fn adapter_to_device(&self, adapter: &LoweredAdapter) -> Result<DeviceAdapter> {
-        let packed_format = |site| match &self.parameters(site).weight {
-            Matrix::Packed(w) => Some(w.format()),
-            Matrix::Dense(_) | Matrix::Quantized { .. } => None,
+        let packed_format = |site| self.parameters(site).weight.packed().map(|w| w.form().terms());
+        let place = Placement {
+            device: &self.info.device,
+            dtype: self.info.dtype,
+            layout: self.info.kv_layout,
+            heads: (self.info.num_kv_heads, self.info.head_dim),
         };
-        let pack_norms = self.info.kv_layout == KvLayout::Heads;
-        DeviceAdapter::new(adapter, &self.info.device, self.info.dtype, (packed_format, pack_norms))
+        DeviceAdapter::new(adapter, &place, packed_format)
     }
 
     fn parameters(&self, site: SiteId) -> &Parameters {
@@ -112,12 +113,25 @@ impl BaseWeights for Model {
         self.parameters(site).weight.to_f32()
     }
 
+    fn may_be_quantised_from(&self, site: SiteId, weight: &Tensor) -> Result<bool> {
+        match &self.parameters(site).weight {
+            Matrix::Int8(w) => Ok(w.may_be_of(&weight.flatten_all()?.to_vec1::<f32>()?)),
+            Matrix::Dense(_) | Matrix::Packed(_) | Matrix::Quantized { .. } => Ok(false),
+        }
+    }
+
     fn bias(&self, site: SiteId) -> Result<Option<Tensor>> {
         self.parameters(site).bias.clone().map(|bias| Matrix::Dense(bias).to_f32()).transpose()
     }
 }
 
-fn read_json(dir: &Path, file: &str) -> std::result::Result<Value, ModelError> {
+/// The name of a checkpoint's architecture.
+pub(super) fn architecture(config: &Value) -> std::result::Result<&str, ModelError> {
+    let name = config.pointer("/architectures/0").and_then(Value::as_str);
+    name.ok_or_else(|| ModelError::config("architectures", "expected a list of names"))
+}
+
+pub(super) fn read_json(dir: &Path, file: &str) -> std::result::Result<Value, ModelError> {
     let text = std::fs::read(dir.join(file)).map_err(|error| ModelError::file(file, &error))?;
     serde_json::from_slice(&text).map_err(|error| ModelError::file(file, &error))
 }

@@ -13,10 +13,12 @@ use serde::Deserialize;
 use super::ModelError;
 
 const SINGLE_FILE: &str = "model.safetensors";
-const INDEX_FILE: &str = "model.safetensors.index.json";
+pub(super) const INDEX_FILE: &str = "model.safetensors.index.json";
 
 /// The tensors of a checkpoint by name. Nothing is read before it is asked for.
 pub(super) struct Checkpoint {
+    /// File names, and the mapped files.
+    files: Vec<String>,
     shards: Vec<Mmap>,
     tensors: BTreeMap<String, Entry>,
 }
@@ -29,6 +31,19 @@ struct Entry {
     used: bool,
 }
 
+/// A tensor of a checkpoint as it is stored.
+#[derive(Clone, Copy)]
+pub(super) struct Stored<'a> {
+    /// Number of its file.
+    pub(super) file: usize,
+    /// Its format.
+    pub(super) dtype: safetensors::Dtype,
+    /// Its shape.
+    pub(super) shape: &'a [usize],
+    /// Its values.
+    pub(super) bytes: &'a [u8],
+}
+
 #[derive(Deserialize)]
 struct Index {
     weight_map: BTreeMap<String, String>,
@@ -37,7 +52,7 @@ struct Index {
 impl Checkpoint {
     /// Maps the safetensors files of `dir` and checks their headers.
     pub(super) fn open(dir: &Path) -> Result<Self, ModelError> {
-        let mut checkpoint = Self { shards: Vec::new(), tensors: BTreeMap::new() };
+        let mut checkpoint = Self { files: Vec::new(), shards: Vec::new(), tensors: BTreeMap::new() };
         if dir.join(SINGLE_FILE).is_file() {
             checkpoint.add_shard(dir, SINGLE_FILE)?;
         } else if dir.join(INDEX_FILE).is_file() {
@@ -91,6 +106,7 @@ impl Checkpoint {
                 return Err(ModelError::tensor(name, "it occurs in two files"));
             }
         }
+        self.files.push(file.to_owned());
         self.shards.push(map);
         Ok(())
     }
@@ -103,6 +119,13 @@ impl Checkpoint {
         dtype: DType,
         device: &Device,
     ) -> Result<Tensor, ModelError> {
+        let (stored, bytes) = self.stored_bytes(name, shape)?;
+        let tensor = Tensor::from_raw_buffer(bytes, stored, shape, device)?;
+        Ok(tensor.to_dtype(dtype)?)
+    }
+
+    /// A tensor's format and bytes as they are in the file, in little-endian order.
+    pub(super) fn stored_bytes(&mut self, name: &str, shape: &[usize]) -> Result<(DType, &[u8]), ModelError> {
         let Some(entry) = self.tensors.get_mut(name) else {
             return Err(ModelError::tensor(name, "the checkpoint does not have it"));
         };
@@ -119,9 +142,24 @@ impl Checkpoint {
             }
         };
         entry.used = true;
+        Ok((stored, &self.shards[entry.shard][entry.bytes.clone()]))
+    }
+
+    /// The names of its files; [`Stored::file`] counts them.
+    pub(super) fn files(&self) -> &[String] {
+        &self.files
+    }
+
+    /// A tensor as it is stored.
+    pub(super) fn stored(&self, name: &str) -> Option<Stored<'_>> {
+        let entry = self.tensors.get(name)?;
         let bytes = &self.shards[entry.shard][entry.bytes.clone()];
-        let tensor = Tensor::from_raw_buffer(bytes, stored, shape, device)?;
-        Ok(tensor.to_dtype(dtype)?)
+        Some(Stored { file: entry.shard, dtype: entry.dtype, shape: &entry.shape, bytes })
+    }
+
+    /// The names of all tensors, in alphabetical order.
+    pub(super) fn names(&self) -> impl Iterator<Item = &str> {
+        self.tensors.keys().map(String::as_str)
     }
 
     /// Tensors that no part of the model asked for.

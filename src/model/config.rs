@@ -60,12 +60,13 @@ pub enum DtypeChoice {
     F16,
 }
 
-/// Quantised formats for the base weights, named as in GGUF.
+/// Quantised formats for the base weights: 8-bit integers for the CPU's own kernels, or blocks named as in GGUF.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "snake_case")]
 #[clap(rename_all = "snake_case")]
 #[expect(missing_docs, reason = "the names are the formats' own")]
 pub enum QuantChoice {
+    Int8,
     #[serde(rename = "q4_0")]
     #[clap(name = "q4_0")]
     Q4_0,

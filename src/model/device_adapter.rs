@@ -1,18 +1,22 @@
 //! An adapter on the model's device, in the form that the layers work with.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 
 use candle_core::{DType, Device, Result, Tensor};
 use half::bf16;
+use half::slice::HalfFloatSliceExt;
+use rayon::prelude::*;
 
 use crate::adapter::{
-    Delta, EmbeddingPatch, KvPrefix, LinearSlots, LoweredAdapter, NormOverride, Pre, Scale, SiteId, Weight,
+    AttentionBranch, Delta, EmbeddingPatch, KvPrefix, LinearSlots, LoweredAdapter, NormOverride, Pre, Scale, SiteId,
+    StreamFunction, Weight,
 };
 use crate::kernels::ButterflyFactor;
 use crate::kernels::cpu::{
-    Blocks, Circulant, NormSlots, PackedDelta, PackedMatrix, PackedPre, PackedScale, PackedSlots, RowMatrix,
-    SparseRows, WeightFormat,
+    Blocks, Circulant, Int8Matrix, NormSlots, PackedDelta, PackedMatrix, PackedPre, PackedScale, PackedSlots, Router,
+    RowMatrix, SparseRows, WeightFormat,
 };
+use crate::kernels::{KvLayout, PagedKv};
 
 /// An adapter on the model's device.
 ///
@@ -26,6 +30,25 @@ pub struct DeviceAdapter {
     pub(super) packed: HashMap<SiteId, PackedSlots>,
     /// Norms in the CPU kernels' form.
     pub(super) packed_norms: HashMap<SiteId, NormSlots>,
+    /// What happens inside decoder layers, by number; the tensors have none of it.
+    pub(super) layers: BTreeMap<usize, DeviceLayer>,
+}
+
+/// What an adapter does inside one decoder layer.
+#[derive(Debug, Default)]
+pub(super) struct DeviceLayer {
+    pub(super) after_attention: Option<DeviceFunction>,
+    pub(super) after_mlp: Option<DeviceFunction>,
+    /// Entries of an attention branch.
+    pub(super) branch: Option<PagedKv>,
+}
+
+/// A function of the residual stream.
+#[derive(Debug)]
+pub(super) struct DeviceFunction {
+    pub(super) function: StreamFunction,
+    /// The weights of the ways down and up, where the CPU's kernels run the layers; they read these then.
+    pub(super) packed: Option<(PackedMatrix, PackedMatrix)>,
 }
 
 impl DeviceAdapter {
@@ -34,28 +57,28 @@ impl DeviceAdapter {
         Self { tensors, ..Self::default() }
     }
 
-    /// Places `adapter`; `packed_format` names the format of a site's base weight where that is packed, `pack_norms` says
-    /// whether the CPU's kernels run the norms.
+    /// Places `adapter`; `packed_format` names the format of a site's base weight where that is packed.
     pub(super) fn new(
         adapter: &LoweredAdapter,
-        device: &Device,
-        dtype: DType,
-        (packed_format, pack_norms): (impl Fn(SiteId) -> Option<WeightFormat>, bool),
+        place: &Placement<'_>,
+        packed_format: impl Fn(SiteId) -> Option<WeightFormat>,
     ) -> Result<Self> {
-        let place = Placement { device, dtype };
+        let pack_layers = place.layout == KvLayout::Heads;
         let mut placed = Self::default();
+        // Packing is most of the work of placing an adapter, and a step waits for it.
+        let mut to_pack = Vec::new();
         for (site, slots) in &adapter.linears {
             match packed_format(*site) {
-                Some(format) => {
-                    placed.packed.insert(*site, pack_slots(slots, format)?);
-                }
+                Some(format) => to_pack.push((*site, slots, format)),
                 None => {
                     placed.tensors.linears.insert(*site, place.linear(slots)?);
                 }
             }
         }
+        let packed = to_pack.into_par_iter().map(|(site, slots, format)| Ok((site, pack_slots(slots, format)?)));
+        placed.packed = packed.collect::<Result<_>>()?;
         for (site, norm) in &adapter.norms {
-            if pack_norms {
+            if pack_layers {
                 let host = |tensor: &Option<Tensor>| tensor.as_ref().map(host).transpose();
                 let slots = NormSlots { weight: host(&norm.weight)?, shift: host(&norm.shift)? };
                 placed.packed_norms.insert(*site, slots);
@@ -66,6 +89,15 @@ impl DeviceAdapter {
         }
         for (site, patch) in &adapter.embeddings {
             placed.tensors.embeddings.insert(*site, place.embedding(patch)?);
+        }
+        for (number, slots) in &adapter.layers {
+            let function = |f: &Option<StreamFunction>| f.as_ref().map(|f| place.function(f, pack_layers)).transpose();
+            let layer = DeviceLayer {
+                after_attention: function(&slots.after_attention)?,
+                after_mlp: function(&slots.after_mlp)?,
+                branch: slots.branch.as_ref().map(|branch| place.branch(branch)).transpose()?,
+            };
+            placed.layers.insert(*number, layer);
         }
         placed.tensors.virtual_tokens = place.option(&adapter.virtual_tokens)?;
         if let Some(prefix) = &adapter.kv_prefix {
@@ -81,6 +113,19 @@ impl DeviceAdapter {
 pub(super) fn pack_matrix(w: &Tensor) -> Result<PackedMatrix> {
     let format = if w.dtype() == DType::BF16 { WeightFormat::Bf16 } else { WeightFormat::F32 };
     pack_as(w, format)
+}
+
+/// Quantises a dense weight (n, k) for the CPU; what adapters add to it is in the format that [`pack_matrix`] would give it.
+pub(super) fn quantise_matrix(w: &Tensor) -> Result<Int8Matrix> {
+    let (n, k) = w.dims2()?;
+    let packed = if w.dtype() == DType::BF16 {
+        let values = w.flatten_all()?.to_vec1::<bf16>()?;
+        Int8Matrix::new(WeightFormat::Bf16, n, k, |row, out| values[row * k..][..k].convert_to_f32_slice(out))
+    } else {
+        let values = host(w)?;
+        Int8Matrix::new(WeightFormat::F32, n, k, |row, out| out.copy_from_slice(&values[row * k..][..k]))
+    };
+    Ok(packed?)
 }
 
 fn pack_as(w: &Tensor, format: WeightFormat) -> Result<PackedMatrix> {
@@ -117,6 +162,14 @@ fn pack_slots(slots: &LinearSlots, format: WeightFormat) -> Result<PackedSlots> 
             Delta::LowRank { a, b } => {
                 let (r, k) = a.dims2()?;
                 PackedDelta::LowRank { a: RowMatrix::new(format, &host(a)?, r, k), b: pack_as(b, format)? }
+            }
+            Delta::Routed { a, b, prototypes, top_k, temperature } => {
+                let (r, k) = a.dims2()?;
+                PackedDelta::Routed {
+                    a: RowMatrix::new(format, &host(a)?, r, k),
+                    b: pack_as(b, format)?,
+                    router: Router::new(host(prototypes)?, k, *top_k, *temperature),
+                }
             }
             Delta::ShardSum { m } => PackedDelta::ShardSum { m: pack_as(&m.t()?, format)? },
             Delta::Sparse { rows, columns, values } => {
@@ -160,9 +213,14 @@ fn pack_slots(slots: &LinearSlots, format: WeightFormat) -> Result<PackedSlots> 
 }
 
 /// Where an adapter's tensors go.
-struct Placement<'a> {
-    device: &'a Device,
-    dtype: DType,
+pub(super) struct Placement<'a> {
+    pub(super) device: &'a Device,
+    /// Format of activations.
+    pub(super) dtype: DType,
+    /// How keys and values lie; in [`KvLayout::Heads`] the CPU's kernels run norms and residual streams too.
+    pub(super) layout: KvLayout,
+    /// Key and value heads, and the length of their vectors.
+    pub(super) heads: (usize, usize),
 }
 
 impl Placement<'_> {
@@ -184,6 +242,13 @@ impl Placement<'_> {
         for delta in &slots.deltas {
             deltas.push(match delta {
                 Delta::LowRank { a, b } => Delta::LowRank { a: self.tensor(a)?, b: self.tensor(b)? },
+                Delta::Routed { a, b, prototypes, top_k, temperature } => Delta::Routed {
+                    a: self.tensor(a)?,
+                    b: self.tensor(b)?,
+                    prototypes: prototypes.to_device(self.device)?,
+                    top_k: *top_k,
+                    temperature: *temperature,
+                },
                 Delta::ShardSum { m } => Delta::ShardSum { m: self.tensor(m)? },
                 Delta::Sparse { rows, columns, values } => Delta::Sparse {
                     rows: rows.to_device(self.device)?,
@@ -221,6 +286,20 @@ impl Placement<'_> {
             },
             c: self.option(&slots.c)?,
         })
+    }
+
+    fn function(&self, function: &StreamFunction, pack: bool) -> Result<DeviceFunction> {
+        let mut placed = function.clone();
+        for tensor in placed.tensors_mut() {
+            *tensor = self.tensor(tensor)?;
+        }
+        let packed = if pack { Some((pack_matrix(&function.down.0)?, pack_matrix(&function.up.0)?)) } else { None };
+        Ok(DeviceFunction { function: placed, packed })
+    }
+
+    fn branch(&self, branch: &AttentionBranch) -> Result<PagedKv> {
+        let (keys, values) = (self.tensor(&branch.keys)?, self.tensor(&branch.values)?);
+        PagedKv::of_entries(self.layout, (&keys, &values), self.heads)
     }
 
     fn embedding(&self, patch: &EmbeddingPatch) -> Result<EmbeddingPatch> {

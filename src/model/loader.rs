@@ -8,10 +8,11 @@ use mistralrs_quant::{GgufMatMul, QuantMethod, QuantMethodConfig};
 
 use super::checkpoint::Checkpoint;
 use super::device::activation_dtype;
-use super::device_adapter::pack_matrix;
+use super::device_adapter::{pack_matrix, quantise_matrix};
 use super::layers::{Embedding, Linear, Matrix, RmsNorm};
 use super::{KernelChoice, ModelConfig, ModelError, QuantChoice};
 use crate::adapter::{Site, SiteId, SiteKind, SiteTable};
+use crate::kernels::cpu::PackedMatrix;
 
 /// Makes layers by module path. A family calls it in forward order, so the site table is in that order too.
 pub(super) struct Loader {
@@ -21,12 +22,21 @@ pub(super) struct Loader {
     weight_dtype: DType,
     /// Format of activations, norms and biases.
     dtype: DType,
-    quant: Option<GgmlDType>,
+    quant: Option<Quant>,
     /// Whether dense weights are packed for the CPU's kernels.
     pack: bool,
     sites: SiteTable,
     parameters: Vec<Parameters>,
     weight_bytes: usize,
+}
+
+/// How linears are quantised.
+#[derive(Clone, Copy)]
+enum Quant {
+    /// In GGUF blocks.
+    Blocks(GgmlDType),
+    /// In 8-bit integers, for the CPU's kernels.
+    Int8,
 }
 
 /// The base's tensors at one site.
@@ -48,20 +58,37 @@ pub(super) struct Loaded {
 }
 
 impl Loader {
-    pub(super) fn new(checkpoint: Checkpoint, device: Device, weight_dtype: DType, config: &ModelConfig) -> Self {
+    /// Reads `checkpoint` as `config` says.
+    ///
+    /// # Errors
+    /// When the quantisation is one that the device's kernels lack.
+    pub(super) fn new(
+        checkpoint: Checkpoint,
+        device: Device,
+        weight_dtype: DType,
+        config: &ModelConfig,
+    ) -> Result<Self, ModelError> {
         let dtype = activation_dtype(&device, weight_dtype);
         let pack = device.is_cpu() && config.kernels == KernelChoice::Auto;
-        Self {
+        let quant = config.quant.map(quant);
+        if matches!(quant, Some(Quant::Int8)) && !pack {
+            return Err(ModelError::Field {
+                file: "[model]",
+                field: "quant".to_owned(),
+                reason: "int8 needs device = \"cpu\" and kernels = \"auto\"".to_owned(),
+            });
+        }
+        Ok(Self {
             checkpoint,
             device,
             weight_dtype,
             dtype,
-            quant: config.quant.map(ggml_dtype),
+            quant,
             pack,
             sites: SiteTable::default(),
             parameters: Vec::new(),
             weight_bytes: 0,
-        }
+        })
     }
 
     /// The linear at `path` with weight `path.weight` (out, in) and, if `bias`, `path.bias` (out). Its weight is
@@ -74,9 +101,14 @@ impl Loader {
         bias: bool,
     ) -> Result<Linear, ModelError> {
         let shape = [out_features, in_features];
-        let weight = match self.quant.and_then(|quant| quant_for_rows(quant, in_features)) {
-            Some(quant) => self.quantized(&format!("{path}.weight"), &shape, quant)?,
-            None => self.weight(&format!("{path}.weight"), &shape)?,
+        let name = format!("{path}.weight");
+        let blocks = match self.quant {
+            Some(Quant::Blocks(quant)) => quant_for_rows(quant, in_features),
+            Some(Quant::Int8) | None => None,
+        };
+        let weight = match blocks {
+            Some(quant) => self.quantized(&name, &shape, quant)?,
+            None => self.weight(&name, &shape)?,
         };
         let bias = if bias { Some(self.tensor(&format!("{path}.bias"), &[out_features], self.dtype)?) } else { None };
         let kind = SiteKind::Linear { in_features, out_features, bias: bias.is_some(), output_head: false };
@@ -84,14 +116,15 @@ impl Loader {
         Ok(Linear::new(site, weight, bias)?)
     }
 
-    /// The output head: its own weight (vocab, hidden), or the embedding's where they are tied. Never quantised: its
-    /// rows decide between tokens, and it is often the embedding.
+    /// The output head: its own weight (vocab, hidden), or the embedding's where they are tied. Not quantised in blocks:
+    /// its rows decide between tokens, and it is often the embedding.
     pub(super) fn lm_head(&mut self, embedding: &mut Embedding, tied: bool) -> Result<Linear, ModelError> {
         let (vocab, hidden) = embedding.table.dims()?;
         let weight = if tied {
             // The embedding then reads its rows from the packed form, so that there is one copy.
             if let (true, Matrix::Dense(table)) = (self.pack, &embedding.table) {
-                embedding.table = Matrix::Packed(Arc::new(pack_matrix(table)?));
+                self.weight_bytes -= table.elem_count() * table.dtype().size_in_bytes();
+                embedding.table = self.packed(table)?;
                 self.parameters[embedding.site.0].weight = embedding.table.clone();
             }
             embedding.table.clone()
@@ -133,10 +166,34 @@ impl Loader {
         }
     }
 
-    /// A dense weight in the form that its layer multiplies with.
+    /// A weight in the form that its layer multiplies with, but for blocks.
     fn weight(&mut self, name: &str, shape: &[usize]) -> Result<Matrix, ModelError> {
-        let dense = self.tensor(name, shape, self.weight_dtype)?;
-        Ok(if self.pack { Matrix::Packed(Arc::new(pack_matrix(&dense)?)) } else { Matrix::Dense(dense) })
+        if self.pack {
+            // The most usual case is packed from the file as it is, without a copy in between.
+            if self.weight_dtype == DType::BF16
+                && self.quant.is_none()
+                && let (DType::BF16, bytes) = self.checkpoint.stored_bytes(name, shape)?
+            {
+                let packed =
+                    PackedMatrix::from_bf16_bytes(shape[0], shape[1], bytes).map_err(candle_core::Error::from)?;
+                self.weight_bytes += bytes.len();
+                return Ok(Matrix::Packed(Arc::new(packed)));
+            }
+            let dense = self.checkpoint.load(name, shape, self.weight_dtype, &self.device)?;
+            return self.packed(&dense);
+        }
+        Ok(Matrix::Dense(self.tensor(name, shape, self.weight_dtype)?))
+    }
+
+    /// A dense weight in the form of the CPU's kernels.
+    fn packed(&mut self, dense: &Tensor) -> Result<Matrix, ModelError> {
+        if let Some(Quant::Int8) = self.quant {
+            let packed = quantise_matrix(dense)?;
+            self.weight_bytes += packed.bytes();
+            return Ok(Matrix::Int8(Arc::new(packed)));
+        }
+        self.weight_bytes += dense.elem_count() * dense.dtype().size_in_bytes();
+        Ok(Matrix::Packed(Arc::new(pack_matrix(dense)?)))
     }
 
     fn tensor(&mut self, name: &str, shape: &[usize], dtype: DType) -> Result<Tensor, ModelError> {
@@ -159,8 +216,9 @@ impl Loader {
     }
 }
 
-fn ggml_dtype(quant: QuantChoice) -> GgmlDType {
-    match quant {
+fn quant(choice: QuantChoice) -> Quant {
+    Quant::Blocks(match choice {
+        QuantChoice::Int8 => return Quant::Int8,
         QuantChoice::Q4_0 => GgmlDType::Q4_0,
         QuantChoice::Q5_0 => GgmlDType::Q5_0,
         QuantChoice::Q8_0 => GgmlDType::Q8_0,
@@ -168,7 +226,7 @@ fn ggml_dtype(quant: QuantChoice) -> GgmlDType {
         QuantChoice::Q4K => GgmlDType::Q4K,
         QuantChoice::Q5K => GgmlDType::Q5K,
         QuantChoice::Q6K => GgmlDType::Q6K,
-    }
+    })
 }
 
 /// The format for rows of `in_features` elements: the one asked for where its blocks fill the row, else the next finer

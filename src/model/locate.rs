@@ -10,7 +10,7 @@ use super::{ModelConfig, ModelError};
 const DEFAULT_REVISION: &str = "main";
 
 /// Files of a hub repository that the server reads, beside the weights.
-const FILES: &[&str] = &[
+pub(super) const FILES: &[&str] = &[
     "config.json",
     "generation_config.json",
     "tokenizer.json",

@@ -11,6 +11,7 @@ mod config;
 mod device;
 mod device_adapter;
 mod error;
+mod export;
 mod families;
 mod generation;
 mod info;
@@ -26,6 +27,7 @@ pub use config::{DeviceChoice, DtypeChoice, KernelChoice, ModelConfig, QuantChoi
 pub use device::open_device;
 pub use device_adapter::DeviceAdapter;
 pub use error::ModelError;
+pub use export::{stored_dtype, write_merged};
 pub use families::supported_architectures;
 pub use info::{GenerationDefaults, ModelInfo, RopeLengthRule};
 pub use kv_cache::KvCache;

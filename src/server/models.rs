@@ -1,4 +1,5 @@
-//! `GET /v1/models` and `GET /v1/models/{id}`: the base model first, then its adapters.
+//! `GET /v1/models` and `GET /v1/models/{id}`: the base model first, then its adapters. `GET /lora-adapters`: the
+//! adapters with numbers, as llama.cpp's clients know them.
 
 use axum::Json as JsonBody;
 use axum::extract::{Path, State};
@@ -16,6 +17,16 @@ pub(super) async fn list(State(state): State<AppState>) -> Result<JsonBody<Json>
     let adapters = adapters.iter().map(|status| adapter(&state, status));
     let data: Vec<Json> = std::iter::once(base(&state)).chain(adapters).collect();
     Ok(JsonBody(json!({"object": "list", "data": data})))
+}
+
+/// `GET /lora-adapters`: the adapters by the ids that the field `lora` takes. None acts unless a request names it.
+pub(super) async fn list_numbered(State(state): State<AppState>) -> Result<JsonBody<Json>, ApiError> {
+    let adapters = state.store.list().await.map_err(|e| store_error(e, ""))?;
+    let numbered = adapters.iter().filter_map(|status| Some((state.store.number_of(&status.name)?, &status.name)));
+    let mut numbered: Vec<_> = numbered.collect();
+    numbered.sort_unstable();
+    let data = numbered.into_iter().map(|(id, name)| json!({"id": id, "path": name, "scale": 0.0}));
+    Ok(JsonBody(data.collect()))
 }
 
 /// One entry of the list, by any name that `model` accepts.

@@ -1,6 +1,6 @@
 //! Names, generations and loaded adapters: the store as the rest of the server sees it.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -39,6 +39,7 @@ pub(super) struct Shared {
     pub(super) loads: Admission,
     pub(super) uploads: Admission,
     pub(super) flights: Flights,
+    pub(super) composing: tokio::sync::Mutex<()>,
     pub(super) metrics: Arc<Metrics>,
     known: Mutex<Known>,
 }
@@ -52,6 +53,8 @@ pub(super) struct Known {
     pub(super) directories: HashMap<String, KnownDirectory>,
     /// The last load per name. Only names that were loaded once and not removed since.
     pub(super) facts: HashMap<String, LoadFacts>,
+    /// Names in the order in which they were first listed; the place of a name is its number for this process.
+    numbered: Vec<String>,
 }
 
 /// A plain directory as it was last loaded.
@@ -152,6 +155,7 @@ impl Store {
             loads: Admission::new(config.loads_max, config.load_queue_max),
             uploads: Admission::new(config.loads_max, config.load_queue_max),
             flights: Flights::default(),
+            composing: tokio::sync::Mutex::default(),
             metrics,
             known: Mutex::default(),
             config,
@@ -268,7 +272,21 @@ impl Store {
                 }
             }
         });
-        Ok(found.buffered(LOOKUPS_MAX).filter_map(|status| async { status }).collect().await)
+        let found: Vec<AdapterStatus> =
+            found.buffered(LOOKUPS_MAX).filter_map(|status| async { status }).collect().await;
+        self.shared.known().number(&found);
+        Ok(found)
+    }
+
+    /// The name that has this number: names are numbered from 0 as they are listed, sorted at the start, and keep their
+    /// number for as long as the process runs.
+    pub fn name_of(&self, number: usize) -> Option<String> {
+        self.shared.known().numbered.get(number).cloned()
+    }
+
+    /// The number of a name; `None` until it was listed.
+    pub fn number_of(&self, name: &str) -> Option<usize> {
+        self.shared.known().numbered.iter().position(|known| known == name)
     }
 
     /// One name's state.
@@ -328,7 +346,7 @@ impl Shared {
     }
 
     /// What a reference means now.
-    async fn find(&self, name: &str, generation: Option<u64>) -> Result<Target, StoreError> {
+    pub(super) async fn find(&self, name: &str, generation: Option<u64>) -> Result<Target, StoreError> {
         let not_found =
             || StoreError::NotFound(generation.map_or(name.to_owned(), |number| format!("{name}@{number}")));
         match self.refresh(name).await?.1 {
@@ -410,6 +428,13 @@ impl Shared {
 impl Known {
     fn published(&self, name: &str, number: u64) -> Option<Published> {
         self.names.get(name)?.published.get(&number).copied()
+    }
+
+    fn number(&mut self, listed: &[AdapterStatus]) {
+        let known: HashSet<&str> = self.numbered.iter().map(String::as_str).collect();
+        let new = listed.iter().filter(|status| !known.contains(status.name.as_str()));
+        let new: Vec<String> = new.map(|status| status.name.clone()).collect();
+        self.numbered.extend(new);
     }
 }
 

@@ -24,6 +24,10 @@ pub struct StoreConfig {
     pub loads_max: usize,
     /// Loads waiting at most.
     pub load_queue_max: usize,
+    /// Adapters one request may name to act together.
+    pub composition_parts_max: usize,
+    /// Compositions kept ready; the least recently used leave first, those in use stay.
+    pub compositions_max: usize,
 }
 
 impl Default for StoreConfig {
@@ -37,6 +41,8 @@ impl Default for StoreConfig {
             upload_bytes_max: 1 << 30,
             loads_max: 2,
             load_queue_max: 64,
+            composition_parts_max: 8,
+            compositions_max: 64,
         }
     }
 }

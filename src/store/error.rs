@@ -54,6 +54,15 @@ pub enum StoreError {
         /// The bound.
         limit: usize,
     },
+    /// More adapters than may act together.
+    #[error("at most {limit} adapters can act together (adapters.composition_parts_max)")]
+    TooManyParts {
+        /// The bound.
+        limit: usize,
+    },
+    /// An adapter that is to act together with itself; whether its strengths add up would be a guess.
+    #[error("adapter `{0}` is named twice")]
+    NamedTwice(String),
     /// Too many loads at once, or requests hold the memory that a load needs; try again later.
     #[error("too many adapter loads are under way, or running requests hold the memory for adapters")]
     Busy,

@@ -144,6 +144,7 @@ impl Prepared {
             digest: self.digest,
             bytes: self.reservation.bytes().host,
             lowered: self.lowered,
+            parts: Vec::new(),
         });
         (self.reservation.commit(generation, adapter), self.report)
     }

@@ -8,11 +8,11 @@ use std::io::{self, Read};
 use std::path::{Component, Path, PathBuf};
 
 use super::StoreError;
-use super::objects::{CONFIG_FILE, WEIGHTS_FILE};
+use super::objects::{CONFIG_FILE, WEIGHTS_FILE, WEIGHTS_FILES};
 use crate::adapter::{AdapterError, AdapterFiles};
 
-/// PEFT's older weight file, a pickle.
-pub(super) const PICKLE_FILE: &str = "adapter_model.bin";
+/// Weight files that are pickles: PEFT's older one, and AdapterHub's.
+pub(super) const PICKLE_FILES: [&str; 2] = ["adapter_model.bin", "pytorch_adapter.bin"];
 
 /// The directories that adapters may be read from; the store's own comes first.
 #[derive(Clone, Debug)]
@@ -83,10 +83,10 @@ pub(super) fn check_directory(roots: &Roots, name: &str) -> Result<bool, StoreEr
     if resolve_file(roots, &dir.join(CONFIG_FILE))?.is_none() {
         return Ok(false);
     }
-    if resolve_file(roots, &dir.join(WEIGHTS_FILE))?.is_none() && dir.join(PICKLE_FILE).exists() {
-        return Err(pickle_refusal());
+    match find_weights(&dir, |path| resolve_file(roots, path))? {
+        Some(_) => Ok(true),
+        None => pickle_in(&dir).map_or(Ok(true), |file| Err(pickle_refusal(file))),
     }
-    Ok(true)
 }
 
 /// Reads the adapter directory that a request's path names.
@@ -101,12 +101,30 @@ pub(super) fn read_path(roots: &Roots, path: &Path, bytes_max: usize) -> Result<
     AdapterDirectory::find(&dir, |path| resolve_file(roots, path))?.read(bytes_max)
 }
 
+/// The weights in a directory, resolved.
+fn find_weights(
+    dir: &Path,
+    resolve: impl Fn(&Path) -> Result<Option<PathBuf>, StoreError>,
+) -> Result<Option<PathBuf>, StoreError> {
+    for file in WEIGHTS_FILES {
+        if let Some(weights) = resolve(&dir.join(file))? {
+            return Ok(Some(weights));
+        }
+    }
+    Ok(None)
+}
+
+/// The name of a pickle in a directory.
+fn pickle_in(dir: &Path) -> Option<&'static str> {
+    PICKLE_FILES.into_iter().find(|file| dir.join(file).exists())
+}
+
 /// The two files of an adapter directory.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct AdapterDirectory {
     /// `adapter_config.json`, resolved.
     pub config: PathBuf,
-    /// `adapter_model.safetensors`, resolved.
+    /// `adapter_model.safetensors`, or AdapterHub's `adapter.safetensors`, resolved.
     pub weights: PathBuf,
 }
 
@@ -132,21 +150,33 @@ impl AdapterDirectory {
         Ok(AdapterFiles { config, weights })
     }
 
+    /// Writes an adapter's two files into an existing directory.
+    ///
+    /// # Errors
+    /// When a file cannot be written.
+    pub fn write(dir: &Path, files: &AdapterFiles) -> Result<(), StoreError> {
+        for (name, bytes) in [(CONFIG_FILE, &files.config), (WEIGHTS_FILE, &files.weights)] {
+            fs::write(dir.join(name), bytes).map_err(StoreError::storage)?;
+        }
+        Ok(())
+    }
+
     fn find(dir: &Path, resolve: impl Fn(&Path) -> Result<Option<PathBuf>, StoreError>) -> Result<Self, StoreError> {
         let missing = |file: &str| StoreError::FilesNotFound(format!("the directory has no {file}"));
         let config = resolve(&dir.join(CONFIG_FILE))?.ok_or_else(|| missing(CONFIG_FILE))?;
-        match resolve(&dir.join(WEIGHTS_FILE))? {
-            Some(weights) => Ok(Self { config, weights }),
-            None if dir.join(PICKLE_FILE).exists() => Err(pickle_refusal()),
-            None => Err(missing(WEIGHTS_FILE)),
+        match (find_weights(dir, resolve)?, pickle_in(dir)) {
+            (Some(weights), _) => Ok(Self { config, weights }),
+            (None, Some(pickle)) => Err(pickle_refusal(pickle)),
+            (None, None) => Err(missing(WEIGHTS_FILE)),
         }
     }
 }
 
 /// Why a pickle is not read.
-pub(super) fn pickle_refusal() -> StoreError {
-    let reason = format!("is a pickle file, which can run code and is never opened; convert it to {WEIGHTS_FILE}");
-    StoreError::from(AdapterError::Malformed { file: PICKLE_FILE, reason })
+pub(super) fn pickle_refusal(file: &'static str) -> StoreError {
+    let convert_to = if file == PICKLE_FILES[0] { WEIGHTS_FILE } else { WEIGHTS_FILES[1] };
+    let reason = format!("is a pickle file, which can run code and is never opened; convert it to {convert_to}");
+    StoreError::from(AdapterError::Malformed { file, reason })
 }
 
 /// The resolved path of a regular file inside the roots; `None` where there is none.
@@ -279,15 +309,32 @@ mod tests {
 
     #[test]
     fn a_pickle_is_refused_with_advice() {
-        let Dirs { base, roots, _temp } = dirs();
-        fs::remove_file(base.join("root/good").join(WEIGHTS_FILE)).unwrap();
-        fs::write(base.join("root/good").join(PICKLE_FILE), "x").unwrap();
-        for error in [
-            read_path(&roots, Path::new("good"), LIMIT).map(drop).unwrap_err(),
-            check_directory(&roots, "good").map(drop).unwrap_err(),
+        for (pickle, advice) in [
+            ("adapter_model.bin", "convert it to adapter_model.safetensors"),
+            ("pytorch_adapter.bin", "convert it to adapter.safetensors"),
         ] {
-            assert!(error.to_string().contains("convert it to adapter_model.safetensors"), "{error}");
+            let Dirs { base, roots, _temp } = dirs();
+            fs::remove_file(base.join("root/good").join(WEIGHTS_FILE)).unwrap();
+            fs::write(base.join("root/good").join(pickle), "x").unwrap();
+            for error in [
+                read_path(&roots, Path::new("good"), LIMIT).map(drop).unwrap_err(),
+                check_directory(&roots, "good").map(drop).unwrap_err(),
+            ] {
+                let error = error.to_string();
+                assert!(error.contains(pickle) && error.contains(advice), "{error}");
+            }
         }
+    }
+
+    #[test]
+    fn weights_may_have_the_name_of_adapterhub() {
+        let Dirs { base, roots, _temp } = dirs();
+        let good = base.join("root/good");
+        fs::rename(good.join(WEIGHTS_FILE), good.join("adapter.safetensors")).unwrap();
+        assert!(check_directory(&roots, "good").unwrap());
+        assert_eq!(read_path(&roots, Path::new("good"), LIMIT).unwrap().weights, b"weights");
+        fs::write(good.join(WEIGHTS_FILE), "other").unwrap();
+        assert_eq!(read_path(&roots, Path::new("good"), LIMIT).unwrap().weights, b"other");
     }
 
     #[test]

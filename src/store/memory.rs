@@ -2,7 +2,8 @@
 //!
 //! Two budgets: all bytes (`host_bytes_max`), and those of dense weight copies (`merged_bytes_max`). Bytes are reserved
 //! before an adapter becomes visible and counted until the last lease on it ends, also when its name has moved on.
-//! Idle adapters make room, least recently used first; leased ones stay.
+//! Idle adapters make room, least recently used first; leased ones stay. Compositions count with what they do not share
+//! with their parts, and hold these; idle ones are the first to make room.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
@@ -58,6 +59,9 @@ impl Bytes {
     }
 }
 
+/// What a composition is made of: name, generation and the strength's bits of each part, in order.
+pub(super) type Recipe = Vec<(String, u64, u32)>;
+
 /// The loaded adapters; clones share them.
 #[derive(Clone)]
 pub(super) struct Memory {
@@ -69,7 +73,8 @@ pub(super) struct Memory {
 #[derive(Default)]
 struct Held {
     entries: HashMap<Generation, Entry>,
-    /// Generations whose name has moved on, for as long as requests hold them.
+    compositions: HashMap<Recipe, Entry>,
+    /// Generations whose name has moved on and compositions that left, for as long as requests hold them.
     outgoing: Vec<Outgoing>,
     reserved: Bytes,
     /// Counts uses; orders entries by recency.
@@ -87,10 +92,15 @@ impl Entry {
     fn leases(&self) -> usize {
         Arc::strong_count(&self.adapter) - 1
     }
+
+    fn outgoing(&self, generation: Option<Generation>) -> Outgoing {
+        Outgoing { generation, adapter: Arc::downgrade(&self.adapter), bytes: self.bytes }
+    }
 }
 
 struct Outgoing {
-    generation: Generation,
+    /// `None` for a composition.
+    generation: Option<Generation>,
     adapter: Weak<LoadedAdapter>,
     bytes: Bytes,
 }
@@ -115,12 +125,26 @@ impl Memory {
             entry.last_used = now;
             return Some(entry.adapter.clone());
         }
-        held.outgoing.iter().find(|outgoing| outgoing.generation == *generation)?.adapter.upgrade()
+        held.outgoing.iter().find(|outgoing| outgoing.generation.as_ref() == Some(generation))?.adapter.upgrade()
     }
 
-    /// Requests that hold the adapter; `None` when it is not loaded.
+    /// Requests that hold the adapter, alone or in a composition; `None` when it is not loaded.
     pub(super) fn leases(&self, generation: &Generation) -> Option<usize> {
-        self.lock().entries.get(generation).map(Entry::leases)
+        let held = self.lock();
+        let entry = held.entries.get(generation)?;
+        let idle = held.compositions.values().filter(|composition| composition.leases() == 0);
+        let idle = idle.flat_map(|composition| &composition.adapter.parts);
+        Some(entry.leases().saturating_sub(idle.filter(|part| Arc::ptr_eq(part, &entry.adapter)).count()))
+    }
+
+    /// The composition if it is there; counts as a use.
+    pub(super) fn composition(&self, recipe: &Recipe) -> Option<Arc<LoadedAdapter>> {
+        let mut held = self.lock();
+        held.clock += 1;
+        let now = held.clock;
+        let entry = held.compositions.get_mut(recipe)?;
+        entry.last_used = now;
+        Some(entry.adapter.clone())
     }
 
     /// A reservation of nothing yet.
@@ -136,6 +160,9 @@ impl Memory {
         for generation in &old {
             held.release(generation);
         }
+        let number = keep.map(|generation| generation.number);
+        let outdated = |part: &(String, u64, u32)| part.0 == name && Some(part.1) != number;
+        held.drop_compositions(|recipe, _| recipe.iter().any(outdated));
         held.used();
         self.show(&held, name);
     }
@@ -155,10 +182,9 @@ impl Memory {
 
     /// Publishes the gauges after a change that concerns `name`.
     fn show(&self, held: &Held, name: &str) {
-        let loaded: Bytes = held.entries.values().map(|entry| entry.bytes).sum();
-        let outgoing: Bytes = held.outgoing.iter().map(|outgoing| outgoing.bytes).sum();
-        self.metrics.adapters_loaded.set(gauge(held.entries.len() + held.outgoing.len()));
-        self.metrics.adapters_loaded_bytes.set(gauge((loaded + outgoing).host));
+        let adapters = held.outgoing.iter().filter(|outgoing| outgoing.generation.is_some()).count();
+        self.metrics.adapters_loaded.set(gauge(held.entries.len() + adapters));
+        self.metrics.adapters_loaded_bytes.set(gauge(held.visible().host));
         if self.metrics.adapter_label(Some(name)) == name {
             let bytes =
                 held.entries.iter().filter(|(key, _)| key.name == name).map(|(_, entry)| entry.bytes.host).sum();
@@ -171,17 +197,34 @@ impl Held {
     fn release(&mut self, generation: &Generation) {
         let Some(entry) = self.entries.remove(generation) else { return };
         if entry.leases() > 0 {
-            let (generation, adapter) = (generation.clone(), Arc::downgrade(&entry.adapter));
-            self.outgoing.push(Outgoing { generation, adapter, bytes: entry.bytes });
+            self.outgoing.push(entry.outgoing(Some(generation.clone())));
         }
+    }
+
+    /// Takes compositions out; those in use stay accounted until their last lease ends. Answers whether there were any.
+    fn drop_compositions(&mut self, which: impl Fn(&Recipe, &Entry) -> bool) -> bool {
+        let outgoing = &mut self.outgoing;
+        let before = self.compositions.len();
+        self.compositions.retain(|recipe, entry| {
+            let goes = which(recipe, entry);
+            if goes && entry.leases() > 0 {
+                outgoing.push(entry.outgoing(None));
+            }
+            !goes
+        });
+        self.compositions.len() < before
+    }
+
+    /// Bytes of everything that requests can find or hold.
+    fn visible(&self) -> Bytes {
+        let entries = self.entries.values().chain(self.compositions.values()).map(|entry| entry.bytes);
+        entries.chain(self.outgoing.iter().map(|outgoing| outgoing.bytes)).sum()
     }
 
     /// Forgets outgoing generations that nobody holds any more, and sums up the rest.
     fn used(&mut self) -> Bytes {
         self.outgoing.retain(|outgoing| outgoing.adapter.strong_count() > 0);
-        let entries: Bytes = self.entries.values().map(|entry| entry.bytes).sum();
-        let outgoing: Bytes = self.outgoing.iter().map(|outgoing| outgoing.bytes).sum();
-        entries + outgoing + self.reserved
+        self.visible() + self.reserved
     }
 
     /// Idle adapters to drop so that `more` bytes fit, least recently used first; `None` when they cannot fit now.
@@ -225,7 +268,13 @@ impl Reservation {
         }
         let mut held = self.memory.lock();
         held.reserved = held.reserved - self.bytes;
-        let Some(plan) = held.plan_eviction(bytes, limit) else {
+        let mut plan = held.plan_eviction(bytes, limit);
+        // Idle compositions are cheap to make again, and hold their parts.
+        let needs_room = plan.as_ref().is_none_or(|plan| !plan.is_empty());
+        if needs_room && held.drop_compositions(|_, composition| composition.leases() == 0) {
+            plan = held.plan_eviction(bytes, limit);
+        }
+        let Some(plan) = plan else {
             held.reserved = held.reserved + self.bytes;
             return Err(StoreError::Busy);
         };
@@ -252,6 +301,30 @@ impl Reservation {
         memory.show(&held, &generation.name);
         drop(held);
         adapter
+    }
+
+    /// The same for a composition, of which at most `count_max` are kept: the least recently used idle one makes room,
+    /// and when all are in use the new one is not kept.
+    pub(super) fn commit_composition(mut self, recipe: Recipe, adapter: Arc<LoadedAdapter>, count_max: usize) {
+        let memory = self.memory.clone();
+        let mut held = memory.lock();
+        held.clock += 1;
+        let bytes = std::mem::take(&mut self.bytes);
+        held.reserved = held.reserved - bytes;
+        while held.compositions.len() >= count_max {
+            let idle = held.compositions.iter().filter(|(_, entry)| entry.leases() == 0);
+            let Some(oldest) = idle.min_by_key(|(_, entry)| entry.last_used).map(|(recipe, _)| recipe.clone()) else {
+                break;
+            };
+            held.compositions.remove(&oldest);
+        }
+        let entry = Entry { adapter, bytes, last_used: held.clock };
+        if held.compositions.len() < count_max {
+            held.compositions.insert(recipe, entry);
+        } else {
+            held.outgoing.push(entry.outgoing(None));
+        }
+        memory.metrics.adapters_loaded_bytes.set(gauge(held.visible().host));
     }
 }
 
@@ -291,6 +364,7 @@ mod tests {
             digest: [0; 32],
             lowered: LoweredAdapter::default(),
             bytes: bytes.host,
+            parts: Vec::new(),
         };
         Ok(reservation.commit(generation, Arc::new(adapter)))
     }
@@ -376,6 +450,75 @@ mod tests {
         assert_eq!(used(&memory), host(90));
         drop(reservation);
         assert_eq!(used(&memory), Bytes::default());
+    }
+
+    fn compose(memory: &Memory, name: &str, parts: &[&Arc<LoadedAdapter>], bytes: Bytes) -> Arc<LoadedAdapter> {
+        let mut reservation = memory.reservation();
+        reservation.resize(bytes).unwrap();
+        let adapter = Arc::new(LoadedAdapter {
+            name: name.to_owned(),
+            generation: 0,
+            digest: [0; 32],
+            lowered: LoweredAdapter::default(),
+            bytes: bytes.host,
+            parts: parts.iter().map(|part| Arc::clone(part)).collect(),
+        });
+        reservation.commit_composition(recipe(parts), adapter.clone(), 2);
+        adapter
+    }
+
+    fn recipe(parts: &[&Arc<LoadedAdapter>]) -> Recipe {
+        parts.iter().map(|part| (part.name.clone(), part.generation, 0)).collect()
+    }
+
+    #[test]
+    fn a_composition_leases_its_parts_while_it_is_in_use() {
+        let memory = memory();
+        let (a, b) = (generation("a", 1), generation("b", 1));
+        let parts = [load(&memory, &a, host(40)).unwrap(), load(&memory, &b, host(40)).unwrap()];
+        let both = compose(&memory, "both", &[&parts[0], &parts[1]], host(10));
+        let recipe = recipe(&[&parts[0], &parts[1]]);
+        drop(parts);
+        assert_eq!((memory.leases(&a), memory.leases(&b), used(&memory)), (Some(1), Some(1), host(90)));
+        assert!(matches!(load(&memory, &generation("c", 1), host(20)), Err(StoreError::Busy)));
+        drop(both);
+        assert_eq!((memory.leases(&a), memory.leases(&b)), (Some(0), Some(0)));
+        assert!(memory.composition(&recipe).is_some(), "idle ones are kept");
+        drop(load(&memory, &generation("c", 1), host(20)).unwrap());
+        assert!(memory.composition(&recipe).is_none() && memory.get(&a).is_some(), "they make room before adapters do");
+        drop(load(&memory, &generation("d", 1), host(60)).unwrap());
+        assert!(memory.get(&b).is_none());
+    }
+
+    #[test]
+    fn compositions_of_an_earlier_generation_leave() {
+        let memory = memory();
+        let (old, new, b) = (generation("a", 1), generation("a", 2), generation("b", 1));
+        let parts = [load(&memory, &old, host(20)).unwrap(), load(&memory, &b, host(20)).unwrap()];
+        let both = compose(&memory, "both", &[&parts[0], &parts[1]], host(10));
+        let recipes = [recipe(&[&parts[0], &parts[1]]), recipe(&[&parts[1]])];
+        drop(compose(&memory, "b", &[&parts[1]], host(5)));
+        drop(parts);
+        memory.supersede("a", Some(&new));
+        assert!(memory.composition(&recipes[0]).is_none() && memory.composition(&recipes[1]).is_some());
+        assert_eq!(used(&memory), host(55), "what a request holds still counts");
+        drop(both);
+        assert_eq!(used(&memory), host(25));
+    }
+
+    #[test]
+    fn the_number_of_compositions_is_bounded() {
+        let memory = memory();
+        let parts = ["a", "b", "c"].map(|name| load(&memory, &generation(name, 1), host(10)).unwrap());
+        let [a, b, c] = parts.each_ref().map(|part| compose(&memory, &part.name, &[part], host(5)));
+        let has = |part| memory.composition(&recipe(&[part])).is_some();
+        assert_eq!(parts.each_ref().map(has), [true, true, false], "all kept ones are in use");
+        assert_eq!(used(&memory), host(45));
+        drop((b, c));
+        drop(compose(&memory, "c", &[&parts[2]], host(5)));
+        assert_eq!(parts.each_ref().map(has), [true, false, true]);
+        drop(a);
+        assert_eq!(used(&memory), host(40));
     }
 
     #[test]

@@ -12,6 +12,8 @@
 
 mod admission;
 mod catalog;
+mod combine;
+mod compose;
 mod config;
 mod error;
 mod load;
@@ -27,4 +29,5 @@ pub use catalog::{AdapterStatus, PublishOptions, Store, UploadSlot};
 pub use config::StoreConfig;
 pub use error::StoreError;
 pub use local::AdapterDirectory;
+pub use objects::WEIGHTS_FILES;
 pub use unpack::unpack_tar;

@@ -2,7 +2,8 @@
 //!
 //! - `blobs/sha256/<digest>/adapter_config.json` and `.../adapter_model.safetensors`: immutable content
 //! - `catalog/<name>/<number>.json`: records, each written once with create-if-absent
-//! - `<name>/adapter_config.json` and `<name>/adapter_model.safetensors`: plain directories, only ever read
+//! - `<name>/adapter_config.json` and `<name>/adapter_model.safetensors`: plain directories, only ever read; the weights
+//!   may have the other name of [`WEIGHTS_FILES`]
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -22,6 +23,9 @@ pub(super) const BLOBS: &str = "blobs";
 pub(super) const CATALOG: &str = "catalog";
 pub(super) const CONFIG_FILE: &str = "adapter_config.json";
 pub(super) const WEIGHTS_FILE: &str = "adapter_model.safetensors";
+/// Names that the weights have where adapters come from: PEFT's, which the store keeps them under, and AdapterHub's. In a
+/// directory with both the first counts.
+pub const WEIGHTS_FILES: [&str; 2] = [WEIGHTS_FILE, "adapter.safetensors"];
 
 /// A record is some hundred bytes; a larger file is not one.
 const RECORD_BYTES_MAX: usize = 64 << 10;
@@ -35,6 +39,8 @@ const MTIME_RESOLUTION_S: u64 = 2;
 pub(super) struct DirectoryVersion {
     config: FileVersion,
     weights: FileVersion,
+    /// Name of the weights file.
+    weights_file: &'static str,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -156,10 +162,13 @@ impl Objects {
             return Ok(None);
         }
         let Some(config) = self.head(&directory_path(name, CONFIG_FILE)).await? else { return Ok(None) };
-        let Some(weights) = self.head(&directory_path(name, WEIGHTS_FILE)).await? else {
-            return Err(StoreError::FilesNotFound(format!("the directory of adapter `{name}` has no {WEIGHTS_FILE}")));
-        };
-        Ok(Some(DirectoryVersion { config: FileVersion::of(&config), weights: FileVersion::of(&weights) }))
+        for file in WEIGHTS_FILES {
+            if let Some(weights) = self.head(&directory_path(name, file)).await? {
+                let (config, weights) = (FileVersion::of(&config), FileVersion::of(&weights));
+                return Ok(Some(DirectoryVersion { config, weights, weights_file: file }));
+            }
+        }
+        Err(StoreError::FilesNotFound(format!("the directory of adapter `{name}` has no {WEIGHTS_FILE}")))
     }
 
     /// Whether local files of that name may be opened, if they are there; object stores have no links to check.
@@ -180,7 +189,7 @@ impl Objects {
                 return Err(StoreError::TooLarge { limit: self.adapter_bytes_max });
             }
             let config = self.read(&directory_path(name, CONFIG_FILE), self.adapter_bytes_max).await?;
-            let weights = self.read(&directory_path(name, WEIGHTS_FILE), self.adapter_bytes_max).await?;
+            let weights = self.read(&directory_path(name, version.weights_file), self.adapter_bytes_max).await?;
             if let (Some(config), Some(weights)) = (config, weights)
                 && self.directory_version(name).await?.as_ref() == Some(&version)
             {

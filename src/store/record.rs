@@ -94,6 +94,8 @@ pub(super) struct RecordedOptions {
 pub(super) enum Source {
     Upload,
     Path,
+    /// Made of other adapters by this server.
+    Combination,
 }
 
 /// What a name means now.

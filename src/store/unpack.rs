@@ -10,8 +10,8 @@ use flate2::read::MultiGzDecoder;
 use tar::{Archive, Entry, EntryType};
 
 use super::StoreError;
-use super::local::{PICKLE_FILE, pickle_refusal};
-use super::objects::{CONFIG_FILE, WEIGHTS_FILE};
+use super::local::{PICKLE_FILES, pickle_refusal};
+use super::objects::{CONFIG_FILE, WEIGHTS_FILE, WEIGHTS_FILES};
 use crate::adapter::AdapterFiles;
 
 const GZIP_MAGIC: [u8; 2] = [0x1f, 0x8b];
@@ -64,8 +64,9 @@ impl<R: Read> Read for Counted<R> {
 #[derive(Default)]
 struct Found {
     config: Option<Vec<u8>>,
-    weights: Option<Vec<u8>>,
-    pickle: bool,
+    /// By the names of [`WEIGHTS_FILES`].
+    weights: [Option<Vec<u8>>; 2],
+    pickle: Option<&'static str>,
 }
 
 fn read_members<R: Read>(reader: R, bytes_max: usize) -> Result<AdapterFiles, StoreError> {
@@ -84,12 +85,14 @@ fn read_members<R: Read>(reader: R, bytes_max: usize) -> Result<AdapterFiles, St
             return Err(StoreError::BadUpload(format!("the archive has member `{}` twice", shown(&path))));
         }
         let (dir, file) = path.rsplit_once('/').unwrap_or(("", &path));
-        if dir.contains('/') || ![CONFIG_FILE, WEIGHTS_FILE, PICKLE_FILE].contains(&file) {
+        let pickle = PICKLE_FILES.into_iter().find(|name| *name == file);
+        let weights = WEIGHTS_FILES.iter().position(|name| *name == file);
+        if dir.contains('/') || (file != CONFIG_FILE && weights.is_none() && pickle.is_none()) {
             continue;
         }
         let found = found.entry(dir.to_owned()).or_default();
-        if file == PICKLE_FILE {
-            found.pickle = true;
+        if pickle.is_some() {
+            found.pickle = pickle;
             continue;
         }
         let mut bytes = Vec::new();
@@ -102,7 +105,10 @@ fn read_members<R: Read>(reader: R, bytes_max: usize) -> Result<AdapterFiles, St
             return Err(StoreError::BadUpload(format!("the archive ends within `{}`", shown(&path))));
         }
         kept += bytes.len();
-        *(if file == CONFIG_FILE { &mut found.config } else { &mut found.weights }) = Some(bytes);
+        match weights {
+            Some(idx) => found.weights[idx] = Some(bytes),
+            None => found.config = Some(bytes),
+        }
     }
     // To the very end: only then has the decompressor checked that nothing is missing or damaged.
     io::copy(&mut archive.into_inner(), &mut io::sink()).map_err(broken)?;
@@ -157,11 +163,11 @@ fn choose(mut found: BTreeMap<String, Found>) -> Result<AdapterFiles, StoreError
 
 fn complete(found: Found) -> Result<AdapterFiles, StoreError> {
     let missing = |file: &str| StoreError::BadUpload(format!("the archive has no {file}"));
-    match (found.config, found.weights) {
-        (Some(config), Some(weights)) => Ok(AdapterFiles { config, weights }),
-        (_, None) if found.pickle => Err(pickle_refusal()),
-        (None, _) => Err(missing(CONFIG_FILE)),
-        (_, None) => Err(missing(WEIGHTS_FILE)),
+    match (found.config, found.weights.into_iter().flatten().next(), found.pickle) {
+        (Some(config), Some(weights), _) => Ok(AdapterFiles { config, weights }),
+        (_, None, Some(pickle)) => Err(pickle_refusal(pickle)),
+        (None, _, _) => Err(missing(CONFIG_FILE)),
+        (_, None, None) => Err(missing(WEIGHTS_FILE)),
     }
 }
 
@@ -272,6 +278,15 @@ mod tests {
     }
 
     #[test]
+    fn weights_may_have_the_name_of_adapterhub() {
+        let mut members = vec![file("out/adapter_config.json", "config"), file("out/adapter.safetensors", "weights")];
+        check_unpacks(&tar(&members));
+        members[1] = file("out/adapter.safetensors", "not these");
+        members.push(file("out/adapter_model.safetensors", "weights"));
+        check_unpacks(&tar(&members));
+    }
+
+    #[test]
     fn extra_files_and_checkpoints_are_ignored() {
         let mut members = adapter("");
         members.extend(adapter("checkpoint-10/"));
@@ -315,7 +330,9 @@ mod tests {
         check_refused(&tar(&[file(WEIGHTS_FILE, "weights")]), "has no adapter_config.json");
         check_refused(&tar(&[file("README.md", "x")]), "top level or one directory below");
         check_refused(&tar(&[adapter("a/"), adapter("b/")].concat()), "more than one directory");
-        check_refused(&tar(&[file(CONFIG_FILE, "config"), file(PICKLE_FILE, "x")]), "pickle");
+        for pickle in PICKLE_FILES {
+            check_refused(&tar(&[file(CONFIG_FILE, "config"), file(pickle, "x")]), &format!("{pickle}: is a pickle"));
+        }
         check_refused(b"", "top level");
     }
 

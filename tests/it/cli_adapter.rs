@@ -49,6 +49,17 @@ fn check_tells_what_an_adapter_is() {
 }
 
 #[test]
+fn check_reads_a_directory_of_adapterhub() {
+    let source = fixtures::dir().join("adapters/llama/bottleneck_pfeiffer");
+    let said = check_succeeds(&check(&source, &[]));
+    assert!(said.contains("kind      BOTTLENECK\nmodules   2\n"), "{said}");
+    let temp = tempfile::tempdir().unwrap();
+    std::fs::copy(source.join("adapter_config.json"), temp.path().join("adapter_config.json")).unwrap();
+    std::fs::write(temp.path().join("pytorch_adapter.bin"), "x").unwrap();
+    check_fails(&check(temp.path(), &[]), "pytorch_adapter.bin: is a pickle file");
+}
+
+#[test]
 fn check_says_why_an_adapter_cannot_be_served() {
     let temp = tempfile::tempdir().unwrap();
     check_fails(&check(&temp.path().join("absent"), &[]), "is not a directory");
@@ -63,6 +74,64 @@ fn check_says_why_an_adapter_cannot_be_served() {
     check_fails(&check(temp.path(), &[]), "convert it to adapter_model.safetensors");
     let lora = fixtures::dir().join("adapters/llama/lora_r8");
     check_fails(&check(&lora, &["--merge", "--set", "adapters.merged_bytes_max=100"]), "adapters.merged_bytes_max");
+}
+
+fn convert(dir: &Path, to: &str, out: &Path) -> Output {
+    let model = fixtures::dir().join("models/llama");
+    let [dir, out, model] = [dir, out, &model].map(|path| path.to_str().unwrap());
+    patchbay(&["convert", dir, "--to", to, "--out", out, "--model", model])
+}
+
+#[test]
+fn convert_writes_a_directory_that_check_accepts() {
+    let temp = tempfile::tempdir().unwrap();
+    for (case, form) in [("hra_chain", "lora"), ("bone_native_oldest", "miss")] {
+        let out = temp.path().join(form);
+        let said = check_succeeds(&convert(&fixtures::dir().join("adapters/llama").join(case), form, &out));
+        assert!(said.starts_with(&format!("wrote the adapter {}", out.display())), "{said}");
+        let said = check_succeeds(&check(&out, &[]));
+        assert!(said.to_lowercase().contains(&format!("kind      {form}")), "{said}");
+    }
+    let model = temp.path().join("merged");
+    let lora = fixtures::dir().join("adapters/llama/lora_r8");
+    check_succeeds(&convert(&lora, "merged", &model));
+    let arguments = ["check", lora.to_str().unwrap(), "--model", model.to_str().unwrap()];
+    check_succeeds(&patchbay(&arguments));
+}
+
+#[test]
+fn convert_overwrites_nothing_and_leaves_nothing_behind_when_it_fails() {
+    let temp = tempfile::tempdir().unwrap();
+    let out = temp.path().join("out");
+    let adapters = fixtures::dir().join("adapters/llama");
+    check_fails(&convert(&adapters.join("lora_dora"), "lora", &out), "its output is scaled or rotated");
+    check_fails(&convert(&adapters.join("hra_chain"), "oft", &out), "expected OFT, found `HRA`");
+    check_fails(&convert(&adapters.join("ssf_shift"), "merged", &out), "cannot be converted");
+    assert_eq!(std::fs::read_dir(temp.path()).unwrap().count(), 0);
+    std::fs::create_dir(&out).unwrap();
+    check_fails(&convert(&adapters.join("hra_chain"), "lora", &out), "nothing is overwritten");
+    assert_eq!(std::fs::read_dir(&out).unwrap().count(), 0);
+}
+
+#[test]
+fn adapters_are_combined_into_a_directory_that_passes_the_check() {
+    let temp = tempfile::tempdir().unwrap();
+    let out = temp.path().join("both");
+    let fixture = |name: &str| fixtures::dir().join("adapters/llama").join(name).to_str().unwrap().to_owned();
+    let [all, qv, eight, dora] = ["lora_all", "lora_qv", "lora_r8", "lora_dora"].map(fixture);
+    let combine = |arguments: &[&str]| {
+        let to = ["combine", "--out", out.to_str().unwrap()];
+        patchbay(&[&to[..], arguments].concat())
+    };
+    check_fails(&combine(&["--mode", "mean", &all, &eight]), "only `stack`");
+    check_fails(&combine(&["--mode", "stack", &all, &dora]), "use_dora");
+    check_fails(&combine(&["--mode", "ties", &all, &qv]), "`density`");
+    assert!(!out.exists(), "a refusal writes nothing");
+    let said = check_succeeds(&combine(&["--mode", "stack", &format!("{all}=0.7"), &format!("{eight}=-0.3")]));
+    assert!(said.contains("LORA: 14 modules, ranks 12, "), "{said}");
+    check_fails(&combine(&["--mode", "fair", &all, &qv]), "exists already");
+    let said = check_succeeds(&check(&out, &[]));
+    assert!(said.contains("ranks     12\n"), "{said}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -249,7 +249,14 @@ fn adapter(id: usize) -> Arc<LoadedAdapter> {
     lowered.kv_prefix = (entries > 0).then(|| KvPrefix { layers: vec![(rows(entries), rows(entries))] });
     lowered.invocation_tokens = invocation.to_vec();
     let digest = [id as u8; 32];
-    Arc::new(LoadedAdapter { name: format!("adapter-{id}"), generation: 1, digest, lowered, bytes: 0 })
+    Arc::new(LoadedAdapter {
+        name: format!("adapter-{id}"),
+        generation: 1,
+        digest,
+        lowered,
+        bytes: 0,
+        parts: Vec::new(),
+    })
 }
 
 fn request(prompt: Vec<u32>, max_tokens: usize) -> GenerationRequest {
@@ -709,7 +716,7 @@ fn a_new_generation_of_a_name_shares_nothing_with_the_old() {
     let generation = |id: usize| {
         let LoadedAdapter { digest, lowered, .. } = Arc::into_inner(adapter(id)).unwrap();
         let name = "one-name".to_owned();
-        let loaded = LoadedAdapter { name, generation: id as u64, digest, lowered, bytes: 0 };
+        let loaded = LoadedAdapter { name, generation: id as u64, digest, lowered, bytes: 0, parts: Vec::new() };
         GenerationRequest { adapter: Some(Arc::new(loaded)), ..request(prompt(13), 4) }
     };
     // Both at once, and the old one again after the new one.

@@ -4,7 +4,9 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
 use candle_core::{Device, Tensor};
+use patchbay::adapter::AdapterFiles;
 use patchbay::model::{DeviceChoice, Model, ModelConfig, QuantChoice};
+use patchbay::store::{AdapterDirectory, StoreError};
 use serde::Deserialize;
 
 /// `manifest.json`.
@@ -13,6 +15,8 @@ pub(crate) struct Manifest {
     pub(crate) models: Vec<ModelFixture>,
     pub(crate) cases: Vec<AdapterCase>,
     pub(crate) refused: Vec<RefusedCase>,
+    /// Every `peft_type` of the PEFT release that made the fixtures.
+    pub(crate) peft_types: Vec<String>,
 }
 
 /// A tiny random base model.
@@ -51,6 +55,11 @@ pub(crate) struct RefusedCase {
 /// with the fixtures beside it finds them too.
 pub(crate) fn dir() -> PathBuf {
     PathBuf::from("tests/fixtures")
+}
+
+/// Reads an adapter's two files.
+pub(crate) fn adapter_files(fixture_dir: &str) -> Result<AdapterFiles, StoreError> {
+    AdapterDirectory::open(&dir().join(fixture_dir))?.read(1 << 30)
 }
 
 /// Reads `manifest.json`.

@@ -12,12 +12,12 @@ use crate::fixtures::{self, AdapterCase};
 use crate::runner::{Runner, relative_difference};
 
 /// Rounding of f32 sums in another order, relative to the largest logit.
-const F32_TOLERANCE: f32 = 1e-4;
+pub(crate) const F32_TOLERANCE: f32 = 1e-4;
 
 const GREEDY_TOKENS: usize = 16;
 
 /// What PEFT answers to a prompt.
-struct Asked {
+pub(crate) struct Asked {
     prompt: usize,
     logits: Tensor,
     greedy: Vec<u32>,
@@ -32,11 +32,8 @@ struct Lowered {
     asked: Vec<Asked>,
 }
 
-fn read(case: &AdapterCase) -> AdapterFiles {
-    let dir = fixtures::dir().join(&case.dir);
-    let read =
-        |name: &str| std::fs::read(dir.join(name)).unwrap_or_else(|error| panic!("{}/{name}: {error}", case.dir));
-    AdapterFiles { config: read("adapter_config.json"), weights: read("adapter_model.safetensors") }
+pub(crate) fn read(case: &AdapterCase) -> AdapterFiles {
+    fixtures::adapter_files(&case.dir).unwrap_or_else(|error| panic!("{}: {error}", case.dir))
 }
 
 fn lower_case(runner: &Runner, case: &AdapterCase, merge: bool) -> Lowered {
@@ -47,6 +44,11 @@ fn lower_case_to(runner: &Runner, case: &AdapterCase, merge: bool, dtype: DType)
     let options = LowerOptions { merge, dtype, own_bytes_max: 1 << 30 };
     let (adapter, report) = lower(&read(case), &runner.model, &options)
         .unwrap_or_else(|error| panic!("{} (merge: {merge}): {error}", case.dir));
+    Lowered { case: case.clone(), adapter, report, asked: asked(case) }
+}
+
+/// What PEFT answers to the prompts of a case.
+pub(crate) fn asked(case: &AdapterCase) -> Vec<Asked> {
     let expected = fixtures::expected(&case.dir);
     let asked = (0..fixtures::prompts().len()).filter_map(|prompt| {
         let logits = expected.get(&format!("logits_{prompt}"))?.clone();
@@ -55,11 +57,11 @@ fn lower_case_to(runner: &Runner, case: &AdapterCase, merge: bool, dtype: DType)
     });
     let asked: Vec<Asked> = asked.collect();
     assert!(!asked.is_empty(), "{}", case.dir);
-    Lowered { case: case.clone(), adapter, report, asked }
+    asked
 }
 
 /// Calls `claim` for each model with its cases.
-fn for_each_model(claim: impl Fn(&mut Runner, &[AdapterCase])) {
+pub(crate) fn for_each_model(claim: impl Fn(&mut Runner, &[AdapterCase])) {
     for_each_model_with(|_| (), claim);
 }
 
@@ -78,8 +80,13 @@ fn for_each_model_with(change: impl Fn(&mut ModelConfig), claim: impl Fn(&mut Ru
 
 /// The largest difference of the logits over all prompts; every prompt alone, prefilled in one piece.
 fn difference(runner: &mut Runner, lowered: &Lowered, adapter: Option<&LoweredAdapter>) -> f32 {
+    difference_of(runner, &lowered.asked, adapter)
+}
+
+/// The same for what PEFT answers.
+pub(crate) fn difference_of(runner: &mut Runner, asked: &[Asked], adapter: Option<&LoweredAdapter>) -> f32 {
     let prompts = fixtures::prompts();
-    let each = lowered.asked.iter().map(|asked| {
+    let each = asked.iter().map(|asked| {
         let prompt = &prompts[asked.prompt];
         relative_difference(&runner.prompt_logits(prompt, adapter, prompt.len()), &asked.logits)
     });
@@ -88,7 +95,7 @@ fn difference(runner: &mut Runner, lowered: &Lowered, adapter: Option<&LoweredAd
 
 /// Panics with all the failures, so that one run shows the pattern in them.
 #[track_caller]
-fn assert_none(failures: &[String]) {
+pub(crate) fn assert_none(failures: &[String]) {
     assert!(failures.is_empty(), "{} failures\n{}", failures.len(), failures.join("\n"));
 }
 
@@ -112,16 +119,18 @@ fn logits_equal_peft() {
     check_logits(false);
 }
 
-/// The device's own kernels have their tests against the plain ones; what stands before a prompt goes another way in each.
+/// The device's own kernels have their tests against the plain ones; what stands before a prompt, or inside a layer, goes
+/// another way in each.
 #[test]
-fn logits_of_leading_adapters_equal_peft_with_plain_kernels() {
+fn logits_of_adapters_beside_the_linears_equal_peft_with_plain_kernels() {
     let failures = std::cell::RefCell::new(Vec::new());
     for_each_model_with(
         |config| config.kernels = KernelChoice::Plain,
         |runner, cases| {
             for case in cases {
                 let lowered = lower_case(runner, case, false);
-                if lowered.adapter.num_leading() == 0 && lowered.adapter.invocation_tokens.is_empty() {
+                let LoweredAdapter { invocation_tokens, layers, .. } = &lowered.adapter;
+                if lowered.adapter.num_leading() == 0 && invocation_tokens.is_empty() && layers.is_empty() {
                     continue;
                 }
                 let difference = difference(runner, &lowered, Some(&lowered.adapter));
@@ -166,26 +175,31 @@ fn bf16_logits_are_close_to_peft() {
 /// The quantised product rounds the activations too, to 8 bits per block; 0.056 is the worst that was measured.
 const Q8_TOLERANCE: f32 = 0.08;
 
+/// So do the CPU's own 8-bit integers, the output head's included, by groups of 64 inputs.
+const INT8_TOLERANCE: f32 = 0.12;
+
 /// DoRA and bat read the base weight: it must be the one that the quantised product multiplies with.
 #[test]
 fn merged_equals_unmerged_on_a_quantised_base() {
     let failures = std::cell::RefCell::new(Vec::new());
-    for_each_model_with(
-        |config| config.quant = Some(QuantChoice::Q8_0),
-        |runner, cases| {
-            let prompt = &fixtures::prompts()[1];
-            for case in cases {
-                let [apart, merged] = [false, true].map(|merge| {
-                    let lowered = lower_case(runner, case, merge);
-                    runner.prompt_logits(prompt, Some(&lowered.adapter), prompt.len())
-                });
-                let difference = relative_difference(&merged, &apart);
-                if difference >= Q8_TOLERANCE {
-                    failures.borrow_mut().push(format!("{}: differs by {difference:e}", case.dir));
+    for (quant, tolerance) in [(QuantChoice::Q8_0, Q8_TOLERANCE), (QuantChoice::Int8, INT8_TOLERANCE)] {
+        for_each_model_with(
+            |config| config.quant = Some(quant),
+            |runner, cases| {
+                let prompt = &fixtures::prompts()[1];
+                for case in cases {
+                    let [apart, merged] = [false, true].map(|merge| {
+                        let lowered = lower_case(runner, case, merge);
+                        runner.prompt_logits(prompt, Some(&lowered.adapter), prompt.len())
+                    });
+                    let difference = relative_difference(&merged, &apart);
+                    if difference >= tolerance {
+                        failures.borrow_mut().push(format!("{quant:?} {}: differs by {difference:e}", case.dir));
+                    }
                 }
-            }
-        },
-    );
+            },
+        );
+    }
     assert_none(&failures.into_inner());
 }
 

@@ -40,8 +40,12 @@ fn multipart_of(files: &AdapterFiles) -> Vec<u8> {
 }
 
 fn tar_of(files: &AdapterFiles) -> Vec<u8> {
+    tar_with(files, "adapter_model.safetensors")
+}
+
+fn tar_with(files: &AdapterFiles, weights_file: &str) -> Vec<u8> {
     let mut builder = Builder::new(Vec::new());
-    for (name, content) in [("adapter_config.json", &files.config), ("adapter_model.safetensors", &files.weights)] {
+    for (name, content) in [("adapter_config.json", &files.config), (weights_file, &files.weights)] {
         let mut header = Header::new_gnu();
         header.set_size(content.len() as u64);
         builder.append_data(&mut header, format!("out/{name}"), content.as_slice()).unwrap();
@@ -105,6 +109,28 @@ async fn an_uploaded_adapter_answers_at_once() {
     );
     let answer = completion(&service, "new").await.json();
     assert_eq!(answer["choices"][0]["text"], "ceg");
+}
+
+#[tokio::test]
+async fn weights_may_have_the_name_of_adapterhub() {
+    const NAME: &str = "adapter.safetensors";
+    let service = Service::start().await;
+    let files = adapter(1.0);
+    let parts = [
+        part(r#"name="adapter_config.json""#, &files.config),
+        part(r#"name="file"; filename="adapter.safetensors""#, &files.weights),
+    ];
+    for (name, kind, body) in [
+        ("parts", MULTIPART, multipart(&parts)),
+        ("archive", TAR, tar_with(&files, NAME)),
+        ("packed", GZIP, gzip(&tar_with(&files, NAME))),
+    ] {
+        let reply = upload(&service, name, kind, body).await;
+        assert_eq!(reply.status, StatusCode::CREATED, "{name}: {}", reply.text());
+        assert_eq!(completion(&service, name).await.json()["choices"][0]["text"], "ceg", "{name}");
+    }
+    let doubled = multipart(&[parts[0].clone(), parts[1].clone(), parts[1].clone()]);
+    check_error(&upload(&service, "doubled", MULTIPART, doubled).await, (400, "BadRequestError", None), "twice");
 }
 
 #[tokio::test]

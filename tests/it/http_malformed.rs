@@ -127,8 +127,19 @@ fn any_json() -> impl Strategy<Value = Json> {
         prop::sample::select(vec!["text", "user", "base", "skip", "none"]).prop_map(Json::from),
     ];
     leaf.prop_recursive(3, 12, 3, |inner| {
-        let key =
-            prop::sample::select(vec!["role", "content", "type", "text", "name", "generation", "7", "tool_calls"]);
+        let key = prop::sample::select(vec![
+            "role",
+            "content",
+            "type",
+            "text",
+            "name",
+            "generation",
+            "scale",
+            "id",
+            "ids",
+            "7",
+            "tool_calls",
+        ]);
         prop_oneof![
             prop::collection::vec(inner.clone(), 0..3).prop_map(Json::from),
             prop::collection::hash_map(key, inner, 0..3).prop_map(|map| json!(map)),
@@ -140,6 +151,8 @@ const FIELDS: &[&str] = &[
     "model",
     "adapter",
     "lora_path",
+    "lora",
+    "merged_adapters",
     "prompt",
     "messages",
     "max_tokens",

@@ -3,7 +3,10 @@
 
 mod bench;
 mod cli_adapter;
+mod combined;
+mod composed;
 mod config;
+mod convert;
 mod engine_golden;
 mod engine_sim;
 mod fixtures;
@@ -12,6 +15,7 @@ mod golden_base;
 mod http_adapters;
 mod http_chat;
 mod http_completions;
+mod http_composition;
 mod http_malformed;
 mod http_service;
 mod http_support;

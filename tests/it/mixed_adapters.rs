@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 
 use candle_core::{DType, Device, Tensor};
 use patchbay::adapter::{
-    BaseShape, BaseWeights, ButterflyFactor, Delta, EmbeddingPatch, KvPrefix, LinearSlots, LoweredAdapter,
-    NormOverride, Pre, Scale, SiteKind, Weight,
+    AttentionBranch, BaseShape, BaseWeights, ButterflyFactor, Delta, EmbeddingPatch, KvPrefix, LayerSlots, LinearSlots,
+    LoweredAdapter, Mix, NormOverride, Pre, Scale, SiteKind, StreamFunction, Weight,
 };
 use patchbay::model::{DeviceChoice, Model};
 use rand::seq::IndexedRandom;
@@ -47,56 +47,73 @@ fn random_linear(rng: &mut ChaCha8Rng, in_features: usize, out_features: usize) 
             Delta::ShardSum { m: random(rng, &[r, q], 0.) }
         });
     }
-    if rng.random_bool(0.3) {
-        slots.pre = Pre::Diag(random(rng, &[in_features], 1.));
-    }
     if rng.random_bool(0.2) {
-        let small: Vec<usize> = divisors(in_features).into_iter().filter(|s| *s <= 12).collect();
-        let s = *small.choose(rng).unwrap();
-        let blocks = if rng.random_bool(0.3) { 1 } else { in_features / s };
-        slots.pre = Pre::BlockDiag(random(rng, &[blocks, s, s], 0.3));
-    }
-    if rng.random_bool(0.2) {
-        // Strides that share no factor with the length make permutations.
-        let factors = (0..rng.random_range(1..4)).map(|_| {
-            let s = *divisors(in_features).choose(rng).unwrap();
-            let stride =
-                (1..in_features as u32).filter(|n| n % 2 == 1 && n % 3 != 0).nth(rng.random_range(0..5)).unwrap();
-            let places = (0..in_features as u32).map(|i| i * stride % in_features as u32).collect();
-            let places = Tensor::from_vec(places, in_features, &Device::Cpu).unwrap();
-            ButterflyFactor { places, blocks: random(rng, &[in_features / s, s, s], 1. / s as f32) }
+        let (experts, r) = (rng.random_range(1..4), rng.random_range(1..4));
+        slots.deltas.push(Delta::Routed {
+            a: random(rng, &[experts * r, in_features], 0.),
+            b: random(rng, &[out_features, experts * r], 0.),
+            prototypes: random(rng, &[experts, in_features], 0.),
+            top_k: rng.random_range(1..=experts),
+            temperature: rng.random_range(0.5..2.),
         });
-        slots.pre = Pre::Butterfly(factors.collect());
     }
+    slots.pre = random_pre(rng, in_features);
     if rng.random_bool(0.2) {
-        let b = *divisors(in_features)
-            .into_iter()
-            .filter(|b| out_features.is_multiple_of(*b))
-            .collect::<Vec<_>>()
-            .choose(rng)
-            .unwrap();
+        let common: Vec<usize> =
+            divisors(in_features).into_iter().filter(|b| out_features.is_multiple_of(*b)).collect();
+        let b = *common.choose(rng).unwrap();
         slots.deltas.push(Delta::Circulant { kernel: random(rng, &[out_features / b, in_features / b, b], 0.) });
     }
     if rng.random_bool(0.3) {
         slots.deltas.push(random_sparse(rng, in_features, out_features));
     }
-    match rng.random_range(0..6) {
-        5 => {
-            let s = rng.random_range(1..=out_features);
-            slots.scale = Scale::BlockDiag(random(rng, &[out_features.div_ceil(s), s, s], 1. / s as f32));
-        }
-        0 | 1 => slots.scale = Scale::Diag(random(rng, &[out_features], 1.)),
-        2 if out_features.is_multiple_of(2) => {
-            let half = *divisors(out_features / 2).choose(rng).unwrap();
-            let (p, q) = (random(rng, &[out_features], 1.), random(rng, &[out_features], 0.5));
-            slots.scale = Scale::PairRot { p, q, half };
-        }
-        _ => {}
-    }
+    slots.scale = random_scale(rng, out_features);
     if rng.random_bool(0.4) {
         slots.c = Some(random(rng, &[out_features], 0.));
     }
     slots
+}
+
+fn random_pre(rng: &mut ChaCha8Rng, in_features: usize) -> Pre {
+    let block = |rng: &mut ChaCha8Rng, s_max| {
+        let small: Vec<usize> = divisors(in_features).into_iter().filter(|s| *s <= s_max).collect();
+        *small.choose(rng).unwrap()
+    };
+    match rng.random_range(0..10) {
+        0 | 1 => Pre::Diag(random(rng, &[in_features], 1.)),
+        2 | 3 => {
+            let s = block(rng, 12);
+            let blocks = if rng.random_bool(0.3) { 1 } else { in_features / s };
+            Pre::BlockDiag(random(rng, &[blocks, s, s], 0.3))
+        }
+        4 | 5 => {
+            // Strides that share no factor with the length make permutations.
+            let strides: Vec<u32> = (1..in_features as u32).filter(|n| n % 2 == 1 && n % 3 != 0).collect();
+            let factors = (0..rng.random_range(1..4)).map(|_| {
+                let (s, stride) = (block(rng, in_features), *strides.choose(rng).unwrap());
+                let places = (0..in_features as u32).map(|i| i * stride % in_features as u32).collect();
+                let places = Tensor::from_vec(places, in_features, &Device::Cpu).unwrap();
+                ButterflyFactor { places, blocks: random(rng, &[in_features / s, s, s], 1. / s as f32) }
+            });
+            Pre::Butterfly(factors.collect())
+        }
+        _ => Pre::Identity,
+    }
+}
+
+fn random_scale(rng: &mut ChaCha8Rng, out_features: usize) -> Scale {
+    match rng.random_range(0..6) {
+        0 | 1 => Scale::Diag(random(rng, &[out_features], 1.)),
+        2 if out_features.is_multiple_of(2) => {
+            let half = *divisors(out_features / 2).choose(rng).unwrap();
+            Scale::PairRot { p: random(rng, &[out_features], 1.), q: random(rng, &[out_features], 0.5), half }
+        }
+        3 => {
+            let s = rng.random_range(1..=out_features);
+            Scale::BlockDiag(random(rng, &[out_features.div_ceil(s), s, s], 1. / s as f32))
+        }
+        _ => Scale::One,
+    }
 }
 
 fn divisors(n: usize) -> Vec<usize> {
@@ -134,6 +151,25 @@ fn random_embedding(rng: &mut ChaCha8Rng, vocab: usize, dim: usize) -> Embedding
     patch
 }
 
+fn random_function(rng: &mut ChaCha8Rng, hidden: usize) -> StreamFunction {
+    let width = rng.random_range(1..9);
+    let activations = [Tensor::relu, Tensor::silu, Tensor::tanh, Tensor::gelu_erf];
+    let mut mix = || Mix { stream: rng.random_range(0..2) as f32, output: rng.random_range(0..2) as f32 };
+    let (input, inner) = (mix(), mix());
+    let norm =
+        |rng: &mut ChaCha8Rng| rng.random_bool(0.4).then(|| (random(rng, &[hidden], 1.), random(rng, &[hidden], 0.)));
+    StreamFunction {
+        input,
+        norm_before: norm(rng),
+        down: (random(rng, &[width, hidden], 0.), random(rng, &[width], 0.)),
+        activation: *activations.choose(rng).unwrap(),
+        up: (random(rng, &[hidden, width], 0.), random(rng, &[hidden], 0.)),
+        inner,
+        norm_after: norm(rng),
+        outer: Mix { stream: 1., output: 1. },
+    }
+}
+
 fn random_adapter(rng: &mut ChaCha8Rng, base: &Model) -> LoweredAdapter {
     let mut adapter = LoweredAdapter::default();
     for (id, site) in base.sites().iter() {
@@ -164,6 +200,16 @@ fn random_adapter(rng: &mut ChaCha8Rng, base: &Model) -> LoweredAdapter {
         let layers = (0..num_layers).map(|_| (random(rng, &shape, 0.), random(rng, &shape, 0.))).collect();
         adapter.kv_prefix = Some(KvPrefix { layers });
     }
+    for layer in 0..num_layers {
+        let mut function = || rng.random_bool(0.3).then(|| random_function(rng, hidden_size));
+        let (after_attention, after_mlp) = (function(), function());
+        let branch = rng.random_bool(0.3).then(|| {
+            let shape = [rng.random_range(1..20), kv_width];
+            AttentionBranch { keys: random(rng, &shape, 0.), values: random(rng, &shape, 0.) }
+        });
+        let slots = LayerSlots { after_attention, after_mlp, branch };
+        adapter.layers.insert(layer, slots);
+    }
     if adapter.num_leading() == 0 && rng.random_bool(0.5) {
         // Each occurs in some prompts, at the start, in the middle or at the end.
         adapter.invocation_tokens = vec![*[5, 17, 42, 74, 52].choose(rng).unwrap()];
@@ -171,10 +217,15 @@ fn random_adapter(rng: &mut ChaCha8Rng, base: &Model) -> LoweredAdapter {
     adapter
 }
 
-/// The same adapter with every linear and embedding as one dense copy, by the formulas of the normal form.
+/// The same adapter with every linear and embedding as one dense copy, by the formulas of the normal form. A linear with
+/// a routed term, which is no matrix, stays as it is.
 fn merged(adapter: &LoweredAdapter, base: &Model) -> LoweredAdapter {
     let mut merged = LoweredAdapter { linears: BTreeMap::new(), embeddings: BTreeMap::new(), ..adapter.clone() };
     for (id, slots) in &adapter.linears {
+        if slots.deltas.iter().any(|delta| matches!(delta, Delta::Routed { .. })) {
+            merged.linears.insert(*id, slots.clone());
+            continue;
+        }
         let mut w = match &slots.weight {
             Weight::Base => base.weight(*id).unwrap(),
             Weight::Own(w) => w.clone(),
@@ -272,6 +323,7 @@ fn output_matrix(scale: &Scale, n: usize) -> Tensor {
 fn dense(delta: &Delta, (out_features, in_features): (usize, usize)) -> Tensor {
     match delta {
         Delta::LowRank { a, b } => b.matmul(a).unwrap(),
+        Delta::Routed { .. } => panic!("a routed term is no matrix"),
         Delta::ShardSum { m } => {
             let (r, q) = m.dims2().unwrap();
             let m = m.to_vec2::<f32>().unwrap();

@@ -6,7 +6,7 @@ use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::net::{TcpListener, TcpStream};
 use std::process::Command;
 
-use patchbay::adapter::KINDS;
+use patchbay::adapter::{KINDS, Kind};
 use patchbay::model::supported_architectures;
 use serde_json::{Value, json};
 
@@ -117,9 +117,26 @@ fn first_cells(text: &str, heading: &str) -> Vec<String> {
 fn readme_lists_every_adapter_kind() {
     let table: Vec<_> = KINDS.iter().map(|kind| kind.peft_type.to_owned()).collect();
     assert_eq!(first_cells(&readme(), "Adapter kinds"), table);
+    let manifest: Value =
+        serde_json::from_slice(&fs::read("tests/fixtures/manifest.json").expect("a file")).expect("JSON");
     for kind in KINDS {
-        let row = format!("| `{}` | {} | {} | {} |", kind.peft_type, kind.title, kind.served_as, kind.merged_as);
+        let checked = checked_against(kind.peft_type, &manifest["versions"]);
+        let Kind { peft_type, title, served_as, merged_as, .. } = kind;
+        let row = format!("| `{peft_type}` | {title} | {served_as} | {merged_as} | {checked} |");
         assert!(readme().contains(&row), "README.md lacks the row\n{row}");
+    }
+}
+
+/// The last cell of a kind's row: what made its fixtures, with the versions that they note.
+fn checked_against(peft_type: &str, versions: &Value) -> String {
+    let version = |of: &str| versions.pointer(of).and_then(Value::as_str).unwrap_or_else(|| panic!("{of}")).to_owned();
+    let peft = version("/peft");
+    match peft_type {
+        "SSF" | "SARA" | "SVFIT" | "FLORA" => "its formula in torch".to_owned(),
+        "BONE" => format!("PEFT {}; form row by formula", version("/bone/peft")),
+        "OFT" => format!("PEFT {peft}, {}, {}", version("/oft_0_15/peft"), version("/oft_0_13/peft")),
+        "BOTTLENECK" => format!("adapters {}", version("/adapterhub/adapters")),
+        _ => format!("PEFT {peft}"),
     }
 }
 

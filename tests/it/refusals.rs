@@ -1,7 +1,7 @@
 //! Adapters that must be refused, each with a message that names the fault.
 
 use candle_core::DType;
-use patchbay::adapter::{AdapterFiles, LowerOptions, inspect, lower};
+use patchbay::adapter::{AdapterFiles, KINDS, LowerOptions, REFUSED, inspect, lower};
 
 use crate::fixtures;
 
@@ -31,14 +31,16 @@ fn faulty_adapters_are_refused_by_name() {
 #[test]
 fn sound_adapters_pass_the_check_without_a_model() {
     for case in fixtures::manifest().cases {
-        let inspection = inspect(&read(&case.dir)).unwrap_or_else(|error| panic!("{}: {error}", case.dir));
+        let files = fixtures::adapter_files(&case.dir).unwrap_or_else(|error| panic!("{}: {error}", case.dir));
+        let inspection = inspect(&files).unwrap_or_else(|error| panic!("{}: {error}", case.dir));
         assert!(inspection.problems.is_empty(), "{}: {:?}", case.dir, inspection.problems);
         assert_eq!(inspection.kind, case.peft_type);
         assert!(inspection.tensors > 0 && inspection.bytes > 0, "{}", case.dir);
-        // What stands before the prompt belongs to no module.
-        let leads = case.peft_type.contains("PROMPT")
-            || ["P_TUNING", "CPT", "PREFIX_TUNING", "CARTRIDGE"].contains(&case.peft_type.as_str());
-        assert_eq!(inspection.modules.is_empty(), leads, "{}", case.dir);
+        // What stands before the prompt, or inside a layer, belongs to no module that has a weight.
+        let is_beside = case.peft_type.contains("PROMPT")
+            || ["P_TUNING", "CPT", "PREFIX_TUNING", "CARTRIDGE", "BOTTLENECK", "ADAPTION_PROMPT"]
+                .contains(&case.peft_type.as_str());
+        assert_eq!(inspection.modules.is_empty(), is_beside, "{}", case.dir);
     }
 }
 
@@ -56,7 +58,8 @@ fn faults_that_show_without_a_model_are_found_without_one() {
         "alora_string",
         "alora_dora",
         "pissa_niter",
-        "kasa",
+        "kasa_dora",
+        "kasa_alora",
         "fan_in_fan_out",
         "type_mismatch",
         "type_unknown",
@@ -74,6 +77,23 @@ fn faults_that_show_without_a_model_are_found_without_one() {
         "multitask_range",
         "cpt_ids",
         "cartridge_inf",
+        "arrow_suffix",
+        "arrow_nan",
+        "arrow_missing",
+        "arrow_router",
+        "arrow_top_k",
+        "arrow_dora",
+        "arrow_start",
+        "adaption_nan",
+        "adaption_length",
+        "adaption_target",
+        "adaption_field",
+        "bottleneck_key",
+        "bottleneck_nan",
+        "bottleneck_field",
+        "bottleneck_gating",
+        "bottleneck_architecture",
+        "bottleneck_activation",
         "truncated",
         "config_not_json",
         "no_weights",
@@ -89,5 +109,21 @@ fn faults_that_show_without_a_model_are_found_without_one() {
             Err(error) => vec![error.to_string()],
         };
         assert!(!problems.is_empty(), "{name}");
+    }
+}
+
+/// Types of PEFT that are neither served nor refused with what to do instead.
+const UNKNOWN: [&str; 0] = [];
+
+#[test]
+fn every_type_of_peft_is_served_or_refused_with_a_reason() {
+    let served = KINDS.iter().map(|kind| kind.peft_type);
+    let known: Vec<&str> = served.chain(REFUSED.iter().map(|refused| refused.peft_type)).collect();
+    let types = fixtures::manifest().peft_types;
+    let unknown: Vec<&str> = types.iter().map(String::as_str).filter(|name| !known.contains(name)).collect();
+    assert_eq!(unknown, UNKNOWN);
+    for refused in REFUSED {
+        assert!(types.iter().any(|name| name == refused.peft_type), "{} is no type of PEFT", refused.peft_type);
+        assert!(!KINDS.iter().any(|kind| kind.peft_type == refused.peft_type), "{}", refused.peft_type);
     }
 }

@@ -301,6 +301,21 @@ async fn a_changed_directory_is_a_new_generation() {
 }
 
 #[tokio::test]
+async fn a_directory_may_name_its_weights_as_adapterhub_does() {
+    let root = tempdir().unwrap();
+    let dir = root.path().join("plain");
+    write_directory(&dir, &adapter(1.0));
+    fs::rename(dir.join("adapter_model.safetensors"), dir.join("adapter.safetensors")).unwrap();
+    let Opened { store, .. } = open(root.path()).await;
+    assert_eq!(served(&store, "plain").await, 1.0);
+    // PEFT's name counts where both are there.
+    write_directory(&dir, &adapter(2.0));
+    assert_eq!(served(&store, "plain").await, 2.0);
+    fs::remove_file(dir.join("adapter_model.safetensors")).unwrap();
+    assert_eq!(served(&store, "plain").await, 1.0);
+}
+
+#[tokio::test]
 async fn an_old_directory_is_recognised_without_reading_it() {
     let root = tempdir().unwrap();
     let dir = root.path().join("plain");

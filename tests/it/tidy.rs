@@ -170,6 +170,8 @@ const KINDS: &[&str] = &[
     "hira",
     "glora",
     "osf",
+    "svfit",
+    "flora",
     "frod",
     "shira",
     "sara",
@@ -180,6 +182,8 @@ const KINDS: &[&str] = &[
     "road",
     "oft",
     "boft",
+    "bottleneck",
+    "arrow",
 ];
 /// Names of model families, lower case.
 const FAMILIES: &[&str] = &["llama", "mistral", "qwen2", "qwen3", "phi3"];

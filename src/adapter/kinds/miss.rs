@@ -11,15 +11,18 @@
 //! its files are served too. Its three-dimensional blocks are of form row, unless `bone_layout` is `col`; there is also
 //! an oldest form (out, r), which is bat with its blocks one below the other.
 
+use std::collections::BTreeMap;
+
 use candle_core::Tensor;
 use serde_json::Value;
 
 use super::Kind;
 use crate::adapter::adapted::{self, AdaptedLinear};
 use crate::adapter::config::{Config, Rule, field_error};
+use crate::adapter::keys::key_of;
 use crate::adapter::lowering::Lowering;
 use crate::adapter::matching::Matcher;
-use crate::adapter::{AdapterError, Delta, Pre};
+use crate::adapter::{AdapterError, AdapterFiles, Delta, Pre, tensor_file};
 
 /// The row of MiSS.
 pub(super) const MISS: Kind = Kind {
@@ -86,18 +89,7 @@ fn check(config: &Config) -> Result<(), AdapterError> {
 }
 
 fn lower(lowering: &mut Lowering<'_>) -> Result<(), AdapterError> {
-    let mut blocks = Vec::new();
-    for linear in adapted::linears(lowering)? {
-        let mut known = SUFFIXES.iter().chain(&NATIVE);
-        let Some(suffix) = lowering.kind_suffixes(linear.id).first().and_then(|suffix| known.find(|s| *s == suffix))
-        else {
-            continue;
-        };
-        let form = if NATIVE.contains(suffix) { native_form } else { form };
-        let (form, shape) = form(lowering, linear, suffix)?;
-        blocks.push((linear, *suffix, form, shape));
-    }
-    for (linear, suffix, form, shape) in blocks {
+    for Found { linear, suffix, form, shape } in find_blocks(lowering)? {
         let id = linear.id;
         let block = lowering.require(id, suffix, &shape)?;
         match form {
@@ -113,6 +105,68 @@ fn lower(lowering: &mut Lowering<'_>) -> Result<(), AdapterError> {
         }
     }
     Ok(())
+}
+
+/// A linear's block.
+struct Found {
+    linear: AdaptedLinear,
+    suffix: &'static str,
+    form: Form,
+    shape: Vec<usize>,
+}
+
+/// The blocks of all linears, with their forms.
+fn find_blocks(lowering: &mut Lowering<'_>) -> Result<Vec<Found>, AdapterError> {
+    let mut blocks = Vec::new();
+    for linear in adapted::linears(lowering)? {
+        let mut known = SUFFIXES.iter().chain(&NATIVE);
+        let Some(suffix) = lowering.kind_suffixes(linear.id).first().and_then(|suffix| known.find(|s| *s == suffix))
+        else {
+            continue;
+        };
+        let form = if NATIVE.contains(suffix) { native_form } else { form };
+        let (form, shape) = form(lowering, linear, suffix)?;
+        blocks.push(Found { linear, suffix, form, shape });
+    }
+    Ok(blocks)
+}
+
+/// The same adapter as a file of PEFT's type MISS: its spelling, and blocks of form bat in three dimensions.
+pub(in crate::adapter) fn to_miss(lowering: &mut Lowering<'_>) -> Result<AdapterFiles, AdapterError> {
+    let mut tensors: BTreeMap<String, Tensor> = lowering.other_tensors()?.into_iter().collect();
+    let blocks = find_blocks(lowering)?;
+    let not_convertible = |place: &str, reason: &str| {
+        Err(AdapterError::NotConvertible { place: place.to_owned(), reason: reason.to_owned() })
+    };
+    let Some(first) = blocks.first().map(|found| found.form) else {
+        return not_convertible("target_modules", "the file has no blocks");
+    };
+    for Found { linear, suffix, form, shape } in blocks {
+        let path = &lowering.site(linear.id).path;
+        if form == Form::Row {
+            return not_convertible(path, "a block for each input block (form row) is none of MISS's forms");
+        }
+        if form != first {
+            return not_convertible(path, "its block is of another form than those before, and MISS has one for all");
+        }
+        let block = lowering.require(linear.id, suffix, &shape)?;
+        let block = if form == Form::Bat && block.rank() == 2 { by_output(&block)? } else { block };
+        tensors.insert(key_of(path, SUFFIXES[0]), block);
+    }
+    let mode = match (first, lowering.config.get("init_weights")) {
+        (Form::Bat, _) => Value::from("bat"),
+        (Form::Shards | Form::Row, Some(mode)) => mode.clone(),
+        (Form::Shards | Form::Row, None) => Value::from(true),
+    };
+    let mut changes = vec![("peft_type", "MISS".into()), ("init_weights", mode)];
+    changes.extend([("bone_layout", Value::Null), ("peft_version", Value::Null)]);
+    if lowering.config.get("r").is_none() {
+        changes.push(("r", DEFAULT_R.into()));
+    }
+    if lowering.config.string("bias")? == Some("bone_only") {
+        changes.push(("bias", "miss_only".into()));
+    }
+    Ok(AdapterFiles { config: lowering.config.edited(&changes)?, weights: tensor_file::write(&tensors)? })
 }
 
 /// The form that a block's shape shows, checked against `r`, `init_weights` and `mini_r`.

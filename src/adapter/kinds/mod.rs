@@ -1,11 +1,15 @@
 //! The table of adapter kinds. A kind is one file here and one row of [`KINDS`].
 
 mod adalora;
+mod adaption_prompt;
+mod arrow;
 mod beft;
 mod boft;
+mod bottleneck;
 mod c3a;
 mod deft;
 mod delora;
+mod flora;
 mod fourierft;
 mod frod;
 mod glora;
@@ -31,6 +35,7 @@ mod scaling;
 mod shira;
 mod ssf;
 mod supertuning;
+mod svfit;
 mod task;
 mod tinylora;
 mod trainable_tokens;
@@ -39,6 +44,9 @@ mod vblora;
 mod vera;
 mod waveft;
 
+pub use lora::{CombineInput, CombineMode, CombineOptions, combine};
+pub(super) use miss::to_miss;
+pub(super) use oft::to_current;
 pub use refused::{REFUSED, Refused};
 
 use super::AdapterError;
@@ -51,6 +59,8 @@ use super::matching::Matcher;
 pub struct Kind {
     /// `peft_type` in the config.
     pub peft_type: &'static str,
+    /// Whether a config without `peft_type` is of this kind.
+    pub(super) claims: fn(&Config) -> bool,
     /// Its usual name.
     pub title: &'static str,
     /// How it is served when it is not merged.
@@ -83,6 +93,7 @@ impl Kind {
     /// What a row says where nothing is special; each kind gives its names, its suffixes and `lower`.
     const PLAIN: Self = Self {
         peft_type: "",
+        claims: |_| false,
         title: "",
         served_as: "",
         merged_as: "",
@@ -121,12 +132,14 @@ pub static KINDS: &[Kind] = &[
     tinylora::TINYLORA,
     unilora::UNILORA,
     poly::POLY,
+    flora::FLORA,
     hra::HRA,
     deft::DEFT,
     peanut::PEANUT,
     hira::HIRA,
     glora::GLORA,
     osf::OSF,
+    svfit::SVFIT,
     frod::FROD,
     shira::SHIRA,
     shira::SARA,
@@ -143,10 +156,23 @@ pub static KINDS: &[Kind] = &[
     prompt::CPT,
     prefix::PREFIX_TUNING,
     prefix::CARTRIDGE,
+    arrow::ARROW,
+    adaption_prompt::ADAPTION_PROMPT,
+    bottleneck::BOTTLENECK,
 ];
 
+/// The row that a config belongs to.
+pub(super) fn of(config: &Config) -> Result<&'static Kind, AdapterError> {
+    if config.get("peft_type").is_none()
+        && let Some(kind) = KINDS.iter().find(|kind| (kind.claims)(config))
+    {
+        return Ok(kind);
+    }
+    find(config.peft_type()?)
+}
+
 /// The row with this `peft_type`.
-pub(super) fn find(peft_type: &str) -> Result<&'static Kind, AdapterError> {
+fn find(peft_type: &str) -> Result<&'static Kind, AdapterError> {
     KINDS.iter().find(|kind| kind.peft_type == peft_type).ok_or_else(|| {
         if let Some(refused) = REFUSED.iter().find(|refused| refused.peft_type == peft_type) {
             return super::config::field_error("peft_type", format!("`{peft_type}` is not served: {}", refused.reason));

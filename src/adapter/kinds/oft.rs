@@ -8,15 +8,21 @@
 //! R is Cayley's map of Q, or with `use_cayley_neumann` a series. `coft` limits the norm, of Q in the first generation and
 //! of D in the others. The bias is neither rotated nor scaled. An embedding's rows are rotated as they are read.
 
-use candle_core::Tensor;
+use std::collections::BTreeMap;
+
+use candle_core::{DType, Tensor};
+use serde_json::Value;
 
 use super::Kind;
 use crate::adapter::adapted;
 use crate::adapter::config::{Config, Rule};
+use crate::adapter::keys::key_of;
 use crate::adapter::lowering::Lowering;
 use crate::adapter::matching::Matcher;
 use crate::adapter::rotation::{self, Map};
-use crate::adapter::{AdapterError, LinearSlots, Pre, Scale, SiteId, SiteKind, linalg, merge};
+use crate::adapter::{
+    AdapterError, AdapterFiles, LinearSlots, Pre, Scale, SiteId, SiteKind, linalg, merge, tensor_file,
+};
 
 /// The row of the table of kinds.
 pub(super) const OFT: Kind = Kind {
@@ -158,13 +164,23 @@ fn check_blocks(
     Err(lowering.refuse(id, suffix, reason))
 }
 
-/// The two older generations.
-fn old(
+/// Blocks of one of the two older generations.
+struct Old {
+    /// Skew-symmetric Q, block by block.
+    skew: Vec<f64>,
+    /// Side of a block.
+    s: usize,
+    /// Whether the input is rotated, and not the output.
+    on_input: bool,
+}
+
+/// Takes the blocks of a linear.
+fn old_blocks(
     lowering: &mut Lowering<'_>,
     options: &Options,
     id: SiteId,
     (in_features, out_features): (usize, usize),
-) -> Result<(), AdapterError> {
+) -> Result<Old, AdapterError> {
     let on_input = lowering.has(id, OLD_SCALE);
     let shape = lowering.shape(id, OLD).unwrap_or_default().to_vec();
     let &[blocks, s, _] = shape.as_slice() else {
@@ -184,7 +200,18 @@ fn old(
         let per_block = if on_input { out_features.div_ceil(in_features / s) } else { s } as f64;
         rotation::limit_norm(&mut values, s, eps * per_block * per_block / (blocks as f64).sqrt());
     }
-    let rotations = rotation::rotations(&rotation::skew_part(&values, s), s, Map::Cayley)?;
+    Ok(Old { skew: rotation::skew_part(&values, s), s, on_input })
+}
+
+/// The two older generations.
+fn old(
+    lowering: &mut Lowering<'_>,
+    options: &Options,
+    id: SiteId,
+    (in_features, out_features): (usize, usize),
+) -> Result<(), AdapterError> {
+    let Old { skew, s, on_input } = old_blocks(lowering, options, id, (in_features, out_features))?;
+    let rotations = rotation::rotations(&skew, s, Map::Cayley)?;
     if on_input {
         let scale = lowering.require(id, OLD_SCALE, &[out_features, 1])?.squeeze(1)?;
         let slots = lowering.out.linears.entry(id).or_default();
@@ -206,4 +233,56 @@ fn old(
         let slots = LinearSlots { scale: Scale::BlockDiag(rotations), ..LinearSlots::default() };
         Ok(merge::effective_weight(&slots, weight)?)
     })
+}
+
+/// The same adapter as a file of the newest generation. A norm's limit is applied, the exact map asked for.
+pub(in crate::adapter) fn to_current(lowering: &mut Lowering<'_>) -> Result<AdapterFiles, AdapterError> {
+    let options = Options::parse(&lowering.config)?;
+    let mut tensors: BTreeMap<String, Tensor> = lowering.other_tensors()?.into_iter().collect();
+    let not_convertible = |path: &str, reason: &str| {
+        Err(AdapterError::NotConvertible { place: path.to_owned(), reason: reason.to_owned() })
+    };
+    // Side and number of blocks of each linear.
+    let mut sizes = Vec::new();
+    for id in adapted::sites(lowering, |kind| !matches!(kind, SiteKind::Norm { .. }))? {
+        let path = &lowering.site(id).path;
+        let SiteKind::Linear { in_features, out_features, .. } = lowering.site(id).kind else {
+            return not_convertible(path, "only the current form has embeddings");
+        };
+        if !lowering.has(id, OLD) {
+            return not_convertible(path, "its file has the current form already");
+        }
+        let Old { skew, s, on_input } = old_blocks(lowering, &options, id, (in_features, out_features))?;
+        if !on_input {
+            return not_convertible(path, "its output is rotated (files up to PEFT 0.13), now it is always the input");
+        }
+        let scale = linalg::values(&lowering.require(id, OLD_SCALE, &[out_features, 1])?)?;
+        if scale.iter().any(|scale| *scale != 1.0) {
+            return not_convertible(path, "its output is scaled (`oft_s`), which the current form has no tensor for");
+        }
+        let triangles = linalg::matrix(rotation::upper(&skew, s), (skew.len() / (s * s), s * (s - 1) / 2))?;
+        tensors.insert(key_of(path, NEW), triangles.to_dtype(DType::F32)?);
+        sizes.push((s, in_features / s));
+    }
+    let Some(first) = sizes.first().copied() else {
+        return not_convertible("target_modules", "the file has no blocks");
+    };
+    // One of the two fields is given, the other is 0.
+    let (r, block_size) = if sizes.iter().all(|(s, _)| *s == first.0) {
+        (0, first.0)
+    } else if sizes.iter().all(|(_, count)| *count == first.1) {
+        (first.1, 0)
+    } else {
+        return not_convertible("r", "neither the size nor the number of blocks is the same everywhere");
+    };
+    let config = lowering.config.edited(&[
+        ("r", r.into()),
+        ("oft_block_size", block_size.into()),
+        ("coft", false.into()),
+        ("use_cayley_neumann", false.into()),
+        ("rank_pattern", Value::Null),
+        ("alpha_pattern", Value::Null),
+        ("peft_version", Value::Null),
+    ])?;
+    Ok(AdapterFiles { config, weights: tensor_file::write(&tensors)? })
 }

@@ -8,7 +8,7 @@
 //! The kept part is computed again from W; as a projection of W it does not depend on the signs that a decomposition
 //! happens to choose. What W loses has rank `q = min(in, out) - e`, so the change has rank 2q.
 
-use candle_core::{DType, Tensor};
+use candle_core::Tensor;
 use serde_json::Value;
 
 use super::Kind;
@@ -84,27 +84,10 @@ fn lower(lowering: &mut Lowering<'_>) -> Result<(), AdapterError> {
         let s = lowering.require(id, S, &[q])?;
         let v = lowering.require(id, V, &[q, in_features])?;
         lowering.ranks.insert(q);
-        let (a, b) = weak_part(&lowering.weight(id)?, q)?;
+        let (a, b) = linalg::weakest_part(&lowering.weight(id)?, q)?;
         let a = Tensor::cat(&[v, a], 0)?;
         let b = Tensor::cat(&[u.broadcast_mul(&s)?, b.neg()?], 1)?;
         lowering.add_low_rank(id, a, b)?;
     }
     Ok(())
-}
-
-/// The part of `weight` (out, in) in its `q` weakest singular directions as factors `b a`, a: (q, in), b: (out, q); f32.
-/// They come from the eigenvectors of the smaller one of `W W^T` and `W^T W`.
-fn weak_part(weight: &Tensor, q: usize) -> Result<(Tensor, Tensor), AdapterError> {
-    let (out_features, in_features) = weight.dims2()?;
-    let w = weight.to_dtype(DType::F64)?;
-    let (a, b) = if in_features <= out_features {
-        let (_, vectors) = linalg::symmetric_eigen(&w.t()?.matmul(&w)?)?;
-        let weak = vectors.narrow(1, 0, q)?; // [in, q]
-        (weak.t()?.contiguous()?, w.matmul(&weak.contiguous()?)?)
-    } else {
-        let (_, vectors) = linalg::symmetric_eigen(&w.matmul(&w.t()?)?)?;
-        let weak = vectors.narrow(1, 0, q)?.contiguous()?; // [out, q]
-        (weak.t()?.matmul(&w)?, weak)
-    };
-    Ok((a.to_dtype(DType::F32)?, b.to_dtype(DType::F32)?))
 }

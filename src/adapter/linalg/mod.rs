@@ -96,6 +96,56 @@ pub(super) fn inverse(m: &Tensor) -> Result<Option<Tensor>> {
     Ok(Some(matrix(rows.iter().flat_map(|row| &row[n..]).copied().collect(), (n, n))?))
 }
 
+/// A singular value decomposition `W = left diag(values) right`, strongest first.
+pub(super) struct Strongest {
+    /// Singular values in descending order, as many as the smaller side of W has features.
+    pub(super) values: Vec<f64>,
+    /// Left singular vectors as columns, (out, values) f64.
+    pub(super) left: Tensor,
+    /// Right singular vectors as rows, (values, in) f64.
+    pub(super) right: Tensor,
+}
+
+/// The singular directions of `weight` (out, in), from the eigenvectors of the smaller one of `W W^T` and `W^T W`. The
+/// signs of a pair of vectors are arbitrary. Where a value is zero its vector on the larger side is zero too.
+pub(super) fn strongest_directions(weight: &Tensor) -> Result<Strongest> {
+    let (out_features, in_features) = weight.dims2()?;
+    let w = weight.to_dtype(DType::F64)?;
+    let tall = in_features <= out_features;
+    let gram = if tall { w.t()?.matmul(&w)? } else { w.matmul(&w.t()?)? };
+    let (eigenvalues, vectors) = symmetric_eigen(&gram)?;
+    let n = eigenvalues.len();
+    let descending: Vec<u32> = (0..n as u32).rev().collect();
+    let vectors = vectors.index_select(&Tensor::new(descending, &Device::Cpu)?, 1)?; // [n, n], columns
+    let values: Vec<f64> = eigenvalues.iter().rev().map(|value| value.max(0.0).sqrt()).collect();
+    let inverses = values.iter().map(|value| if *value > 0.0 { 1.0 / value } else { 0.0 }).collect();
+    let turned = vectors.t()?.contiguous()?; // [n, n], rows
+    let (left, right) = if tall {
+        (w.matmul(&vectors)?.broadcast_mul(&matrix(inverses, (1, n))?)?, turned)
+    } else {
+        (vectors, turned.matmul(&w)?.broadcast_mul(&matrix(inverses, (n, 1))?)?)
+    };
+    Ok(Strongest { values, left, right })
+}
+
+/// The part of `weight` (out, in) in its `q` weakest singular directions as factors `b a`, a: (q, in), b: (out, q); f32.
+/// They come from the eigenvectors of the smaller one of `W W^T` and `W^T W`; as a projection of W the product does not
+/// depend on the signs that a decomposition chooses.
+pub(super) fn weakest_part(weight: &Tensor, q: usize) -> Result<(Tensor, Tensor)> {
+    let (out_features, in_features) = weight.dims2()?;
+    let w = weight.to_dtype(DType::F64)?;
+    let (a, b) = if in_features <= out_features {
+        let (_, vectors) = symmetric_eigen(&w.t()?.matmul(&w)?)?;
+        let weak = vectors.narrow(1, 0, q)?; // [in, q]
+        (weak.t()?.contiguous()?, w.matmul(&weak.contiguous()?)?)
+    } else {
+        let (_, vectors) = symmetric_eigen(&w.matmul(&w.t()?)?)?;
+        let weak = vectors.narrow(1, 0, q)?.contiguous()?; // [out, q]
+        (weak.t()?.matmul(&w)?, weak)
+    };
+    Ok((a.to_dtype(DType::F32)?, b.to_dtype(DType::F32)?))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -149,5 +199,21 @@ mod tests {
         // Equal eigenvalues, and a matrix that is diagonal already.
         let identity = Tensor::eye(4, DType::F64, &Device::Cpu).unwrap();
         assert_eq!(symmetric_eigen(&identity).unwrap().0, [1.0; 4]);
+    }
+
+    #[test]
+    fn singular_directions_give_the_matrix_and_its_weakest_part() {
+        for shape in [(9, 5), (5, 9), (6, 6)] {
+            let w = random(6, shape);
+            let Strongest { values, left, right } = strongest_directions(&w).unwrap();
+            assert!(values.windows(2).all(|pair| pair[0] >= pair[1]));
+            let n = values.len();
+            let scaled = left.broadcast_mul(&matrix(values, (1, n)).unwrap()).unwrap();
+            assert!(close(&f32s(&scaled.matmul(&right).unwrap()), &w, 1e-6));
+            let (a, b) = weakest_part(&w, 2).unwrap();
+            let last = |m: &Tensor, axis| m.narrow(axis, n - 2, 2).unwrap().contiguous().unwrap();
+            let expected = last(&scaled, 1).matmul(&last(&right, 0)).unwrap();
+            assert!(close(&b.matmul(&a).unwrap(), &f32s(&expected), 1e-6));
+        }
     }
 }

@@ -128,13 +128,37 @@ struct Scratch {
     sum: Vec<f32>,
 }
 
+/// Leaves the outputs in the scratch: rows (query, head of the group) of head_dim.
+fn attend(isa: Isa, task: &Task<'_>, scratch: &mut Scratch) {
+    match isa {
+        Isa::Avx512 | Isa::Avx512Bf16 => attend_wide(isa, task, scratch),
+        Isa::Avx2 | Isa::Portable => attend_narrow(isa, task, scratch),
+    }
+}
+
 dispatch! {
-    /// Leaves the outputs in the scratch: rows (query, head of the group) of head_dim.
-    fn attend(task: &Task<'_>, scratch: &mut Scratch) => attend_body
+    /// For 32 registers of 16 lanes.
+    fn attend_wide(task: &Task<'_>, scratch: &mut Scratch) => attend_wide_body
+}
+
+dispatch! {
+    /// For 16 registers of 8 lanes.
+    fn attend_narrow(task: &Task<'_>, scratch: &mut Scratch) => attend_narrow_body
 }
 
 #[inline(always)]
-fn attend_body<const FMA: bool>(task: &Task<'_>, scratch: &mut Scratch) {
+fn attend_wide_body<const FMA: bool>(task: &Task<'_>, scratch: &mut Scratch) {
+    attend_body::<8, FMA>(task, scratch);
+}
+
+#[inline(always)]
+fn attend_narrow_body<const FMA: bool>(task: &Task<'_>, scratch: &mut Scratch) {
+    attend_body::<6, FMA>(task, scratch);
+}
+
+/// `R` rows of 16 columns are what the registers hold.
+#[inline(always)]
+fn attend_body<const R: usize, const FMA: bool>(task: &Task<'_>, scratch: &mut Scratch) {
     let AttentionShape { num_heads, num_kv_heads, head_dim, .. } = task.shape;
     let group = num_heads / num_kv_heads;
     let queries = task.queries;
@@ -145,7 +169,7 @@ fn attend_body<const FMA: bool>(task: &Task<'_>, scratch: &mut Scratch) {
     let end = first_position + queries;
     for tile_start in (from / TILE * TILE..end).step_by(TILE) {
         let width = TILE.min(end - tile_start);
-        score_tile::<FMA>(task, rows, tile_start, width, scratch);
+        score_tile::<R, FMA>(task, rows, tile_start, width, scratch);
         for row in 0..rows {
             let position = first_position + row / group;
             let low = task.shape.window.map_or(0, |w| (position + 1).saturating_sub(w));
@@ -154,7 +178,7 @@ fn attend_body<const FMA: bool>(task: &Task<'_>, scratch: &mut Scratch) {
             let acc = &mut scratch.acc[row * head_dim..][..head_dim];
             online_softmax(scores, &mut scratch.max[row], &mut scratch.sum[row], acc);
         }
-        weigh_values::<FMA>(task, rows, tile_start, width, scratch);
+        weigh_values::<R, FMA>(task, rows, tile_start, width, scratch);
     }
     for (acc, sum) in scratch.acc.chunks_exact_mut(head_dim).zip(&scratch.sum) {
         let inverse = 1.0 / sum;
@@ -210,7 +234,13 @@ fn pieces(task: &Task<'_>, tile_start: usize, width: usize) -> impl Iterator<Ite
 
 /// `scores[row, j] = q[row] . k[tile_start + j]`.
 #[inline(always)]
-fn score_tile<const FMA: bool>(task: &Task<'_>, rows: usize, tile_start: usize, width: usize, scratch: &mut Scratch) {
+fn score_tile<const R: usize, const FMA: bool>(
+    task: &Task<'_>,
+    rows: usize,
+    tile_start: usize,
+    width: usize,
+    scratch: &mut Scratch,
+) {
     let AttentionShape { num_kv_heads: kv_heads, head_dim, .. } = task.shape;
     let block_tokens = task.cache.block_tokens;
     for (offset, in_block, count, block) in pieces(task, tile_start, width) {
@@ -224,16 +254,22 @@ fn score_tile<const FMA: bool>(task: &Task<'_>, rows: usize, tile_start: usize, 
             scratch.scores[row * TILE + offset..][..count].fill(0.0);
         }
         if a_stride == QUERY_STRIDE {
-            accumulate::<QUERY_STRIDE, FMA>(&product, rows, count, &mut scratch.scores[offset..], TILE);
+            accumulate::<QUERY_STRIDE, R, FMA>(&product, rows, count, &mut scratch.scores[offset..], TILE);
         } else {
-            accumulate::<0, FMA>(&product, rows, count, &mut scratch.scores[offset..], TILE);
+            accumulate::<0, R, FMA>(&product, rows, count, &mut scratch.scores[offset..], TILE);
         }
     }
 }
 
 /// `acc[row] += sum_j p[row, j] * v[tile_start + j]`.
 #[inline(always)]
-fn weigh_values<const FMA: bool>(task: &Task<'_>, rows: usize, tile_start: usize, width: usize, scratch: &mut Scratch) {
+fn weigh_values<const R: usize, const FMA: bool>(
+    task: &Task<'_>,
+    rows: usize,
+    tile_start: usize,
+    width: usize,
+    scratch: &mut Scratch,
+) {
     let AttentionShape { num_kv_heads: kv_heads, head_dim, .. } = task.shape;
     let block_tokens = task.cache.block_tokens;
     for (offset, in_block, count, block) in pieces(task, tile_start, width) {
@@ -241,7 +277,7 @@ fn weigh_values<const FMA: bool>(task: &Task<'_>, rows: usize, tile_start: usize
         let values = &task.cache.values[from..][..count * head_dim];
         let product =
             Product { a: &scratch.scores[offset..], a_stride: TILE, b: values, b_stride: head_dim, depth: count };
-        accumulate::<TILE, FMA>(&product, rows, head_dim, &mut scratch.acc, head_dim);
+        accumulate::<TILE, R, FMA>(&product, rows, head_dim, &mut scratch.acc, head_dim);
     }
 }
 
@@ -294,9 +330,9 @@ struct Product<'a> {
     depth: usize,
 }
 
-/// `out[r, c] += sum_d a[r, d] * b[d, c]`, one chain over ascending `d` per output.
+/// `out[r, c] += sum_d a[r, d] * b[d, c]`, one chain over ascending `d` per output; up to `R` rows together, in even parts.
 #[inline(always)]
-fn accumulate<const A: usize, const FMA: bool>(
+fn accumulate<const A: usize, const R: usize, const FMA: bool>(
     p: &Product<'_>,
     rows: usize,
     columns: usize,
@@ -309,10 +345,11 @@ fn accumulate<const A: usize, const FMA: bool>(
         block::<1, 64, A, FMA>(p, 0, column, out, stride);
         column += 64;
     }
+    let together = rows.div_ceil(rows.div_ceil(R).max(1));
     while columns - column >= 16 {
         let mut row = 0;
         while row < rows {
-            match rows - row {
+            match together.min(rows - row).min(R) {
                 1 => block::<1, 16, A, FMA>(p, row, column, out, stride),
                 2 => block::<2, 16, A, FMA>(p, row, column, out, stride),
                 3 => block::<3, 16, A, FMA>(p, row, column, out, stride),
@@ -322,7 +359,7 @@ fn accumulate<const A: usize, const FMA: bool>(
                 7 => block::<7, 16, A, FMA>(p, row, column, out, stride),
                 _ => block::<8, 16, A, FMA>(p, row, column, out, stride),
             }
-            row += 8.min(rows - row);
+            row += together.min(rows - row);
         }
         column += 16;
     }

@@ -1,12 +1,11 @@
 //! The matrix product with packed weights.
 
+use super::int8::{GROUP_WORDS, Int8Matrix, groups, int8_row_words};
 use super::isa::Isa;
-use super::packed::{PANEL, PackedMatrix};
-use super::tile::{ROWS, TileArgs, tile};
+use super::packed::{Line, PANEL, PackedMatrix};
+use super::tile::{Fetch, ROWS, TileArgs, block_steps, tile};
+use super::tile_int8::{BLOCK_GROUPS, Int8Args, int8_tile};
 use super::words::row_words;
-
-/// Words of `k` per block: a block of a panel (128 KiB) stays in the second-level cache while every row uses it.
-const BLOCK_STEPS: usize = 512;
 
 /// Where a panel's product goes: the first row's first column, and the elements between rows.
 #[derive(Clone, Copy)]
@@ -30,10 +29,13 @@ pub(super) unsafe fn multiply_panel(x: &[u32], m: usize, w: &PackedMatrix, panel
     let x_stride = row_words(w.format(), w.k());
     let columns = PANEL.min(w.n() - panel_idx * PANEL);
     assert!(x.len() >= m * x_stride, "x has {m} rows");
-    for (block_idx, block) in w.panel(panel_idx).chunks(BLOCK_STEPS * PANEL).enumerate() {
+    let (steps, passes) = (block_steps(isa), m.div_ceil(ROWS));
+    for (block_idx, block) in w.panel(panel_idx).chunks(steps * PANEL).enumerate() {
+        // The next block is about as long as this one; every pass fetches a part of it.
+        let next = Fetch { at: block.as_ptr_range().end, lines: size_of_val(block) / size_of::<Line>() };
         for (pass, row) in (0..m).step_by(ROWS).enumerate() {
             let args = TileArgs {
-                x: &x[row * x_stride + block_idx * BLOCK_STEPS..],
+                x: &x[row * x_stride + block_idx * steps..],
                 x_stride,
                 w: block,
                 is_first: pass == 0,
@@ -41,6 +43,7 @@ pub(super) unsafe fn multiply_panel(x: &[u32], m: usize, w: &PackedMatrix, panel
                 y_stride: target.stride,
                 columns,
                 from_zero: block_idx == 0,
+                fetch: next.share(pass, passes),
             };
             // SAFETY: the rows and columns are the caller's.
             unsafe {
@@ -50,11 +53,52 @@ pub(super) unsafe fn multiply_panel(x: &[u32], m: usize, w: &PackedMatrix, panel
     }
 }
 
+/// `m` rows of integers, as [`super::int8`] lays them out, times one panel of `w`.
+///
+/// # Safety
+/// As for [`multiply_panel`].
+///
+/// # Panics
+/// When `x` has fewer than `m` rows.
+#[expect(unsafe_code, reason = "threads write different columns of one output")]
+pub(super) unsafe fn multiply_int8_panel(
+    x: &[u32],
+    m: usize,
+    w: &Int8Matrix,
+    panel_idx: usize,
+    target: Target,
+    isa: Isa,
+) {
+    let x_stride = int8_row_words(w.k());
+    assert!(x.len() >= m * x_stride, "x has {m} rows");
+    let passes = m.div_ceil(ROWS);
+    for (block_idx, block) in w.panel(panel_idx).chunks(BLOCK_GROUPS * GROUP_WORDS).enumerate() {
+        let next = Fetch { at: block.as_ptr_range().end, lines: size_of_val(block) / size_of::<Line>() };
+        for (pass, row) in (0..m).step_by(ROWS).enumerate() {
+            let args = Int8Args {
+                x: &x[row * x_stride..],
+                x_stride,
+                groups: groups(w.k()),
+                first_group: block_idx * BLOCK_GROUPS,
+                w: block,
+                y: target.y.wrapping_add(row * target.stride),
+                y_stride: target.stride,
+                columns: PANEL.min(w.n() - panel_idx * PANEL),
+                from_zero: block_idx == 0,
+                fetch: next.share(pass, passes),
+            };
+            // SAFETY: the rows and columns are the caller's.
+            unsafe { int8_tile(ROWS.min(m - row), isa, &args) };
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use half::bf16;
     use proptest::prelude::*;
 
+    use super::super::int8::quantise_row;
     use super::super::packed::WeightFormat;
     use super::super::pool::for_each;
     use super::super::shared::Shared;
@@ -144,12 +188,87 @@ mod tests {
         }
     }
 
+    /// The whole product with 8-bit integers.
+    #[expect(unsafe_code, reason = "calls the kernel")]
+    fn matmul_int8(x: &[f32], m: usize, w: &Int8Matrix, y: &mut [f32], isa: Isa) {
+        let width = int8_row_words(w.k());
+        let mut words = vec![0; m * width];
+        for (row, words) in x.chunks_exact(w.k()).zip(words.chunks_exact_mut(width)) {
+            quantise_row(isa, row, words);
+        }
+        let output = Shared::new(y);
+        for_each(w.n().div_ceil(PANEL), |panel_idx| {
+            let target = Target { y: output.at(panel_idx * PANEL), stride: w.n() };
+            // SAFETY: a panel's columns are written by its task only.
+            unsafe { multiply_int8_panel(&words, m, w, panel_idx, target, isa) };
+        });
+    }
+
+    /// The formula of [`super::super::int8`] with everything quantised here, in other words than there: groups of 64, the
+    /// largest magnitude is 127.
+    fn int8_reference(x: &[f32], w: &[f32], (m, n, k): (usize, usize, usize)) -> Vec<f32> {
+        let quantise = |values: &[f32]| -> (Vec<i64>, f32) {
+            let largest = values.iter().fold(0.0_f32, |largest, value| largest.max(value.abs()));
+            let inverse = 127.0 / largest;
+            (values.iter().map(|value| (value * inverse).round_ties_even() as i64).collect(), largest / 127.0)
+        };
+        let rows = |matrix: &[f32]| -> Vec<Vec<(Vec<i64>, f32)>> {
+            matrix.chunks_exact(k).map(|row| row.chunks(64).map(quantise).collect()).collect()
+        };
+        let (x, w) = (rows(x), rows(w));
+        let mut y = vec![0.0; m * n];
+        for (row, out) in x.iter().zip(y.chunks_exact_mut(n)) {
+            for (column, value) in w.iter().zip(out) {
+                for ((xq, xs), (wq, ws)) in row.iter().zip(column) {
+                    let sum: i64 = xq.iter().zip(wq).map(|(x, w)| x * w).sum();
+                    *value += sum as f32 * (ws * xs);
+                }
+            }
+        }
+        y
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(48))]
+
+        #[test]
+        fn integers_give_the_bits_of_the_formula_on_every_processor(
+            m in 1_usize..14, n in 1_usize..150, k in 1_usize..700, seed: u64,
+        ) {
+            let (x, mut w) = (random(m * k, seed), random(n * k, !seed));
+            // The extremes too, whose products would overflow 16 bits in pairs.
+            w.iter_mut().take(k).for_each(|w| *w = w.signum());
+            let packed = Int8Matrix::new(WeightFormat::F32, n, k, |i, row| row.copy_from_slice(&w[i * k..][..k]));
+            let packed = packed.expect("memory for a small matrix");
+            let expected = int8_reference(&x, &w, (m, n, k));
+            for isa in Isa::available() {
+                let mut y = vec![f32::NAN; m * n];
+                matmul_int8(&x, m, &packed, &mut y, isa);
+                prop_assert_eq!(&y, &expected, "{:?}", isa);
+            }
+        }
+    }
+
+    #[test]
+    fn the_largest_integers_do_not_overflow() {
+        let (m, n, k) = (7, 65, 130);
+        let ones = |len: usize| vec![-1.0_f32; len];
+        let packed = Int8Matrix::new(WeightFormat::F32, n, k, |_, row| row.copy_from_slice(&ones(k))).expect("w");
+        for isa in Isa::available() {
+            let mut y = vec![f32::NAN; m * n];
+            matmul_int8(&ones(m * k), m, &packed, &mut y, isa);
+            assert!(y.iter().all(|y| (y - 130.0).abs() < 1e-3), "{isa:?} {y:?}");
+        }
+    }
+
     #[test]
     fn unpacking_gives_the_matrix_back() {
         for format in [WeightFormat::F32, WeightFormat::Bf16] {
             let (n, k) = (70, 33);
             let w: Vec<f32> = random(n * k, 5).iter().map(|v| bf16::from_f32(*v).to_f32()).collect();
             assert_eq!(pack(&w, n, k, format).unpack(), w);
+            let bytes: Vec<u8> = w.iter().flat_map(|v| bf16::from_f32(*v).to_le_bytes()).collect();
+            assert_eq!(PackedMatrix::from_bf16_bytes(n, k, &bytes).expect("memory").unpack(), w);
         }
     }
 }

@@ -11,7 +11,7 @@ pub enum Isa {
     Avx2,
     /// AVX-512 F, BW and VL.
     Avx512,
-    /// AVX-512 with the bf16 dot product.
+    /// AVX-512 with the dot products of bf16 and of bytes.
     Avx512Bf16,
 }
 
@@ -36,7 +36,7 @@ impl Isa {
             if avx512 {
                 found.push(Self::Avx512);
             }
-            if avx512 && is_x86_feature_detected!("avx512bf16") {
+            if avx512 && is_x86_feature_detected!("avx512bf16") && is_x86_feature_detected!("avx512vnni") {
                 found.push(Self::Avx512Bf16);
             }
         }

@@ -5,7 +5,8 @@ use std::time::{Duration, Instant};
 
 use rayon::prelude::*;
 
-use super::gemm::{Target, multiply_panel};
+use super::gemm::{Target, multiply_int8_panel, multiply_panel};
+use super::int8::{Int8Matrix, int8_row_words, quantise_row};
 use super::isa::Isa;
 use super::packed::{PANEL, PackedMatrix, WeightFormat};
 use super::tile::ROWS;
@@ -74,27 +75,59 @@ pub fn dot_rate(format: WeightFormat) -> f64 {
     };
     let (w, x) = (vec![0.5_f32; k], vec![0.25_f32; ROWS * k]);
     let bits: Vec<half::bf16> = w.iter().map(|v| half::bf16::from_f32(*v)).collect();
-    let once = |_: rayon::BroadcastContext<'_>| {
-        // Every thread has operands of its own.
+    let width = row_words(format, k);
+    let mut words = vec![0; ROWS * width];
+    for (row, words) in x.chunks_exact(k).zip(words.chunks_exact_mut(width)) {
+        write_row(Isa::best(), format, row, words);
+    }
+    tile_rate(k, || {
         let w = match format {
             WeightFormat::Bf16 => PackedMatrix::from_bf16(PANEL, k, |_| &bits),
             WeightFormat::F32 => PackedMatrix::from_f32(PANEL, k, |_| &w),
         };
-        let (w, mut y) = (w.expect("a small matrix"), vec![0.0_f32; ROWS * PANEL]);
-        let width = row_words(format, k);
-        let mut words = vec![0; ROWS * width];
-        for (row, words) in x.chunks_exact(k).zip(words.chunks_exact_mut(width)) {
-            write_row(Isa::best(), format, row, words);
+        let (w, words) = (w.expect("a small matrix"), words.clone());
+        move |target| {
+            #[expect(unsafe_code, reason = "calls the kernel")]
+            // SAFETY: the target is a tile's.
+            unsafe {
+                multiply_panel(black_box(&words), ROWS, &w, 0, target, Isa::best());
+            }
         }
+    })
+}
+
+/// Like [`dot_rate`] for 8-bit integers.
+///
+/// # Panics
+/// Never but for lack of memory.
+pub fn int8_rate() -> f64 {
+    let k = 4 * DOT_STEPS;
+    let mut words = vec![0; ROWS * int8_row_words(k)];
+    for words in words.chunks_exact_mut(int8_row_words(k)) {
+        quantise_row(Isa::best(), &vec![0.25; k], words);
+    }
+    tile_rate(k, || {
+        let w = Int8Matrix::new(WeightFormat::Bf16, PANEL, k, |_, row| row.fill(0.5)).expect("a small matrix");
+        let words = words.clone();
+        move |target| {
+            #[expect(unsafe_code, reason = "calls the kernel")]
+            // SAFETY: the target is a tile's.
+            unsafe {
+                multiply_int8_panel(black_box(&words), ROWS, &w, 0, target, Isa::best());
+            }
+        }
+    })
+}
+
+/// Operations per second that all threads together reach when each multiplies [`ROWS`] rows of `k` elements with one panel
+/// over and over, by a call of its own that `prepare` makes. Its target has room for a tile.
+fn tile_rate<F: FnMut(Target)>(k: usize, prepare: impl Fn() -> F + Sync) -> f64 {
+    let once = |_: rayon::BroadcastContext<'_>| {
+        let (mut call, mut y) = (prepare(), vec![0.0_f32; ROWS * PANEL]);
         let (mut rounds, start) = (0_u32, Instant::now());
         while start.elapsed() < DOT_TIME {
             for _ in 0..1000 {
-                let target = Target { y: y.as_mut_ptr(), stride: PANEL };
-                #[expect(unsafe_code, reason = "calls the kernel")]
-                // SAFETY: the output has `ROWS` rows of a panel.
-                unsafe {
-                    multiply_panel(black_box(&words), ROWS, &w, 0, target, Isa::best());
-                }
+                call(Target { y: y.as_mut_ptr(), stride: PANEL });
                 black_box(&y);
             }
             rounds += 1000;

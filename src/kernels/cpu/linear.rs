@@ -14,15 +14,15 @@
 use std::cell::RefCell;
 use std::ops::Range;
 
-use super::gemm::{Target, multiply_panel};
+use super::base::{BaseMatrix, RowForm, RowWords, multiply};
+use super::gemm::Target;
 use super::isa::Isa;
-use super::packed::{PANEL, PackedMatrix, WeightFormat};
+use super::packed::{PANEL, PackedMatrix};
 use super::pool::{for_each, for_ranges, num_threads};
 use super::shared::Shared;
 use super::shrink::{Place, ShrinkPlan, shrink};
 use super::silu::silu_mul;
 use super::slots::{Outputs, PackedDelta, PackedSlots, SlotRun, apply_slots};
-use super::words::{row_words, write_row};
 
 /// Rows multiplied before their outputs are finished.
 const CHUNK_ROWS: usize = 192;
@@ -35,7 +35,7 @@ const TASKS_PER_THREAD: usize = 8;
 #[derive(Clone, Debug)]
 pub struct SweepLinear<'a> {
     /// Base weight (n, k).
-    pub weight: &'a PackedMatrix,
+    pub weight: BaseMatrix<'a>,
     /// Base bias (n).
     pub bias: Option<&'a [f32]>,
     /// What the rows' adapters do; the runs tile the rows in order.
@@ -61,13 +61,13 @@ pub(crate) enum Finish<'a> {
 }
 
 /// Computes the linears of `x` (m, k) with their adapters into `y`, all f32 row-major; see the module's formula and
-/// [`Finish`]. All weights have k inputs and one format.
+/// [`Finish`]. All weights have k inputs and one form.
 ///
 /// # Panics
 /// When lengths or formats do not fit.
 pub(crate) fn sweep(x: &[f32], linears: &[SweepLinear<'_>], finish: Finish<'_>, y: &mut [f32]) {
     let Some(first) = linears.first() else { return };
-    let (k, format) = (first.weight.k(), first.weight.format());
+    let (k, form) = (first.weight.k(), first.weight.form());
     let m = x.len() / k;
     let widths: Vec<usize> = linears.iter().map(|linear| linear.weight.n()).collect();
     let row = match finish {
@@ -83,29 +83,33 @@ pub(crate) fn sweep(x: &[f32], linears: &[SweepLinear<'_>], finish: Finish<'_>, 
     };
     assert_eq!((x.len(), y.len()), (m * k, m * row), "x is (m, k) and y is (m, n)");
     for linear in linears {
-        check(linear, m, k, format);
+        check(linear, m, k, form);
         let can_finish = !matches!(finish, Finish::SiluMul) || !linear.needs_whole_rows();
         assert!(can_finish, "the panels of gated linears are finished one by one");
     }
     SCRATCH.with_borrow_mut(|scratch| {
         let plan = ShrinkPlan::new(linears, m);
-        let width = row_words(format, k);
-        grow(&mut scratch.words, plan.word_rows * width);
-        grow(&mut scratch.short, plan.short);
-        let (words, short) = (&mut scratch.words[..plan.word_rows * width], &mut scratch.short[..plan.short]);
-        let (plain, transformed) = words.split_at_mut(m * width);
-        to_words(x, k, format, plain);
-        shrink((x, plain, format), k, &plan, (transformed, short));
-        let sweep = Sweep { linears, finish, x, k, words, width, plan: &plan, short, row, y: Shared::new(y), m };
+        // Integers suffice where no row has an adapter.
+        let terms_width = if plan.has_slots || !form.is_int8() { form.terms_width(k) } else { 0 };
+        let widths = (terms_width, form.int8_width(k));
+        let terms = grown(&mut scratch.terms, plan.word_rows * widths.0);
+        let int8 = grown(&mut scratch.int8, plan.word_rows * widths.1);
+        let short = grown(&mut scratch.short, plan.short);
+        let (plain_terms, own_terms) = terms.split_at_mut(m * widths.0);
+        let (plain_int8, own_int8) = int8.split_at_mut(m * widths.1);
+        to_words(x, k, form, widths, (plain_terms, plain_int8));
+        shrink((x, plain_terms, form), k, &plan, ((own_terms, own_int8), short));
+        let words = RowWords { terms, int8 };
+        let sweep = Sweep { linears, finish, x, k, words, plan: &plan, short, row, y: Shared::new(y), m };
         sweep.run();
         sweep.finish_whole_rows();
     });
 }
 
-fn check(linear: &SweepLinear<'_>, m: usize, k: usize, format: WeightFormat) {
+fn check(linear: &SweepLinear<'_>, m: usize, k: usize, form: RowForm) {
     let mut next = 0;
-    let fits = |w: &PackedMatrix| (w.n(), w.k(), w.format()) == (linear.weight.n(), k, format);
-    assert!(fits(linear.weight), "the weights of a sweep have one width and format");
+    let fits = |w: &PackedMatrix| (w.n(), w.k(), w.format()) == (linear.weight.n(), k, form.terms());
+    assert_eq!((linear.weight.k(), linear.weight.form()), (k, form), "the weights of a sweep have one width and form");
     for run in &linear.runs {
         assert_eq!(run.rows.start, next, "the runs tile the rows in order");
         next = run.rows.end;
@@ -117,7 +121,8 @@ fn check(linear: &SweepLinear<'_>, m: usize, k: usize, format: WeightFormat) {
 /// Working memory of a thread, kept between calls.
 #[derive(Default)]
 struct Scratch {
-    words: Vec<u32>,
+    terms: Vec<u32>,
+    int8: Vec<u32>,
     short: Vec<f32>,
 }
 
@@ -126,20 +131,33 @@ thread_local! {
     static PANELS: RefCell<Vec<f32>> = RefCell::default();
 }
 
-fn grow<T: Clone + Default>(memory: &mut Vec<T>, len: usize) {
+/// The first `len` elements of memory that grows to hold them.
+fn grown<T: Clone + Default>(memory: &mut Vec<T>, len: usize) -> &mut [T] {
     if memory.len() < len {
         memory.resize(len, T::default());
     }
+    &mut memory[..len]
 }
 
-fn to_words(x: &[f32], k: usize, format: WeightFormat, words: &mut [u32]) {
-    let width = row_words(format, k);
-    let words = Shared::new(words);
+/// Rows of `x` in both forms, of the given widths.
+fn to_words(
+    x: &[f32],
+    k: usize,
+    form: RowForm,
+    (terms_width, int8_width): (usize, usize),
+    (terms, int8): (&mut [u32], &mut [u32]),
+) {
+    let (terms, int8) = (Shared::new(terms), Shared::new(int8));
     for_ranges(x.len() / k, WORDS_GRAIN / k, |rows| {
-        // SAFETY: every task has rows of its own.
-        let words = unsafe { words.part(rows.start * width..rows.end * width) };
-        for (row, words) in x[rows.start * k..rows.end * k].chunks_exact(k).zip(words.chunks_exact_mut(width)) {
-            write_row(Isa::best(), format, row, words);
+        for row in rows {
+            // SAFETY: every task has rows of its own.
+            let (terms, int8) = unsafe {
+                (
+                    terms.part(row * terms_width..(row + 1) * terms_width),
+                    int8.part(row * int8_width..(row + 1) * int8_width),
+                )
+            };
+            form.write(&x[row * k..][..k], terms, int8);
         }
     });
 }
@@ -151,9 +169,7 @@ struct Sweep<'a> {
     x: &'a [f32],
     /// Elements per row of `x`.
     k: usize,
-    words: &'a [u32],
-    /// Words per row.
-    width: usize,
+    words: RowWords<'a>,
     plan: &'a ShrinkPlan<'a>,
     short: &'a [f32],
     /// Elements per row of `y`.
@@ -210,7 +226,7 @@ impl Sweep<'_> {
     fn gated(&self, panel_idx: usize) {
         let columns = PANEL.min(self.row - panel_idx * PANEL);
         PANELS.with_borrow_mut(|scratch| {
-            grow(scratch, 2 * CHUNK_ROWS * PANEL);
+            let scratch = grown(scratch, 2 * CHUNK_ROWS * PANEL);
             for from in (0..self.m).step_by(CHUNK_ROWS) {
                 let to = self.m.min(from + CHUNK_ROWS);
                 for linear_idx in 0..2 {
@@ -237,10 +253,9 @@ impl Sweep<'_> {
             slots.deltas.iter().filter_map(PackedDelta::up).for_each(|up| up.fetch_panel(piece.panel_idx + 1));
         }
         let mut runs = linear.runs.iter().zip(places).filter(|(run, _)| overlaps(&run.rows, &piece)).peekable();
-        // The weight, and how far a run's rows of words lie from its rows.
-        let source = |(run, place): &(&SlotRun<'_>, &Place)| -> (*const PackedMatrix, usize) {
-            let own = run.slots.and_then(|slots| slots.own.as_ref());
-            (own.unwrap_or(linear.weight), place.word_row - run.rows.start)
+        // The adapter's own weight, and how far a run's rows of words lie from its rows.
+        let source = |(run, place): &(&SlotRun<'_>, &Place)| -> (Option<*const PackedMatrix>, usize) {
+            (own_weight(run).map(std::ptr::from_ref), place.word_row - run.rows.start)
         };
         // Rows that adjoin and share a weight are one product, so the base weight is read once for all of them.
         while let Some((run, place)) = runs.next() {
@@ -249,20 +264,18 @@ impl Sweep<'_> {
             while let Some((run, _)) = runs.next_if(|next| source(next) == first) {
                 to = run.rows.end;
             }
-            let w = run.slots.and_then(|slots| slots.own.as_ref()).unwrap_or(linear.weight);
             let (from, to) = (run.rows.start.max(piece.from), to.min(piece.to));
             let target = piece.offset + (from - piece.from) * piece.stride;
-            let columns = PANEL.min(w.n() - piece.panel_idx * PANEL);
+            let columns = PANEL.min(linear.weight.n() - piece.panel_idx * PANEL);
             assert!(
                 target + (to - from - 1) * piece.stride + columns <= piece.out.len(),
                 "the piece lies in its output"
             );
             let target = Target { y: piece.out.at(target), stride: piece.stride };
             let shift = place.word_row - run.rows.start;
-            let words = &self.words[(from + shift) * self.width..(to + shift) * self.width];
-            // SAFETY: in bounds by the assertion; a panel's columns are written by its task only. The best instruction
-            // set is available.
-            unsafe { multiply_panel(words, to - from, w, piece.panel_idx, target, Isa::best()) };
+            let weight = (linear.weight, own_weight(run));
+            // SAFETY: in bounds by the assertion; a panel's columns are written by its task only.
+            unsafe { multiply(self.words, (from + shift, to + shift), weight, piece.panel_idx, target) };
         }
         for (run, place) in linear.runs.iter().zip(places).filter(|(run, _)| overlaps(&run.rows, &piece)) {
             self.finish_run(linear, (run, place.short), &piece);
@@ -336,6 +349,11 @@ impl Sweep<'_> {
     }
 }
 
+/// The weight that a run has in the place of the shared one.
+fn own_weight<'a>(run: &SlotRun<'a>) -> Option<&'a PackedMatrix> {
+    run.slots.and_then(|slots| slots.own.as_ref())
+}
+
 fn overlaps(rows: &Range<usize>, piece: &Piece<'_>) -> bool {
     rows.start < piece.to && rows.end > piece.from
 }
@@ -346,7 +364,10 @@ mod tests {
 
     use super::super::blocks::Blocks;
     use super::super::circulant::Circulant;
+    use super::super::int8::Int8Matrix;
+    use super::super::packed::WeightFormat;
     use super::super::pre::PackedPre;
+    use super::super::route::Router;
     use super::super::rows::RowMatrix;
     use super::super::scale::PackedScale;
     use super::super::slots::{PackedDelta, PackedSlots};
@@ -356,6 +377,7 @@ mod tests {
     use crate::kernels::cpu::testing::random;
 
     /// An adapter's slots as plain f32 matrices.
+    #[derive(Default)]
     struct Plain {
         /// Factors: places, length of a block, blocks.
         pre: Vec<(Vec<u32>, usize, Vec<f32>)>,
@@ -366,6 +388,8 @@ mod tests {
         sparse: Option<(Vec<u32>, Vec<u32>, Vec<f32>)>,
         circulant: Option<(usize, Vec<f32>)>,
         scale: Option<PackedScale>,
+        /// Experts, how many are chosen, and prototypes.
+        router: Option<(usize, usize, Vec<f32>)>,
         c: Option<Vec<f32>>,
     }
 
@@ -407,6 +431,10 @@ mod tests {
                     let b = (1..=k).rev().find(|b| k.is_multiple_of(*b) && n.is_multiple_of(*b)).unwrap_or(1);
                     (b, random(n * k / b, seed ^ 13))
                 }),
+                router: has(21).then(|| {
+                    let experts = 1 + (seed >> 16) as usize % 4;
+                    (experts, 1 + (seed >> 20) as usize % experts, random(experts * k, seed ^ 12))
+                }),
                 // Pairs and blocks within a panel, and across.
                 scale: some(3, n).map(|p| {
                     if has(14) {
@@ -434,6 +462,12 @@ mod tests {
                 let m = PackedMatrix::from_f32(*q, *r, |i| &transposed[i * r..][..*r]).expect("m");
                 deltas.push(PackedDelta::ShardSum { m });
             }
+            if let Some((experts, top_k, prototypes)) = &self.router {
+                let (a, b) = self.routed_factors(*experts, (n, k));
+                let b = PackedMatrix::from_f32(n, 2 * experts, |i| &b[i * 2 * experts..][..2 * experts]).expect("b");
+                let a = RowMatrix::new(WeightFormat::F32, &a, 2 * experts, k);
+                deltas.push(PackedDelta::Routed { a, b, router: Router::new(prototypes.clone(), k, *top_k, 0.7) });
+            }
             if let Some((rows, columns, values)) = &self.sparse {
                 deltas.push(PackedDelta::Sparse(SparseRows::new(rows, columns.clone(), values.clone())));
             }
@@ -458,6 +492,21 @@ mod tests {
             PackedSlots { pre, own, rows, deltas, scale: self.scale.clone(), c: self.c.clone() }
         }
 
+        /// Down and up projections of experts with rank 2.
+        fn routed_factors(&self, experts: usize, (n, k): (usize, usize)) -> (Vec<f32>, Vec<f32>) {
+            (random(2 * experts * k, 77), random(n * 2 * experts, 78))
+        }
+
+        /// The gates of a row, in f64.
+        fn gates(x: &[f32], top_k: usize, prototypes: &[f32]) -> Vec<f64> {
+            let dot = |p: &[f32]| p.iter().zip(x).map(|(p, x)| f64::from(*p) * f64::from(*x)).sum::<f64>().abs();
+            let magnitudes: Vec<f64> = prototypes.chunks_exact(x.len()).map(dot).collect();
+            let rank = |m: f64| magnitudes.iter().filter(|other| **other > m).count();
+            let weights: Vec<f64> =
+                magnitudes.iter().map(|m| if rank(*m) < top_k { (m / 0.7).exp() } else { 0.0 }).collect();
+            weights.iter().map(|w| w / weights.iter().sum::<f64>()).collect()
+        }
+
         /// One output before scale and bias, in f64.
         fn unscaled(&self, x: &[f32], w: &[f32], o: usize) -> f64 {
             let k = x.len();
@@ -477,6 +526,13 @@ mod tests {
             let mut y = dot(&pre_x, replaced.unwrap_or(weight));
             if let Some((r, a, b)) = &self.low_rank {
                 y += (0..*r).map(|j| f64::from(b[o * r + j]) * dot(x, &a[j * k..][..k])).sum::<f64>();
+            }
+            if let Some((experts, top_k, prototypes)) = &self.router {
+                let (a, b) = self.routed_factors(*experts, (w.len() / k, k));
+                for (expert, gate) in Self::gates(x, *top_k, prototypes).into_iter().enumerate() {
+                    let part = |j: usize| f64::from(b[o * 2 * experts + j]) * dot(x, &a[j * k..][..k]);
+                    y += gate * (part(2 * expert) + part(2 * expert + 1));
+                }
             }
             if let Some((r, q, m)) = &self.shard_sum {
                 y += x.iter().enumerate().map(|(i, x)| f64::from(*x) * f64::from(m[i % r * q + o % q])).sum::<f64>();
@@ -524,7 +580,7 @@ mod tests {
             let m: usize = lens.iter().sum();
             let (x, w, bias) = (random(m * k, seed), random(n * k, seed ^ 1), random(n, seed ^ 2));
             let packed = PackedMatrix::from_f32(n, k, |i| &w[i * k..][..k]).expect("w");
-            let linear = |runs| SweepLinear { weight: &packed, bias: Some(&bias), runs };
+            let linear = |runs| SweepLinear { weight: (&packed).into(), bias: Some(&bias), runs };
             let adapters: Vec<Plain> = (0..lens.len()).map(|i| Plain::random((n, k), seed.rotate_left(11 * i as u32))).collect();
             let slots: Vec<PackedSlots> = adapters.iter().map(|a| a.pack((n, k))).collect();
             let mut from = 0;
@@ -546,6 +602,59 @@ mod tests {
                         // Chained f32 sums of at most 90, 20, 8 and 70 products in [-1, 1]; three factors and a block of 70
                         // outputs let a value grow to some thousands.
                         let bound = 6e-4 * expected.abs().max(1.0);
+                        prop_assert!((f64::from(*found) - expected).abs() < bound, "{found} {expected}");
+                    }
+                }
+            }
+        }
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(32))]
+
+        #[test]
+        fn adapters_over_integers_equal_the_plain_formula_and_a_row_itself_alone(
+            n in 1_usize..150, k in 1_usize..150, lens in proptest::collection::vec(1_usize..5, 1..5), seed: u64,
+        ) {
+            let m: usize = lens.iter().sum();
+            // Multiples of 1/127, the largest of every group 1: quantising them changes nothing but the last bit.
+            let mut x: Vec<f32> = random(m * k, seed).iter().map(|v| (v * 127.0).round() / 127.0).collect();
+            x.chunks_exact_mut(k).for_each(|row| row.chunks_mut(64).for_each(|group| group[0] = 1.0));
+            let (w, bias) = (random(n * k, seed ^ 1), random(n, seed ^ 2));
+            let packed = Int8Matrix::new(WeightFormat::F32, n, k, |i, row| row.copy_from_slice(&w[i * k..][..k])).expect("w");
+            let w = packed.unpack();
+            let linear = |runs| SweepLinear { weight: (&packed).into(), bias: Some(&bias), runs };
+            let adapters: Vec<Plain> = (0..lens.len()).map(|i| Plain::random((n, k), seed.rotate_left(11 * i as u32))).collect();
+            let slots: Vec<PackedSlots> = adapters.iter().map(|a| a.pack((n, k))).collect();
+            let mut from = 0;
+            let runs: Vec<SlotRun<'_>> = lens.iter().zip(&slots).enumerate().map(|(i, (len, slots))| {
+                from += len;
+                SlotRun { rows: from - len..from, slots: (i != 1).then_some(slots) }
+            }).collect();
+            let mut y = vec![f32::NAN; m * n];
+            sweep(&x, &[linear(runs.clone())], Finish::Join, &mut y);
+            for (run, plain) in runs.iter().zip(&adapters) {
+                for row in run.rows.clone() {
+                    let x = &x[row * k..][..k];
+                    let mut alone = vec![f32::NAN; n];
+                    sweep(x, &[linear(vec![SlotRun { rows: 0..1, slots: run.slots }])], Finish::Join, &mut alone);
+                    prop_assert_eq!(&alone[..], &y[row * n..][..n]);
+                    let bare = Plain::default();
+                    let plain = if run.slots.is_some() { plain } else { &bare };
+                    let scales = match &plain.scale {
+                        Some(PackedScale::BlockDiag(blocks)) => blocks.s as f64,
+                        _ => 2.0,
+                    };
+                    for (o, found) in alone.iter().enumerate() {
+                        let expected = plain.output(x, &w, &bias, o);
+                        // Transformed rows are quantised after the transform: half a unit of a group's largest, which each
+                        // factor lets grow to 8 times as much, for each of 150 inputs that meet weights up to 1 and scales
+                        // that add up.
+                        let bound = if plain.pre.is_empty() || plain.own.is_some() {
+                            6e-4 * expected.abs().max(1.0)
+                        } else {
+                            8f64.powi(plain.pre.len() as i32) / 254.0 * 150.0 * scales
+                        };
                         prop_assert!((f64::from(*found) - expected).abs() < bound, "{found} {expected}");
                     }
                 }
@@ -575,7 +684,7 @@ mod tests {
             let slots = PackedSlots { deltas, ..PackedSlots::default() };
             let mut y = vec![0.0; 2 * n];
             let runs = vec![SlotRun { rows: 0..2, slots: Some(&slots) }];
-            sweep(&x, &[SweepLinear { weight: &weight, bias: None, runs }], Finish::Join, &mut y);
+            sweep(&x, &[SweepLinear { weight: (&weight).into(), bias: None, runs }], Finish::Join, &mut y);
             y
         };
         for (a, b) in run(WeightFormat::F32).iter().zip(run(WeightFormat::Bf16)) {
@@ -598,7 +707,7 @@ mod tests {
         plain[1].scale = Some(PackedScale::PairRot { p: random(130, 3), q: random(130, 4), half: 65 });
         let slots: Vec<PackedSlots> = (0..3).map(|i| plain[i].pack((widths[i], k))).collect();
         let linear = |i: usize| SweepLinear {
-            weight: &weights[i],
+            weight: (&weights[i]).into(),
             bias: None,
             runs: vec![SlotRun { rows: 0..2, slots: None }, SlotRun { rows: 2..5, slots: Some(&slots[i]) }],
         };

@@ -1,11 +1,13 @@
 //! Arithmetic for the CPU. Unsafe code of the crate lives here, each block with its reason.
 
 mod attention;
+mod base;
 mod blocks;
 mod circulant;
 mod dispatch;
 mod exp;
 mod gemm;
+mod int8;
 mod isa;
 mod limits;
 mod linear;
@@ -15,6 +17,7 @@ mod packed;
 mod pool;
 mod pre;
 mod rotate;
+mod route;
 mod rows;
 mod scale;
 mod shared;
@@ -23,15 +26,20 @@ mod silu;
 mod slots;
 mod sparse;
 #[cfg(test)]
-mod testing;
+pub(super) mod testing;
 mod tile;
+#[cfg(target_arch = "x86_64")]
+mod tile_avx2;
+mod tile_int8;
 mod words;
 
 pub(crate) use attention::QuerySpan;
+pub use base::{BaseMatrix, RowForm};
 pub use blocks::Blocks;
 pub use circulant::Circulant;
+pub use int8::Int8Matrix;
 pub use isa::Isa;
-pub use limits::{dot_rate, read_bandwidth};
+pub use limits::{dot_rate, int8_rate, read_bandwidth};
 pub use linear::SweepLinear;
 pub use norm::{Norm, NormRun, NormSlots};
 pub use ops::join_op;
@@ -39,6 +47,7 @@ pub(crate) use ops::{add_op, attention_op, gated_op, norm_op, prepare_qk_op, sil
 pub use packed::{PackedMatrix, WeightFormat};
 pub use pre::PackedPre;
 pub use rotate::QkPrepare;
+pub use route::Router;
 pub use rows::RowMatrix;
 pub use scale::PackedScale;
 pub use slots::{PackedDelta, PackedSlots, SlotRun};

@@ -41,7 +41,7 @@ pub struct PackedMatrix {
 }
 
 /// Where the words lie; both start on a cache line.
-enum Words {
+pub(super) enum Words {
     Mapped(MmapMut),
     Lines(Vec<Line>),
 }
@@ -50,18 +50,6 @@ enum Words {
 #[derive(Clone, Copy, Debug)]
 #[repr(C, align(64))]
 pub(super) struct Line(pub(super) [u32; 16]);
-
-/// One column of a panel.
-struct Lane<'a> {
-    panel: &'a mut [u32],
-    lane: usize,
-}
-
-impl Lane<'_> {
-    fn put(&mut self, step: usize, word: u32) {
-        self.panel[step * PANEL + self.lane] = word;
-    }
-}
 
 impl std::fmt::Debug for PackedMatrix {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -75,10 +63,31 @@ impl PackedMatrix {
     /// # Errors
     /// When the memory cannot be had.
     pub fn from_bf16<'a>(n: usize, k: usize, row: impl Fn(usize) -> &'a [bf16] + Sync) -> std::io::Result<Self> {
-        Self::pack(WeightFormat::Bf16, n, k, |column, lane| {
-            for (step, pair) in row(column).chunks(2).enumerate() {
+        Self::pack(WeightFormat::Bf16, n, k, |column, from, words| {
+            for (word, pair) in words.iter_mut().zip(row(column)[2 * from..].chunks(2)) {
                 let high = pair.get(1).map_or(0, |v| u32::from(v.to_bits()));
-                lane.put(step, u32::from(pair[0].to_bits()) | high << 16);
+                *word = u32::from(pair[0].to_bits()) | high << 16;
+            }
+        })
+    }
+
+    /// Packs a row-major (n, k) bf16 matrix given as bytes, the lower first; they need no alignment.
+    ///
+    /// # Errors
+    /// When the memory cannot be had.
+    ///
+    /// # Panics
+    /// When there are not two bytes for every element.
+    pub fn from_bf16_bytes(n: usize, k: usize, bytes: &[u8]) -> std::io::Result<Self> {
+        assert_eq!(bytes.len(), 2 * n * k, "the matrix is (n, k)");
+        Self::pack(WeightFormat::Bf16, n, k, |column, from, words| {
+            let (pairs, last) = bytes[2 * column * k..][..2 * k].as_chunks::<4>();
+            for (idx, word) in words.iter_mut().enumerate() {
+                *word = match (pairs.get(from + idx), last) {
+                    (Some(pair), _) => u32::from_le_bytes(*pair),
+                    (None, [low, high]) => u32::from(u16::from_le_bytes([*low, *high])),
+                    (None, _) => unreachable!("a row has its elements"),
+                };
             }
         })
     }
@@ -88,10 +97,9 @@ impl PackedMatrix {
     /// # Errors
     /// When the memory cannot be had.
     pub fn rounded<'a>(n: usize, k: usize, row: impl Fn(usize) -> &'a [f32] + Sync) -> std::io::Result<Self> {
-        Self::pack(WeightFormat::Bf16, n, k, |column, lane| {
-            for (step, pair) in row(column).chunks(2).enumerate() {
-                let high = pair.get(1).map_or(0, |v| bf16_bits(*v));
-                lane.put(step, bf16_bits(pair[0]) | high << 16);
+        Self::pack(WeightFormat::Bf16, n, k, |column, from, words| {
+            for (word, pair) in words.iter_mut().zip(row(column)[2 * from..].chunks(2)) {
+                *word = bf16_bits(pair[0]) | pair.get(1).map_or(0, |v| bf16_bits(*v)) << 16;
             }
         })
     }
@@ -101,25 +109,30 @@ impl PackedMatrix {
     /// # Errors
     /// When the memory cannot be had.
     pub fn from_f32<'a>(n: usize, k: usize, row: impl Fn(usize) -> &'a [f32] + Sync) -> std::io::Result<Self> {
-        Self::pack(WeightFormat::F32, n, k, |column, lane| {
-            for (step, value) in row(column).iter().enumerate() {
-                lane.put(step, value.to_bits());
-            }
+        Self::pack(WeightFormat::F32, n, k, |column, from, words| {
+            words.iter_mut().zip(&row(column)[from..]).for_each(|(word, value)| *word = value.to_bits());
         })
     }
 
+    /// Packs what `read(column, from, words)` gives: the words of a column from step `from` on.
     fn pack(
         format: WeightFormat,
         n: usize,
         k: usize,
-        fill: impl Fn(usize, &mut Lane<'_>) + Sync,
+        read: impl Fn(usize, usize, &mut [u32]) + Sync,
     ) -> std::io::Result<Self> {
         assert!(n > 0 && k > 0, "a matrix has rows and columns");
         let panel_words = format.steps(k) * PANEL;
         let mut words = Words::zeros(n.div_ceil(PANEL) * panel_words)?;
         words.as_mut_slice().par_chunks_mut(panel_words).enumerate().for_each(|(panel_idx, panel)| {
-            for lane in 0..PANEL.min(n - panel_idx * PANEL) {
-                fill(panel_idx * PANEL + lane, &mut Lane { panel, lane });
+            // A few steps of all columns at a time stay in the nearest cache.
+            for (part_idx, part) in panel.chunks_mut(LANES * PANEL).enumerate() {
+                let mut line = [0; LANES];
+                let line = &mut line[..part.len() / PANEL];
+                for lane in 0..PANEL.min(n - panel_idx * PANEL) {
+                    read(panel_idx * PANEL + lane, part_idx * LANES, line);
+                    part[lane..].iter_mut().step_by(PANEL).zip(&*line).for_each(|(place, word)| *place = *word);
+                }
             }
         });
         Ok(Self { words, format, n, k })
@@ -201,7 +214,7 @@ impl WeightFormat {
 
 impl Words {
     /// `len` zeros; `len` is a multiple of a line.
-    fn zeros(len: usize) -> std::io::Result<Self> {
+    pub(super) fn zeros(len: usize) -> std::io::Result<Self> {
         if len * size_of::<u32>() < MAPPED_BYTES_MIN {
             return Ok(Self::Lines(vec![Line([0; 16]); len / 16]));
         }
@@ -214,7 +227,7 @@ impl Words {
     }
 
     #[expect(unsafe_code, reason = "views memory as words")]
-    fn as_slice(&self) -> &[u32] {
+    pub(super) fn as_slice(&self) -> &[u32] {
         match self {
             // SAFETY: a mapping is page-aligned, its length is a multiple of 4, and every bit pattern is a u32.
             Self::Mapped(map) => unsafe { std::slice::from_raw_parts(map.as_ptr().cast(), map.len() / 4) },
@@ -224,7 +237,7 @@ impl Words {
     }
 
     #[expect(unsafe_code, reason = "views memory as words")]
-    fn as_mut_slice(&mut self) -> &mut [u32] {
+    pub(super) fn as_mut_slice(&mut self) -> &mut [u32] {
         match self {
             // SAFETY: as above, and the mutable borrow makes the view unique.
             Self::Mapped(map) => unsafe { std::slice::from_raw_parts_mut(map.as_mut_ptr().cast(), map.len() / 4) },

@@ -167,24 +167,40 @@ dispatch! {
 
 #[inline(always)]
 fn dot_one_body<const FMA: bool>(x: &[u32], lines: &[Line], format: WeightFormat, sums: &mut [f32; LANES]) {
-    let mut acc = [[0.0_f32; LANES]; CHAINS];
-    for (lines, x) in lines.chunks(CHAINS).zip(x.chunks(CHAINS)) {
-        for ((acc, line), word) in acc.iter_mut().zip(lines).zip(x) {
-            for (sum, weight) in acc.iter_mut().zip(&line.0) {
-                *sum = match format {
-                    WeightFormat::F32 => fma::<FMA>(f32::from_bits(*word), f32::from_bits(*weight), *sum),
-                    WeightFormat::Bf16 => {
-                        let low = |w: u32| f32::from_bits(w << 16);
-                        let high = |w: u32| f32::from_bits(w & 0xffff_0000);
-                        let first = fma::<FMA>(low(*word), low(*weight), *sum);
-                        fma::<FMA>(high(*word), high(*weight), first)
-                    }
-                };
+    match format {
+        WeightFormat::F32 => dot_chains(x, lines, sums, |word, line, sums| {
+            for (sum, weight) in sums.iter_mut().zip(line) {
+                *sum = fma::<FMA>(f32::from_bits(word), f32::from_bits(*weight), *sum);
             }
-        }
+        }),
+        WeightFormat::Bf16 => dot_chains(x, lines, sums, |word, line, sums| {
+            let low = |w: u32| f32::from_bits(w << 16);
+            let high = |w: u32| f32::from_bits(w & 0xffff_0000);
+            for (sum, weight) in sums.iter_mut().zip(line) {
+                let first = fma::<FMA>(low(word), low(*weight), *sum);
+                *sum = fma::<FMA>(high(word), high(*weight), first);
+            }
+        }),
     }
-    for lane in 0..LANES {
-        sums[lane] = (acc[0][lane] + acc[1][lane]) + (acc[2][lane] + acc[3][lane]);
+}
+
+/// The lines in turn into the chains, which are added at the end. `add(word, line, sums)` takes one.
+#[inline(always)]
+fn dot_chains(x: &[u32], lines: &[Line], sums: &mut [f32; LANES], add: impl Fn(u32, &[u32; LANES], &mut [f32; LANES])) {
+    let mut acc = [[0.0_f32; LANES]; CHAINS];
+    let (fours, rest) = lines.as_chunks::<CHAINS>();
+    let (words, rest_words) = x[..lines.len()].as_chunks::<CHAINS>();
+    for ([a, b, c, d], words) in fours.iter().zip(words) {
+        add(words[0], &a.0, &mut acc[0]);
+        add(words[1], &b.0, &mut acc[1]);
+        add(words[2], &c.0, &mut acc[2]);
+        add(words[3], &d.0, &mut acc[3]);
+    }
+    for ((acc, line), word) in acc.iter_mut().zip(rest).zip(rest_words) {
+        add(*word, &line.0, acc);
+    }
+    for (lane, sum) in sums.iter_mut().enumerate() {
+        *sum = (acc[0][lane] + acc[1][lane]) + (acc[2][lane] + acc[3][lane]);
     }
 }
 

@@ -4,14 +4,13 @@
 
 use std::ops::Range;
 
+use super::base::RowForm;
 use super::isa::Isa;
 use super::linear::SweepLinear;
-use super::packed::WeightFormat;
 use super::pool::for_each;
 use super::rows::{RowMatrix, dot_rows};
 use super::shared::Shared;
 use super::slots::{PackedDelta, SlotRun, short_len};
-use super::words::{row_words, write_row};
 
 /// Rows of one shrinking task.
 const SHRINK_ROWS: usize = 16;
@@ -26,6 +25,8 @@ pub(super) struct ShrinkPlan<'a> {
     pub(super) short: usize,
     /// Rows of words in total.
     pub(super) word_rows: usize,
+    /// Whether any run has an adapter's slots.
+    pub(super) has_slots: bool,
 }
 
 /// Where a run's working memory lies.
@@ -40,7 +41,8 @@ pub(super) struct Place {
 impl<'a> ShrinkPlan<'a> {
     /// Lays out the memory for `linears` of `m` rows.
     pub(super) fn new(linears: &'a [SweepLinear<'a>], m: usize) -> Self {
-        let mut plan = Self { places: Vec::with_capacity(linears.len()), tasks: Vec::new(), short: 0, word_rows: m };
+        let places = Vec::with_capacity(linears.len());
+        let mut plan = Self { places, tasks: Vec::new(), short: 0, word_rows: m, has_slots: false };
         for linear in linears {
             let places = linear.runs.iter().map(|run| plan.place(run)).collect();
             plan.places.push(places);
@@ -51,6 +53,7 @@ impl<'a> ShrinkPlan<'a> {
     fn place(&mut self, run: &'a SlotRun<'a>) -> Place {
         let mut place = Place { short: self.short, word_row: run.rows.start };
         let Some(slots) = run.slots else { return place };
+        self.has_slots = true;
         let short = short_len(slots);
         self.short += run.rows.len() * short;
         if slots.pre.is_some() {
@@ -67,15 +70,16 @@ impl<'a> ShrinkPlan<'a> {
 }
 
 /// Transforms rows of `x` where a run does, and computes what every run's rows have in few numbers. Within a run, the
-/// short vectors of one term adjoin. `words` are those of `x`; `transformed` holds the rows of words after them.
+/// short vectors of one term adjoin. `words` are those of `x` in the terms' format; the transformed rows go behind those of
+/// `x`, in the terms' format and in integers.
 pub(super) fn shrink(
-    (x, words, format): (&[f32], &[u32], WeightFormat),
+    (x, words, form): (&[f32], &[u32], RowForm),
     k: usize,
     plan: &ShrinkPlan<'_>,
-    (transformed, short): (&mut [u32], &mut [f32]),
+    ((own_terms, own_int8), short): ((&mut [u32], &mut [u32]), &mut [f32]),
 ) {
-    let (width, m) = (row_words(format, k), x.len() / k);
-    let (transformed, short) = (Shared::new(transformed), Shared::new(short));
+    let (width, int8_width, m) = (form.terms_width(k), form.int8_width(k), x.len() / k);
+    let (own_terms, own_int8, short) = (Shared::new(own_terms), Shared::new(own_int8), Shared::new(short));
     for_each(plan.tasks.len(), |task| {
         let (run, rows, place) = &plan.tasks[task];
         let slots = run.slots.expect("a task has slots");
@@ -83,14 +87,16 @@ pub(super) fn shrink(
         let x = &x[rows.start * k..rows.end * k];
         let mut weighed = plain;
         if let Some(pre) = &slots.pre {
-            let from = (place.word_row - m + rows.start - run.rows.start) * width;
+            let from = place.word_row - m + rows.start - run.rows.start;
             // SAFETY: every task has rows of its own.
-            let words = unsafe { transformed.part(from..from + rows.len() * width) };
+            let words = unsafe { own_terms.part(from * width..(from + rows.len()) * width) };
             let mut copy = vec![0.0; k];
-            for (row, words) in x.chunks_exact(k).zip(words.chunks_exact_mut(width)) {
+            for (idx, (row, words)) in x.chunks_exact(k).zip(words.chunks_exact_mut(width)).enumerate() {
+                // SAFETY: as above.
+                let int8 = unsafe { own_int8.part((from + idx) * int8_width..(from + idx + 1) * int8_width) };
                 copy.copy_from_slice(row);
                 pre.apply(&mut copy);
-                write_row(Isa::best(), format, &copy, words);
+                form.write(&copy, words, int8);
             }
             weighed = words;
         }
@@ -102,13 +108,17 @@ pub(super) fn shrink(
             short.part(from..from + rows.len() * r)
         };
         let dot = |words: &[u32], a: &RowMatrix, h: &mut [f32]| {
-            assert_eq!((a.k(), a.format()), (k, format), "the rows are like those of x");
+            assert_eq!((a.k(), a.format()), (k, form.terms()), "the rows are like those of x");
             dot_rows(Isa::best(), words, a, h);
         };
         for delta in &slots.deltas {
             let h = next(delta.short_len());
             match delta {
                 PackedDelta::LowRank { a, .. } => dot(plain, a, h),
+                PackedDelta::Routed { a, router, .. } => {
+                    dot(plain, a, h);
+                    x.chunks_exact(k).zip(h.chunks_exact_mut(a.r())).for_each(|(row, h)| router.gate(row, h));
+                }
                 PackedDelta::ShardSum { m } => {
                     x.chunks_exact(k).zip(h.chunks_exact_mut(m.k())).for_each(|(row, h)| shard_sum(row, h));
                 }

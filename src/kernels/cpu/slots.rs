@@ -9,6 +9,7 @@ use super::dispatch::{dispatch, fma};
 use super::isa::Isa;
 use super::packed::{PANEL, PackedMatrix, WeightFormat};
 use super::pre::PackedPre;
+use super::route::Router;
 use super::rows::RowMatrix;
 use super::scale::PackedScale;
 use super::shared::Shared;
@@ -47,6 +48,16 @@ pub enum PackedDelta {
         /// Block matrix, transposed.
         m: PackedMatrix,
     },
+    /// As `LowRank`, where a and b hold the equal factors of several experts one after the other, and every row's `a x` is
+    /// weighed expert by expert.
+    Routed {
+        /// Down projections (experts r, k).
+        a: RowMatrix,
+        /// Up projections (n, experts r).
+        b: PackedMatrix,
+        /// Weighs the experts. It reads the row itself, which no format has rounded.
+        router: Router,
+    },
     /// `S x`, S: (n, k) in f32. It reads the row itself, which no format has rounded.
     Sparse(SparseRows),
     /// `C x`, C: (n, k) in f32. It reads the row itself too.
@@ -79,7 +90,7 @@ impl PackedDelta {
     /// The up projection; terms that are not a product of two matrices have none.
     pub(super) fn up(&self) -> Option<&PackedMatrix> {
         match self {
-            Self::LowRank { b, .. } => Some(b),
+            Self::LowRank { b, .. } | Self::Routed { b, .. } => Some(b),
             Self::ShardSum { m } => Some(m),
             Self::Sparse(_) | Self::Circulant(_) => None,
         }
@@ -88,7 +99,7 @@ impl PackedDelta {
     /// Elements per row of its short vectors: a sparse term has none, a circulant one has its outputs there.
     pub(super) fn short_len(&self) -> usize {
         match self {
-            Self::LowRank { b: up, .. } | Self::ShardSum { m: up } => up.k(),
+            Self::LowRank { b: up, .. } | Self::Routed { b: up, .. } | Self::ShardSum { m: up } => up.k(),
             Self::Sparse(_) => 0,
             Self::Circulant(c) => c.num_outputs(),
         }
@@ -159,7 +170,9 @@ pub(super) unsafe fn apply_slots(
         let h = &short[start + from * r..start + to * r];
         start += run_rows * r;
         match delta {
-            PackedDelta::LowRank { b: up, .. } | PackedDelta::ShardSum { m: up } => {
+            PackedDelta::LowRank { b: up, .. }
+            | PackedDelta::Routed { b: up, .. }
+            | PackedDelta::ShardSum { m: up } => {
                 // SAFETY: the caller's contract.
                 unsafe { expand_rows(h, up, outputs) };
             }
@@ -215,68 +228,95 @@ unsafe fn expand_rows(h: &[f32], b: &PackedMatrix, outputs: &Outputs<'_>) {
 /// Vectors per panel.
 const VECTORS: usize = PANEL / LANES;
 
-dispatch! {
-    /// `sums[m, j] = sum_s b[j, s] * h[m, s]` for the columns of one panel and up to [`EXPAND_ROWS`] rows.
-    fn expand_tile(h: &[f32], panel: &[u32], b: &PackedMatrix, sums: &mut [[[f32; LANES]; VECTORS]; EXPAND_ROWS]) => expand_tile_body
-}
+/// Sums of up to [`EXPAND_ROWS`] rows in the columns of one panel.
+type ExpandSums = [[[f32; LANES]; VECTORS]; EXPAND_ROWS];
 
-#[inline(always)]
-fn expand_tile_body<const FMA: bool>(
-    h: &[f32],
-    panel: &[u32],
-    b: &PackedMatrix,
-    sums: &mut [[[f32; LANES]; VECTORS]; EXPAND_ROWS],
-) {
-    let r = b.k();
-    match h.len() / r {
-        1 => expand_some::<1, FMA>(h, panel, b, sums),
-        2 => expand_some::<2, FMA>(h, panel, b, sums),
-        3 => expand_some::<3, FMA>(h, panel, b, sums),
-        4 => expand_some::<4, FMA>(h, panel, b, sums),
-        5 => expand_some::<5, FMA>(h, panel, b, sums),
-        _ => expand_some::<EXPAND_ROWS, FMA>(h, panel, b, sums),
+/// `sums[m, j] = sum_s b[j, s] * h[m, s]` for the columns of one panel and up to [`EXPAND_ROWS`] rows.
+fn expand_tile(isa: Isa, h: &[f32], panel: &[u32], b: &PackedMatrix, sums: &mut ExpandSums) {
+    match isa {
+        Isa::Avx512 | Isa::Avx512Bf16 => expand_wide(isa, h, panel, b, sums),
+        Isa::Avx2 | Isa::Portable => expand_narrow(isa, h, panel, b, sums),
     }
 }
 
-/// `M` rows, one chain over ascending `s` per output.
+dispatch! {
+    /// For 32 registers of 16 lanes: all columns at once.
+    fn expand_wide(h: &[f32], panel: &[u32], b: &PackedMatrix, sums: &mut ExpandSums) => expand_wide_body
+}
+
+dispatch! {
+    /// For 16 registers of 8 lanes: the more rows the fewer columns.
+    fn expand_narrow(h: &[f32], panel: &[u32], b: &PackedMatrix, sums: &mut ExpandSums) => expand_narrow_body
+}
+
 #[inline(always)]
-fn expand_some<const M: usize, const FMA: bool>(
+fn expand_wide_body<const FMA: bool>(h: &[f32], panel: &[u32], b: &PackedMatrix, sums: &mut ExpandSums) {
+    match h.len() / b.k() {
+        1 => expand_some::<1, VECTORS, FMA>(h, panel, b, sums),
+        2 => expand_some::<2, VECTORS, FMA>(h, panel, b, sums),
+        3 => expand_some::<3, VECTORS, FMA>(h, panel, b, sums),
+        4 => expand_some::<4, VECTORS, FMA>(h, panel, b, sums),
+        5 => expand_some::<5, VECTORS, FMA>(h, panel, b, sums),
+        _ => expand_some::<EXPAND_ROWS, VECTORS, FMA>(h, panel, b, sums),
+    }
+}
+
+#[inline(always)]
+fn expand_narrow_body<const FMA: bool>(h: &[f32], panel: &[u32], b: &PackedMatrix, sums: &mut ExpandSums) {
+    match h.len() / b.k() {
+        1 => expand_some::<1, VECTORS, FMA>(h, panel, b, sums),
+        2 => expand_some::<2, 2, FMA>(h, panel, b, sums),
+        3 => expand_some::<3, 1, FMA>(h, panel, b, sums),
+        4 => expand_some::<4, 1, FMA>(h, panel, b, sums),
+        5 => expand_some::<5, 1, FMA>(h, panel, b, sums),
+        _ => expand_some::<EXPAND_ROWS, 1, FMA>(h, panel, b, sums),
+    }
+}
+
+/// `M` rows and `V` vectors at a time, one chain over ascending `s` per output.
+#[inline(always)]
+fn expand_some<const M: usize, const V: usize, const FMA: bool>(
     h: &[f32],
     panel: &[u32],
     b: &PackedMatrix,
-    sums: &mut [[[f32; LANES]; VECTORS]; EXPAND_ROWS],
+    sums: &mut ExpandSums,
 ) {
     let r = b.k();
     assert_eq!(h.len(), M * r, "h has the rows");
-    let mut acc = [[[0.0_f32; LANES]; VECTORS]; M];
     let (steps, _) = panel.as_chunks::<PANEL>();
-    for (step, words) in steps.iter().enumerate() {
-        let (vectors, _) = words.as_chunks::<LANES>();
-        for (v, words) in vectors.iter().enumerate() {
-            match b.format() {
-                WeightFormat::F32 => {
-                    for (m, acc) in acc.iter_mut().enumerate() {
-                        let h = h[m * r + step];
-                        for (sum, word) in acc[v].iter_mut().zip(words) {
-                            *sum = fma::<FMA>(h, f32::from_bits(*word), *sum);
+    for from in (0..VECTORS).step_by(V) {
+        let mut acc = [[[0.0_f32; LANES]; V]; M];
+        for (step, words) in steps.iter().enumerate() {
+            let (vectors, _) = words.as_chunks::<LANES>();
+            for v in 0..V {
+                let words = &vectors[from + v];
+                match b.format() {
+                    WeightFormat::F32 => {
+                        for (m, acc) in acc.iter_mut().enumerate() {
+                            let h = h[m * r + step];
+                            for (sum, word) in acc[v].iter_mut().zip(words) {
+                                *sum = fma::<FMA>(h, f32::from_bits(*word), *sum);
+                            }
                         }
                     }
-                }
-                WeightFormat::Bf16 => {
-                    let low = words.map(|word| f32::from_bits(word << 16));
-                    let high = words.map(|word| f32::from_bits(word & 0xffff_0000));
-                    for (m, acc) in acc.iter_mut().enumerate() {
-                        let first = h[m * r + 2 * step];
-                        let second = if 2 * step + 1 < r { h[m * r + 2 * step + 1] } else { 0.0 };
-                        for ((sum, low), high) in acc[v].iter_mut().zip(&low).zip(&high) {
-                            *sum = fma::<FMA>(second, *high, fma::<FMA>(first, *low, *sum));
+                    WeightFormat::Bf16 => {
+                        let low = words.map(|word| f32::from_bits(word << 16));
+                        let high = words.map(|word| f32::from_bits(word & 0xffff_0000));
+                        for (m, acc) in acc.iter_mut().enumerate() {
+                            let first = h[m * r + 2 * step];
+                            let second = if 2 * step + 1 < r { h[m * r + 2 * step + 1] } else { 0.0 };
+                            for ((sum, low), high) in acc[v].iter_mut().zip(&low).zip(&high) {
+                                *sum = fma::<FMA>(second, *high, fma::<FMA>(first, *low, *sum));
+                            }
                         }
                     }
                 }
             }
         }
+        for (sums, acc) in sums.iter_mut().zip(&acc) {
+            sums[from..from + V].copy_from_slice(acc);
+        }
     }
-    sums[..M].copy_from_slice(&acc);
 }
 
 dispatch! {

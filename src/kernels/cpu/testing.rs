@@ -1,7 +1,7 @@
 //! Inputs for the kernels' tests.
 
 /// `len` values in [-1, 1) drawn from `seed`.
-pub(super) fn random(len: usize, seed: u64) -> Vec<f32> {
+pub(in crate::kernels) fn random(len: usize, seed: u64) -> Vec<f32> {
     let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
     let mut next = || {
         state ^= state << 13;

@@ -5,9 +5,25 @@
 
 use super::isa::Isa;
 use super::packed::{PANEL, WeightFormat};
+#[cfg(target_arch = "x86_64")]
+use super::tile_avx2::tile as avx2;
 
-/// Most rows one call takes; 6 rows of 64 columns fill the 32 registers of AVX-512.
+/// Most rows one call takes; 6 rows of 64 columns fill the 32 registers of AVX-512, 6 of 16 the 16 of AVX2.
 pub(super) const ROWS: usize = 6;
+
+/// Words of `k` per block on AVX2: a block and the next one (16 KiB each) share the nearest cache.
+pub(super) const AVX2_STEPS: usize = 64;
+
+/// Words of `k` per block. Elsewhere a block (128 KiB) stays in the second-level cache while every row uses it.
+pub(super) fn block_steps(isa: Isa) -> usize {
+    match isa {
+        Isa::Avx2 => AVX2_STEPS,
+        Isa::Portable | Isa::Avx512 | Isa::Avx512Bf16 => 512,
+    }
+}
+
+/// Words of a cache line.
+const LINE_WORDS: usize = 16;
 
 /// One block's operands. Rows of `x` are 32-bit words in the weight's format: bf16 pairs, or f32.
 #[derive(Clone, Copy)]
@@ -28,6 +44,44 @@ pub(super) struct TileArgs<'a> {
     pub(super) columns: usize,
     /// Start from zero rather than from `y`.
     pub(super) from_zero: bool,
+    /// What to fetch meanwhile.
+    pub(super) fetch: Fetch,
+}
+
+/// Memory that is asked for while a tile is computed: it need not exist.
+#[derive(Clone, Copy)]
+pub(super) struct Fetch {
+    /// The first word.
+    pub(super) at: *const u32,
+    /// Cache lines.
+    pub(super) lines: usize,
+}
+
+impl Fetch {
+    /// Share `idx` of `count` even ones.
+    pub(super) fn share(self, idx: usize, count: usize) -> Self {
+        let lines = self.lines.div_ceil(count);
+        Self { at: self.at.wrapping_add(idx * lines * LINE_WORDS), lines }
+    }
+
+    /// Asks for the next up to `lines` lines.
+    #[inline(always)]
+    pub(super) fn next(&mut self, lines: usize) {
+        if self.lines == 0 {
+            return;
+        }
+        #[cfg(target_arch = "x86_64")]
+        for line in 0..lines {
+            use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+            #[expect(unsafe_code, reason = "an instruction without effect but on the caches")]
+            // SAFETY: SSE is part of the architecture, and any address may be asked for.
+            unsafe {
+                _mm_prefetch::<_MM_HINT_T0>(self.at.wrapping_add(line * LINE_WORDS).cast());
+            }
+        }
+        self.at = self.at.wrapping_add(lines * LINE_WORDS);
+        self.lines = self.lines.saturating_sub(lines);
+    }
 }
 
 /// Accumulates `rows` rows.
@@ -61,7 +115,7 @@ pub(super) unsafe fn tile(rows: usize, isa: Isa, format: WeightFormat, args: Til
         #[cfg(target_arch = "x86_64")]
         (Isa::Avx512Bf16 | Isa::Avx512, _) => by_rows!(generic_avx512, format),
         #[cfg(target_arch = "x86_64")]
-        (Isa::Avx2, _) => by_rows!(generic_avx2, format),
+        (Isa::Avx2, _) => by_rows!(avx2, format),
         _ => by_rows!(generic_portable, format),
     }
 }
@@ -83,7 +137,7 @@ unsafe fn dot_bf16<const M: usize>(args: TileArgs<'_>) {
         unsafe { std::mem::transmute(v) }
     }
 
-    let TileArgs { x, x_stride, w, is_first, y, y_stride, columns, from_zero } = args;
+    let TileArgs { x, x_stride, w, is_first, y, y_stride, columns, from_zero, .. } = args;
     let masks: [u16; 4] = std::array::from_fn(|v| {
         let lanes = columns.saturating_sub(16 * v).min(16);
         u16::try_from((1_u32 << lanes) - 1).expect("at most 16 lanes")
@@ -128,14 +182,6 @@ unsafe fn dot_bf16<const M: usize>(args: TileArgs<'_>) {
 unsafe fn generic_avx512<const M: usize>(args: TileArgs<'_>, format: WeightFormat) {
     // SAFETY: the caller's contract.
     unsafe { generic::<M, 4, true>(args, format) }
-}
-
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2,fma")]
-#[expect(unsafe_code, reason = "passes the caller's contract on")]
-unsafe fn generic_avx2<const M: usize>(args: TileArgs<'_>, format: WeightFormat) {
-    // SAFETY: the caller's contract.
-    unsafe { generic::<M, 1, true>(args, format) }
 }
 
 #[expect(unsafe_code, reason = "passes the caller's contract on")]

@@ -23,6 +23,8 @@ pub(super) struct Family {
     pub(super) architecture: &'static str,
     /// Reads config.json and makes the layers in forward order.
     pub(super) build: fn(&Value, &mut Loader) -> Result<Built, ModelError>,
+    /// Fields of config.json that give linears a bias, each with the last components of their paths.
+    pub(super) bias_fields: &'static [(&'static str, &'static [&'static str])],
 }
 
 /// A family's result.
@@ -35,13 +37,16 @@ pub(super) struct Built {
     pub(super) tied_embeddings: bool,
 }
 
+const ATTENTION_BIAS: (&str, &[&str]) = ("attention_bias", &["q_proj", "k_proj", "v_proj", "o_proj"]);
+const MLP_BIAS: (&str, &[&str]) = ("mlp_bias", &["gate_proj", "up_proj", "down_proj"]);
+
 /// Every supported family.
 pub(super) const FAMILIES: &[Family] = &[
-    Family { architecture: "LlamaForCausalLM", build: llama::build },
-    Family { architecture: "MistralForCausalLM", build: mistral::build },
-    Family { architecture: "Qwen2ForCausalLM", build: qwen2::build },
-    Family { architecture: "Qwen3ForCausalLM", build: qwen3::build },
-    Family { architecture: "Phi3ForCausalLM", build: phi3::build },
+    Family { architecture: "LlamaForCausalLM", build: llama::build, bias_fields: &[ATTENTION_BIAS, MLP_BIAS] },
+    Family { architecture: "MistralForCausalLM", build: mistral::build, bias_fields: &[] },
+    Family { architecture: "Qwen2ForCausalLM", build: qwen2::build, bias_fields: &[] },
+    Family { architecture: "Qwen3ForCausalLM", build: qwen3::build, bias_fields: &[ATTENTION_BIAS] },
+    Family { architecture: "Phi3ForCausalLM", build: phi3::build, bias_fields: &[] },
 ];
 
 /// Architectures of the supported families, as config.json spells them.

@@ -5,9 +5,10 @@ use candle_core::{Result, Tensor};
 use super::{Linear, RmsNorm, Rotation};
 use crate::kernels::cpu::{QkPrepare, prepare_qk_op};
 use crate::kernels::{AttentionShape, PagedKv};
+use crate::model::AdapterSegment;
 use crate::model::step::Step;
 
-/// `y = o(attention(rope(norm(q(x))), rope(norm(k(x))), v(x)))`, grouped-query, causal.
+/// `attention(rope(norm(q(x))), rope(norm(k(x))), v(x))`, grouped-query, causal; then the output projection.
 #[derive(Clone, Debug)]
 pub(in crate::model) struct Attention {
     /// The query, key and value projections.
@@ -64,13 +65,14 @@ impl Heads {
 }
 
 impl Attention {
-    /// Writes the keys and values of `x` (tokens, hidden) into `cache`, attends, and adds `residual`: (tokens, hidden).
-    pub(in crate::model) fn forward_add(
+    /// Writes the keys and values of `x` (tokens, hidden) into `cache` and attends: what the output projection reads,
+    /// (tokens, heads * head_dim). `layer` is the number of the decoder layer.
+    pub(in crate::model) fn attend(
         &self,
+        layer: usize,
         x: &Tensor,
         step: &Step<'_>,
         cache: &PagedKv,
-        residual: &Tensor,
     ) -> Result<Tensor> {
         let Heads { num_heads, num_kv_heads, head_dim } = self.heads;
         let (q, k, v) = match &step.rope {
@@ -86,7 +88,7 @@ impl Attention {
         };
         cache.write(&step.attention, &k, &v, &shape)?;
         let y = cache.attend(&q, &step.attention, &shape)?;
-        self.o_proj.forward_add(&y, step.segments, residual)
+        add_branches(y, &q, (layer, step.segments), &shape)
     }
 
     /// Queries, keys and values, (tokens, heads * head_dim) each, ready for attention: with the CPU's kernels.
@@ -144,6 +146,31 @@ impl Attention {
         let k = step.rope.apply(&normed(self.k_norm.as_ref(), k, step)?)?;
         Ok((q.reshape((tokens, q_size))?, k.reshape((tokens, kv_size))?, v))
     }
+}
+
+/// Adds what each segment's queries find beside the context; y and q: (tokens, heads * head_dim).
+fn add_branches(
+    y: Tensor,
+    q: &Tensor,
+    (layer, segments): (usize, &[AdapterSegment]),
+    shape: &AttentionShape,
+) -> Result<Tensor> {
+    let branches: Vec<Option<&PagedKv>> = segments.iter().map(|segment| branch(segment, layer)).collect();
+    if branches.iter().all(Option::is_none) {
+        return Ok(y);
+    }
+    let pieces = segments.iter().zip(branches).map(|(segment, branch)| {
+        let y = y.narrow(0, segment.start, segment.len)?;
+        match branch {
+            Some(branch) => y + branch.attend_entries(&q.narrow(0, segment.start, segment.len)?, shape)?,
+            None => Ok(y),
+        }
+    });
+    Tensor::cat(&pieces.collect::<Result<Vec<_>>>()?, 0)
+}
+
+fn branch(segment: &AdapterSegment, layer: usize) -> Option<&PagedKv> {
+    segment.adapter.as_ref()?.layers.get(&layer)?.branch.as_ref()
 }
 
 fn normed(norm: Option<&RmsNorm>, x: Tensor, step: &Step<'_>) -> Result<Tensor> {

@@ -2,6 +2,7 @@
 
 use candle_core::{DType, Result, Tensor};
 
+use super::stream::{Sublayer, close};
 use super::{Attention, Embedding, Heads, Linear, Mlp, RmsNorm, Rope};
 use crate::kernels::PagedKv;
 use crate::model::kv_cache::KvCache;
@@ -23,7 +24,7 @@ pub(in crate::model) struct Decoder {
     pub(in crate::model) rope: Rope,
 }
 
-/// `x = x + attention(norm(x)); x = x + mlp(norm(x))`.
+/// `x = x + attention(norm(x)); x = x + mlp(norm(x))`, or what an adapter has in place of the sums.
 #[derive(Clone, Debug)]
 pub(in crate::model) struct DecoderLayer {
     /// Before the attention.
@@ -51,8 +52,8 @@ impl Decoder {
         let step = Step::new(batch, cache, &self.rope, &windows)?;
         cache.write_prefixes(&batch.prefix_writes)?;
         let mut x = self.embed_tokens.forward(batch)?; // [tokens, hidden]
-        for (layer, cache) in self.layers.iter().zip(&cache.layers) {
-            x = layer.forward(&x, &step, cache)?;
+        for (number, (layer, cache)) in self.layers.iter().zip(&cache.layers).enumerate() {
+            x = layer.forward(number, &x, &step, cache)?;
         }
         self.logits(&x, batch)
     }
@@ -72,11 +73,13 @@ impl Decoder {
 }
 
 impl DecoderLayer {
-    fn forward(&self, x: &Tensor, step: &Step<'_>, cache: &PagedKv) -> Result<Tensor> {
+    fn forward(&self, number: usize, x: &Tensor, step: &Step<'_>, cache: &PagedKv) -> Result<Tensor> {
         let normed = self.input_layernorm.forward(x, step.segments)?;
-        let x = self.self_attn.forward_add(&normed, step, cache, x)?;
+        let attended = self.self_attn.attend(number, &normed, step, cache)?;
+        let x = close(x, (&self.self_attn.o_proj, &attended), (number, Sublayer::Attention), step.segments)?;
         let normed = self.post_attention_layernorm.forward(&x, step.segments)?;
-        self.mlp.forward_add(&normed, step.segments, &x)
+        let gated = self.mlp.gated(&normed, step.segments)?;
+        close(&x, (&self.mlp.down_proj, &gated), (number, Sublayer::Mlp), step.segments)
     }
 }
 

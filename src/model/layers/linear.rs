@@ -7,7 +7,9 @@ use candle_core::{DType, Device, Result, Tensor};
 use mistralrs_quant::{GgufMatMul, QuantMethod};
 
 use crate::adapter::{Delta, LinearSlots, Pre, Scale, SiteId, Weight};
-use crate::kernels::cpu::{PackedMatrix, SlotRun, SweepLinear, add_op, gated_op, join_op, silu_mul_op};
+use crate::kernels::cpu::{
+    BaseMatrix, Int8Matrix, PackedMatrix, SlotRun, SweepLinear, add_op, gated_op, join_op, silu_mul_op,
+};
 use crate::kernels::{self, InputTerm, OutputTerm, SegmentTerms, Term};
 use crate::model::AdapterSegment;
 
@@ -18,6 +20,8 @@ pub(in crate::model) enum Matrix {
     Dense(Tensor),
     /// Packed for the CPU's kernels.
     Packed(Arc<PackedMatrix>),
+    /// Quantised to 8-bit integers for the CPU's kernels.
+    Int8(Arc<Int8Matrix>),
     /// Quantised in GGUF blocks: the blocks, and what multiplies with them.
     Quantized {
         /// The blocks.
@@ -45,11 +49,21 @@ impl Matrix {
     fn product(&self, x: &Tensor) -> Result<Tensor> {
         match self {
             Self::Dense(w) => kernels::linear(x, w),
-            Self::Packed(weight) => {
+            Self::Packed(_) | Self::Int8(_) => {
+                let weight = self.packed().expect("the kernels' own form");
                 let runs = vec![SlotRun { rows: 0..x.dim(0)?, slots: None }];
                 join_op(x, &[SweepLinear { weight, bias: None, runs }])
             }
             Self::Quantized { product, .. } => product.forward_autocast(x),
+        }
+    }
+
+    /// The matrix as the CPU's kernels take it, where it is in one of their forms.
+    pub(in crate::model) fn packed(&self) -> Option<BaseMatrix<'_>> {
+        match self {
+            Self::Packed(w) => Some(BaseMatrix::Float(w)),
+            Self::Int8(w) => Some(BaseMatrix::Int8(w)),
+            Self::Dense(_) | Self::Quantized { .. } => None,
         }
     }
 
@@ -58,6 +72,7 @@ impl Matrix {
         match self {
             Self::Dense(w) => w.dims2(),
             Self::Packed(w) => Ok((w.n(), w.k())),
+            Self::Int8(w) => Ok((w.n(), w.k())),
             Self::Quantized { blocks, .. } => blocks.shape().dims2(),
         }
     }
@@ -66,14 +81,9 @@ impl Matrix {
     pub(in crate::model) fn rows(&self, ids: &[u32]) -> Result<Tensor> {
         match self {
             Self::Dense(w) => w.index_select(&Tensor::new(ids, w.device())?, 0),
-            Self::Packed(w) => {
-                let mut values = vec![0.0; ids.len() * w.k()];
-                for (row, id) in values.chunks_exact_mut(w.k()).zip(ids) {
-                    w.read_row(*id as usize, row);
-                }
-                Tensor::from_vec(values, (ids.len(), w.k()), &Device::Cpu)
-            }
-            Self::Quantized { .. } => unreachable!("embeddings are not quantised"),
+            Self::Packed(w) => read_rows(ids, w.k(), |id, row| w.read_row(id, row)),
+            Self::Int8(w) => read_rows(ids, w.k(), |id, row| w.read_row(id, row)),
+            Self::Quantized { .. } => unreachable!("embeddings are not quantised in blocks"),
         }
     }
 
@@ -82,16 +92,23 @@ impl Matrix {
         match self {
             Self::Dense(w) => w.to_device(&Device::Cpu)?.to_dtype(DType::F32),
             Self::Packed(w) => Tensor::from_vec(w.unpack(), (w.n(), w.k()), &Device::Cpu),
+            Self::Int8(w) => Tensor::from_vec(w.unpack(), (w.n(), w.k()), &Device::Cpu),
             Self::Quantized { blocks, .. } => blocks.dequantize(&Device::Cpu)?.to_dtype(DType::F32),
         }
     }
 }
 
+fn read_rows(ids: &[u32], k: usize, read: impl Fn(usize, &mut [f32])) -> Result<Tensor> {
+    let mut values = vec![0.0; ids.len() * k];
+    values.chunks_exact_mut(k).zip(ids).for_each(|(row, id)| read(*id as usize, row));
+    Tensor::from_vec(values, (ids.len(), k), &Device::Cpu)
+}
+
 impl Linear {
     /// The linear at `site`.
     pub(in crate::model) fn new(site: SiteId, weight: Matrix, bias: Option<Tensor>) -> Result<Self> {
-        let bias_values = match (&weight, &bias) {
-            (Matrix::Packed(_), Some(bias)) => Some(bias.to_dtype(DType::F32)?.to_vec1::<f32>()?.into()),
+        let bias_values = match (weight.packed(), &bias) {
+            (Some(_), Some(bias)) => Some(bias.to_dtype(DType::F32)?.to_vec1::<f32>()?.into()),
             _ => None,
         };
         Ok(Self { site, weight, bias, bias_values })
@@ -160,20 +177,20 @@ impl Linear {
 
     /// Whether the weight is packed for the CPU's kernels.
     pub(in crate::model) fn is_packed(&self) -> bool {
-        matches!(self.weight, Matrix::Packed(_))
+        self.weight.packed().is_some()
     }
 
-    /// Linears that can share a sweep: all packed, in one format.
+    /// Linears that can share a sweep: all packed, in one form.
     fn all_packed<'a>(linears: &[&'a Self], segments: &'a [AdapterSegment]) -> Option<Vec<SweepLinear<'a>>> {
         let packed: Vec<SweepLinear<'a>> =
             linears.iter().map(|linear| linear.packed(segments)).collect::<Option<_>>()?;
-        let format = packed.first()?.weight.format();
-        packed.iter().all(|linear| linear.weight.format() == format).then_some(packed)
+        let form = packed.first()?.weight.form();
+        packed.iter().all(|linear| linear.weight.form() == form).then_some(packed)
     }
 
     /// The linear as the CPU's kernels take it, where its weight is packed.
     fn packed<'a>(&'a self, segments: &'a [AdapterSegment]) -> Option<SweepLinear<'a>> {
-        let Matrix::Packed(weight) = &self.weight else { return None };
+        let weight = self.weight.packed()?;
         let mut runs: Vec<SlotRun<'a>> = Vec::with_capacity(segments.len());
         for segment in segments {
             let slots = segment.adapter.as_ref().and_then(|adapter| adapter.packed.get(&self.site));
@@ -209,6 +226,9 @@ impl Linear {
     fn slot_terms<'a>(&'a self, segment: &AdapterSegment, slots: &'a LinearSlots) -> SegmentTerms<'a> {
         let terms = slots.deltas.iter().map(|delta| match delta {
             Delta::LowRank { a, b } => Term::LowRank { a, b },
+            Delta::Routed { a, b, prototypes, top_k, temperature } => {
+                Term::Routed { a, b, prototypes, top_k: *top_k, temperature: f64::from(*temperature) }
+            }
             Delta::ShardSum { m } => Term::ShardSum { m },
             Delta::Sparse { rows, columns, values } => Term::Sparse { rows, columns, values },
             Delta::Circulant { kernel } => Term::Circulant { kernel },

@@ -33,18 +33,9 @@ pub(in crate::model) enum GateUp {
 }
 
 impl Mlp {
-    /// Applies the block to `x` (tokens, hidden) under `segments`, which tile the tokens, and adds `residual`.
-    pub(in crate::model) fn forward_add(
-        &self,
-        x: &Tensor,
-        segments: &[AdapterSegment],
-        residual: &Tensor,
-    ) -> Result<Tensor> {
-        self.down_proj.forward_add(&self.gated(x, segments)?, segments, residual)
-    }
-
+    /// What the down projection reads of `x` (tokens, hidden) under `segments`, which tile the tokens:
     /// `act(gate(x)) * up(x)`, (tokens, intermediate).
-    fn gated(&self, x: &Tensor, segments: &[AdapterSegment]) -> Result<Tensor> {
+    pub(in crate::model) fn gated(&self, x: &Tensor, segments: &[AdapterSegment]) -> Result<Tensor> {
         let is_silu = matches!(self.hidden_act, Activation::Silu | Activation::Swish);
         match &self.gate_up {
             GateUp::Split { gate_proj, up_proj } => {

@@ -10,6 +10,7 @@ mod mlp;
 mod norm;
 mod rope;
 mod rope_config;
+mod stream;
 
 pub(super) use attention::{Attention, Heads, Qkv};
 pub(super) use decoder::{Decoder, DecoderLayer};

@@ -4,12 +4,14 @@
 //! |---|---|
 //! | `PUT /v1/adapters/{name}` | publishes uploaded files: multipart, tar or gzip-compressed tar |
 //! | `POST /v1/adapters/{name}` | publishes a directory inside the configured roots |
+//! | `POST /v1/adapters/{name}:combine` | makes one of several and publishes it |
 //! | `GET /v1/adapters`, `GET /v1/adapters/{name}` | what there is |
 //! | `DELETE /v1/adapters/{name}` | removes a name |
 //! | `POST /v1/load_lora_adapter`, `POST /v1/unload_lora_adapter` | the same in vLLM's words |
 //!
 //! The native routes refuse unknown fields: a misspelt `expected_generation` must not replace an adapter unguarded.
 
+mod combine;
 mod native;
 mod upload;
 mod vllm;
@@ -57,9 +59,13 @@ impl From<StoreError> for ApiError {
             StoreError::TooLarge { .. } | StoreError::OverHostMemory { .. } => {
                 Self::new(StatusCode::PAYLOAD_TOO_LARGE, message)
             }
+            StoreError::TooManyParts { .. } | StoreError::NamedTwice(_) => Self::new(StatusCode::BAD_REQUEST, message),
             StoreError::Busy => Self::too_many(message),
-            StoreError::Refused(refusal) if matches!(**refusal, AdapterError::Compute(_)) => internal(&error),
-            StoreError::Refused(_) => Self::new(StatusCode::BAD_REQUEST, message),
+            StoreError::Refused(refusal) => match &**refusal {
+                AdapterError::Compute(_) => internal(&error),
+                AdapterError::Combination { field, .. } => Self::bad_request(field, message),
+                _ => Self::new(StatusCode::BAD_REQUEST, message),
+            },
             StoreError::Storage(_) => internal(&error),
         }
     }

@@ -10,8 +10,8 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 
 use super::super::{ApiError, AppState};
-use super::check_not_base;
 use super::upload::{self, Upload};
+use super::{check_not_base, combine};
 use crate::store::{AdapterStatus, PublishOptions, StoreError};
 
 /// Query of an upload.
@@ -34,7 +34,7 @@ struct LoadBody {
 }
 
 type Named = Result<Path<String>, PathRejection>;
-type Answer = Result<(StatusCode, Json<AdapterStatus>), ApiError>;
+pub(super) type Answer = Result<(StatusCode, Json<AdapterStatus>), ApiError>;
 
 /// `PUT /v1/adapters/{name}`: publishes the files in the body.
 pub(super) async fn upload(
@@ -61,9 +61,13 @@ pub(super) async fn upload(
     Ok((success, Json(status)))
 }
 
-/// `POST /v1/adapters/{name}`: publishes the directory that the body names.
+/// `POST /v1/adapters/{name}`: publishes the directory that the body names, or with `:combine` behind the name what
+/// several adapters make.
 pub(super) async fn load(State(state): State<AppState>, name: Named, request: Request) -> Answer {
     let name = adapter_name(name)?;
+    if let Some(name) = name.strip_suffix(":combine") {
+        return combine::combine(&state, name, request).await;
+    }
     check_not_base(&state, &name)?;
     let body = upload::receive_json(request, state.config.body_bytes_max).await?;
     let body: LoadBody = serde_json::from_slice(&body).map_err(|e| {
@@ -101,7 +105,7 @@ fn adapter_name(name: Named) -> Result<String, ApiError> {
 }
 
 /// 201 where the name is not in use yet, else 200.
-async fn success_status(state: &AppState, name: &str) -> StatusCode {
+pub(super) async fn success_status(state: &AppState, name: &str) -> StatusCode {
     match state.store.status(name).await {
         Err(StoreError::NotFound(_)) => StatusCode::CREATED,
         _ => StatusCode::OK,

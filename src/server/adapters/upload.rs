@@ -9,14 +9,14 @@ use futures::StreamExt;
 
 use super::super::ApiError;
 use crate::adapter::AdapterFiles;
-use crate::store::StoreError;
+use crate::store::{StoreError, WEIGHTS_FILES};
 
 /// What multipart framing or archive headers may add to the files' own bytes.
 const OVERHEAD_BYTES_MAX: usize = 4 << 20;
 /// Parts of a multipart body at most.
 const PARTS_MAX: usize = 100;
 const CONFIG_FILE: &str = "adapter_config.json";
-const WEIGHTS_FILE: &str = "adapter_model.safetensors";
+const WEIGHTS_FILE: &str = WEIGHTS_FILES[0];
 
 /// An upload's body.
 pub(super) enum Upload {
@@ -101,21 +101,23 @@ async fn receive_multipart(mut request: Request<Body>, bytes_max: usize) -> Resu
     DefaultBodyLimit::max(bytes_max.saturating_add(OVERHEAD_BYTES_MAX)).apply(&mut request);
     let mut multipart: Multipart =
         request.extract().await.map_err(|e| ApiError::new(StatusCode::BAD_REQUEST, multipart_message(&e)))?;
-    let (mut config, mut weights) = (None, None);
+    let (mut config, mut weights) = (None, [None, None]);
     let mut left = bytes_max;
     for idx in 0.. {
         let Some(mut field) = multipart.next_field().await.map_err(|e| part_error(&e, bytes_max))? else { break };
         if idx >= PARTS_MAX {
             return Err(bad_upload(format!("the upload has more than {PARTS_MAX} parts")));
         }
-        let wanted = match part_file(&field) {
-            Some(CONFIG_FILE) => &mut config,
-            Some(WEIGHTS_FILE) => &mut weights,
+        let Some(file) = part_file(&field) else {
             // Further files of the directory are harmless and not kept.
-            _ => continue,
+            continue;
+        };
+        let wanted = match WEIGHTS_FILES.iter().position(|name| *name == file) {
+            Some(idx) => &mut weights[idx],
+            None => &mut config,
         };
         if wanted.is_some() {
-            return Err(bad_upload(format!("the upload has {} twice", part_file(&field).unwrap_or_default())));
+            return Err(bad_upload(format!("the upload has {file} twice")));
         }
         let mut bytes = Vec::new();
         while let Some(chunk) = field.chunk().await.map_err(|e| part_error(&e, bytes_max))? {
@@ -127,14 +129,14 @@ async fn receive_multipart(mut request: Request<Body>, bytes_max: usize) -> Resu
     let missing = |file: &str| bad_upload(format!("the upload has no part {file}"));
     Ok(AdapterFiles {
         config: config.ok_or_else(|| missing(CONFIG_FILE))?,
-        weights: weights.ok_or_else(|| missing(WEIGHTS_FILE))?,
+        weights: weights.into_iter().flatten().next().ok_or_else(|| missing(WEIGHTS_FILE))?,
     })
 }
 
-/// Which of the two files a part is, by its own name or by its file name.
+/// Which of an adapter's files a part is, by its own name or by its file name.
 fn part_file(field: &Field<'_>) -> Option<&'static str> {
     let is = |file: &str| field.name() == Some(file) || field.file_name() == Some(file);
-    [CONFIG_FILE, WEIGHTS_FILE].into_iter().find(|file| is(file))
+    [CONFIG_FILE].into_iter().chain(WEIGHTS_FILES).find(|file| is(file))
 }
 
 fn part_error(error: &MultipartError, bytes_max: usize) -> ApiError {

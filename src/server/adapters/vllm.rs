@@ -85,6 +85,8 @@ fn load_error(error: StoreError) -> ApiError {
         | StoreError::Conflict { .. }
         | StoreError::FilesNotFound(_)
         | StoreError::BadUpload(_)
+        | StoreError::TooManyParts { .. }
+        | StoreError::NamedTwice(_)
         | StoreError::Busy
         | StoreError::Storage(_) => ApiError { param: None, ..ApiError::from(error) },
     }

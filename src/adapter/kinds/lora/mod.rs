@@ -2,7 +2,9 @@
 //! `s = alpha / r`, or `alpha / sqrt(r)` with `use_rslora` (PEFT 0.21 `tuners/lora`).
 
 mod activation;
+mod combine;
 mod dora;
+mod kasa;
 mod start;
 mod tokens;
 mod variants;
@@ -10,6 +12,7 @@ mod variants;
 use candle_core::Tensor;
 use serde_json::Value;
 
+pub use self::combine::{CombineInput, CombineMode, CombineOptions, combine};
 use self::start::Start;
 use self::variants::{Storage, Stored};
 use super::Kind;
@@ -34,6 +37,7 @@ pub(super) const LORA: Kind = Kind {
         MAGNITUDE,
         MAGNITUDE_OLD,
         tokens::SUFFIX,
+        kasa::DIAG,
         VELORA,
         MONTECLORA[0],
         MONTECLORA[1],
@@ -43,7 +47,9 @@ pub(super) const LORA: Kind = Kind {
     pairs: &[("lora_A.weight", "lora_B.weight"), ("lora_embedding_A", "lora_embedding_B")],
     fields: FIELDS,
     rank: |suffix, shape| match (suffix, shape) {
-        ("lora_A.weight" | "lora_embedding_A", [r, _]) | ("lora_B.weight" | "lora_embedding_B", [_, r]) => Some(*r),
+        ("lora_A.weight" | "lora_embedding_A", [r, _])
+        | ("lora_B.weight" | "lora_embedding_B", [_, r])
+        | (kasa::DIAG, [r]) => Some(*r),
         _ => None,
     },
     shows_parts: |config| config.get("use_bdlora").is_some(),
@@ -94,11 +100,11 @@ const FIELDS: &[(&str, Rule)] = &[
     ("use_bdlora", Rule::Read),
     ("unsloth_fixed", Rule::Ignored),
     ("alora_invocation_tokens", Rule::Refused("activated LoRA is not served")),
+    (kasa::FIELD, Rule::Read),
     (
-        "kasa_config",
-        Rule::Refused("KaSA trains on a base weight without its smallest singular values; it is not served"),
+        "arrow_config",
+        Rule::Refused("this is the router of an Arrow model, without its experts; collect them with tools/arrow.py"),
     ),
-    ("arrow_config", Rule::Refused("routing between LoRAs is not served")),
     ("layer_replication", Rule::Refused("a rebuilt layer stack is not served")),
     ("target_parameters", Rule::Refused("adapters on bare parameters are not served")),
 ];
@@ -117,6 +123,7 @@ struct Options {
     dora: bool,
     bias: bool,
     start: Option<Start>,
+    kasa: bool,
     storage: Storage,
 }
 
@@ -124,8 +131,8 @@ fn check(config: &Config) -> Result<(), AdapterError> {
     activation::parse(config)?;
     let options = Options::parse(config)?;
     let invocation = activation::parse(config)?;
-    if options.start.is_some() && !invocation.is_empty() {
-        let reason = "an unconverted initialisation would change tokens before the invocation too, which is not served";
+    if (options.start.is_some() || options.kasa) && !invocation.is_empty() {
+        let reason = "a changed base weight would change tokens before the invocation too, which is not served";
         return Err(field_error(activation::FIELD, reason));
     }
     Matcher::parse(config, "target_modules").map(drop)
@@ -183,10 +190,7 @@ fn start(config: &Config) -> Result<Option<Start>, AdapterError> {
         Some(Value::String(init)) if PLAIN_INITS.contains(&init.to_ascii_lowercase().as_str()) => Ok(None),
         Some(Value::String(init)) if init == "pissa" => Ok(Some(Start::Pissa)),
         Some(Value::String(init)) if init == "olora" => Ok(Some(Start::Olora)),
-        Some(value) => Err(field_error(
-            field,
-            format!("{value} trains on a changed base weight; save it with `path_initial_model_for_weight_conversion`"),
-        )),
+        Some(value) => Err(field_error(field, format!("{value} {}", start::unknown_reason(value)))),
     }
 }
 
@@ -201,8 +205,13 @@ impl Options {
             dora: config.flag("use_dora")?,
             bias: config.flag("lora_bias")?,
             start: start(config)?,
+            kasa: kasa::parse(config)?,
             storage: Storage::parse(config)?,
         };
+        if options.kasa && (options.dora || options.start.is_some() || !options.storage.is_plain()) {
+            let reason = "is not combined with `use_dora`, `use_qalora`, `use_bdlora` or another changed base weight";
+            return Err(field_error(kasa::FIELD, reason));
+        }
         if options.dora && !options.storage.is_plain() {
             return Err(field_error("use_dora", "PEFT does not combine it with `use_qalora` or `use_bdlora`"));
         }
@@ -261,7 +270,8 @@ fn factors(
     Ok(Factors { a, b, scale, magnitude })
 }
 
-/// `y = W x + b + s B (A x) + s bias_B`, less what the initialisation took from W; with DoRA the product and the delta are scaled by `m / |W + s B A|`.
+/// `y = W x + b + s B (A x) + s bias_B`, less what the initialisation or KaSA took from W; with DoRA the product and the
+/// delta are scaled by `m / |W + s B A|`.
 fn linear(
     lowering: &mut Lowering<'_>,
     options: &Options,
@@ -271,6 +281,9 @@ fn linear(
     let names = ("lora_A.weight", "lora_B.weight");
     let factors = factors(lowering, options, id, names, (in_features, out_features))?;
     let (mut a, mut b) = (factors.a, (factors.b * factors.scale)?);
+    if options.kasa {
+        (a, b) = kasa::factors(lowering, id, (a, b))?;
+    }
     if let Some(start) = options.start {
         let r = a.dim(0)?;
         let start = if r > in_features.min(out_features) {
@@ -307,9 +320,10 @@ fn embedding(
     id: SiteId,
     (vocab, dim): (usize, usize),
 ) -> Result<(), AdapterError> {
-    if options.start.is_some() {
+    let changes_base = [("init_lora_weights", options.start.is_some()), (kasa::FIELD, options.kasa)];
+    if let Some((field, _)) = changes_base.iter().find(|(_, is_set)| *is_set) {
         let reason = format!("is not served for `{}`, which is an embedding", lowering.site(id).path);
-        return Err(field_error("init_lora_weights", reason));
+        return Err(field_error(field, reason));
     }
     let names = ("lora_embedding_A", "lora_embedding_B");
     let factors = factors(lowering, options, id, names, (vocab, dim))?;

@@ -8,6 +8,7 @@
 //! `tuners/lora/layer.py`, `pissa_init` and `olora_init`).
 
 use candle_core::{Device, Result, Tensor};
+use serde_json::Value;
 
 /// Which initialisation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -26,6 +27,28 @@ const ITERATIONS_MAX: usize = 300;
 const RESIDUAL: f64 = 3e-6;
 /// With more than this the directions are not told apart well enough to serve.
 const RESIDUAL_MAX: f64 = 1e-3;
+
+/// Why a file of an initialisation that changes the base weight is refused, and what to do.
+pub(super) fn unknown_reason(init: &Value) -> &'static str {
+    match init.as_str() {
+        Some("loftq") => {
+            "trains beside a quantised copy of the base weight, which the file does not hold; merge it with PEFT on that \
+             base (`merge_and_unload`) and serve the merged model"
+        }
+        Some(init) if init.starts_with("pissa_niter_") => {
+            "subtracts a decomposition that was made with random numbers from the base weight; save it with PEFT's \
+             `path_initial_model_for_weight_conversion`, which gives a plain LoRA"
+        }
+        Some("corda" | "lora_ga") => {
+            "subtracts what it found with training data from the base weight, which the file does not hold; save it with \
+             PEFT's `path_initial_model_for_weight_conversion`, which gives a plain LoRA"
+        }
+        _ => {
+            "is unknown and may train on a changed base weight; if it does, save the file with PEFT's \
+             `path_initial_model_for_weight_conversion`, else set the field to true"
+        }
+    }
+}
 
 impl Start {
     /// What is subtracted from `weight` (out, in), as b: (out, r) and a: (r, in), with `r <= min(out, in)`; `scale` is that
