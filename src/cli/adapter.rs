@@ -64,7 +64,7 @@ pub(super) enum AdapterCommand {
 #[derive(Args)]
 pub(super) struct ServerArgs {
     /// Address of the server.
-    #[arg(long, value_name = "URL", default_value = "http://127.0.0.1:8000")]
+    #[arg(long, value_name = "URL", env = "PATCHBAY_URL", default_value = "http://127.0.0.1:8000")]
     server: String,
     /// The server's admin key; for `list` its API key will do.
     #[arg(long, value_name = "KEY", env = "PATCHBAY_SERVER_ADMIN_KEY", hide_env_values = true)]

@@ -12,9 +12,14 @@ use crate::store_support::{adapter, write_directory};
 const KEY: &str = "the-admin-key";
 
 fn patchbay(arguments: &[&str]) -> Output {
+    patchbay_with(arguments, &[])
+}
+
+/// The same with variables, the only ones that the program sees.
+fn patchbay_with(arguments: &[&str], variables: &[(&str, &str)]) -> Output {
     let mut command = Command::new(env!("CARGO_BIN_EXE_patchbay"));
-    command.arg("adapter").args(arguments).env_clear().current_dir(env!("CARGO_MANIFEST_DIR"));
-    command.output().expect("the program runs")
+    command.arg("adapter").args(arguments).env_clear().envs(variables.iter().copied());
+    command.current_dir(env!("CARGO_MANIFEST_DIR")).output().expect("the program runs")
 }
 
 #[track_caller]
@@ -172,4 +177,5 @@ fn a_server_that_is_not_there_is_named() {
     let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
     let url = format!("http://127.0.0.1:{port}");
     check_fails(&patchbay(&["list", "--server", &url]), &format!("asking {url}"));
+    check_fails(&patchbay_with(&["list"], &[("PATCHBAY_URL", &url)]), &format!("asking {url}"));
 }

@@ -1,0 +1,153 @@
+"""Writes random adapters of every kind for a base model, to measure what each kind costs when it is served.
+
+    make_bench_adapters.py MODEL OUT [--kinds lora,miss,...] [--count 16]
+
+OUT/<kind>-<NN> are directories as PEFT saves them, of the size that the kind's users take, on all linears; kinds that are
+served from dense weights of their own are on the query and value projections only, PEFT's default for most of them.
+"""
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+
+import torch
+import transformers
+from peft import PeftType, get_peft_model
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+import fixture_dense  # noqa: F401  Rules for random values.
+import fixture_rotation  # noqa: F401  The same, and butterfly factors without a CUDA extension.
+import fixture_sparse  # noqa: F401
+import ssf
+from fixture_affine import VALUES as AFFINE_VALUES
+from fixture_cases import LINEARS, NORMS
+from fixture_common import generator, random_like, randomize_adapter
+from fixture_lowrank import VALUES as LOWRANK_VALUES
+
+ALL = {"target_modules": LINEARS}
+# PEFT's default targets of most kinds.
+FEW = {"target_modules": ["q_proj", "v_proj"]}
+VALUES = AFFINE_VALUES | LOWRANK_VALUES
+# The spread of values is scaled down, so that logits stay finite on 24 layers of random weights.
+SCALE = 0.05
+
+KINDS: dict[str, tuple[str, dict]] = {
+    "lora": ("LORA", {"r": 16, "lora_alpha": 32} | ALL),
+    "dora": ("LORA", {"r": 16, "lora_alpha": 32, "use_dora": True} | ALL),
+    "ssf": ("SSF", ALL),
+    "miss": ("MISS", {"r": 64} | ALL),
+    "miss-bat": ("MISS", {"r": 64, "init_weights": "bat"} | FEW),
+    "ia3": ("IA3", {"target_modules": ["k_proj", "v_proj", "down_proj"], "feedforward_modules": ["down_proj"]}),
+    "ln-tuning": ("LN_TUNING", {"target_modules": NORMS}),
+    "trainable-tokens": ("TRAINABLE_TOKENS", {"token_indices": [5, 17, 42], "target_modules": ["embed_tokens"]}),
+    "beft": ("BEFT", {"target_modules": ["v_proj"]}),
+    "adalora": ("ADALORA", {"init_r": 12, "target_r": 8, "lora_alpha": 32, "total_step": 10} | ALL),
+    "loha": ("LOHA", {"r": 4, "alpha": 8} | ALL),
+    "lokr": ("LOKR", {"r": 8, "alpha": 8} | ALL),
+    "vera": ("VERA", {"r": 256} | ALL),
+    "pvera": ("PVERA", {"r": 256} | ALL),
+    "randlora": ("RANDLORA", {"r": 32} | FEW),
+    "delora": ("DELORA", {"r": 16} | ALL),
+    "gralora": ("GRALORA", {"r": 32, "gralora_k": 2} | ALL),
+    "vblora": ("VBLORA", {"r": 4, "num_vectors": 256, "vector_length": 128, "topk": 2} | ALL),
+    "tinylora": ("TINYLORA", {"r": 2, "u": 64} | ALL),
+    "unilora": ("UNILORA", {"r": 4, "theta_d_length": 4096, "save_indices": True} | ALL),
+    "poly": ("POLY", {"r": 8, "n_tasks": 1, "n_skills": 4, "n_splits": 1} | ALL),
+    "hra": ("HRA", {"r": 8} | ALL),
+    "deft": ("DEFT", {"r": 8} | ALL),
+    "peanut": ("PEANUT", {"r": 16} | ALL),
+    "hira": ("HIRA", {"r": 16} | FEW),
+    "glora": ("GLORA", {"r": 4} | FEW),
+    "osf": ("OSF", FEW),
+    "frod": ("FROD", {"progressbar": False} | FEW),
+    "shira": ("SHIRA", {"r": 16, "random_seed": 5} | ALL),
+    "supertuning": ("SUPERTUNING", {"sparsity": 0.99} | ALL),
+    "c3a": ("C3A", {"block_size": 64} | ALL),
+    "fourierft": ("FOURIERFT", {"n_frequency": 1000, "scaling": 150.0} | ALL),
+    "waveft": ("WAVEFT", {"n_frequency": 2592, "scaling": 25.0} | ALL),
+    "road": ("ROAD", {"group_size": 64} | ALL),
+    "oft": ("OFT", {"oft_block_size": 32} | ALL),
+    "boft": ("BOFT", {"boft_block_size": 4} | ALL),
+    "boft-2": ("BOFT", {"boft_block_size": 4, "boft_n_butterfly_factor": 2} | FEW),
+    "prompt-tuning": ("PROMPT_TUNING", {"num_virtual_tokens": 20}),
+    "p-tuning": ("P_TUNING", {"num_virtual_tokens": 20, "encoder_hidden_size": 128}),
+    "multitask-prompt": ("MULTITASK_PROMPT_TUNING", {"num_virtual_tokens": 20}),
+    "cpt": ("CPT", {"cpt_token_ids": [5] * 20, "cpt_mask": [1] * 20, "cpt_tokens_type_mask": [1, 2, 2, 3, 4] * 4}),
+    "prefix": ("PREFIX_TUNING", {"num_virtual_tokens": 20}),
+    "cartridge": ("CARTRIDGE", {"num_virtual_tokens": 128}),
+}
+
+
+def randomize(model: torch.nn.Module, kind: str) -> None:
+    """Small random values."""
+    before = {name: param.data.clone() for name, param in model.named_parameters() if param.requires_grad}
+    randomize_adapter(model, kind, values=VALUES)
+    for name, param in model.named_parameters():
+        if param.requires_grad and param.is_floating_point():
+            param.data = before[name] + SCALE * (param.data - before[name])
+
+
+def make_ssf(model: torch.nn.Module, config: dict, out: Path) -> None:
+    """SSF is not one of PEFT's."""
+    config = ssf.SsfConfig(**config)
+    ssf.attach(model, config)
+    rng = generator("ssf")
+    for name, param in model.named_parameters():
+        if "ssf_" in name:
+            neutral = 1.0 if "scale" in name else 0.0
+            param.data = neutral + SCALE * (random_like(name, param.data, rng) - neutral)
+    ssf.save(model, config, out)
+
+
+def vary(first: Path, others: list[Path]) -> None:
+    """Copies of an adapter with every value changed a little, so that no two are equal."""
+    weights = first / "adapter_model.safetensors"
+    for directory in others:
+        directory.mkdir(parents=True, exist_ok=True)
+        rng = generator(directory.name)
+        change = lambda value: value * (1 + 0.02 * torch.randn(value.shape, generator=rng))
+        tensors = {name: change(value) if value.is_floating_point() else value for name, value in load_file(weights).items()}
+        save_file(tensors, directory / weights.name, metadata={"format": "pt"})
+        shutil.copy(first / "adapter_config.json", directory)
+
+
+def make(model_dir: Path, kind: str, out: Path, count: int) -> None:
+    """All adapters of one kind: one made by PEFT, and variations of it."""
+    peft_type, config = KINDS[kind]
+    directories = [out / f"{kind}-{idx:02d}" for idx in range(count)]
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+    torch.manual_seed(0)
+    if peft_type == "SSF":
+        make_ssf(model, config, directories[0])
+    else:
+        config = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(peft_type)](task_type="CAUSAL_LM", **config)
+        model = get_peft_model(model, config)
+        randomize(model, kind)
+        model.save_pretrained(directories[0])
+    vary(directories[0], directories[1:])
+    size = (directories[0] / "adapter_model.safetensors").stat().st_size
+    print(f"{kind}: {count} adapters of {size / 1e6:.2f} MB, {json.dumps(KINDS[kind][1])}", flush=True)
+
+
+def main() -> None:
+    """Every kind asked for, one after the other."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--kinds", default=",".join(KINDS), help="names separated by commas (default: all)")
+    parser.add_argument("--count", type=int, default=16)
+    args = parser.parse_args()
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    for kind in args.kinds.split(","):
+        if kind not in KINDS:
+            parser.error(f"unknown kind {kind}; known are {', '.join(KINDS)}")
+    for kind in args.kinds.split(","):
+        make(args.model, kind, args.out, args.count)
+
+
+if __name__ == "__main__":
+    main()
