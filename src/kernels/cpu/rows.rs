@@ -168,39 +168,44 @@ dispatch! {
 #[inline(always)]
 fn dot_one_body<const FMA: bool>(x: &[u32], lines: &[Line], format: WeightFormat, sums: &mut [f32; LANES]) {
     match format {
-        WeightFormat::F32 => dot_chains(x, lines, sums, |word, line, sums| {
-            for (sum, weight) in sums.iter_mut().zip(line) {
-                *sum = fma::<FMA>(f32::from_bits(word), f32::from_bits(*weight), *sum);
-            }
-        }),
-        WeightFormat::Bf16 => dot_chains(x, lines, sums, |word, line, sums| {
-            let low = |w: u32| f32::from_bits(w << 16);
-            let high = |w: u32| f32::from_bits(w & 0xffff_0000);
-            for (sum, weight) in sums.iter_mut().zip(line) {
-                let first = fma::<FMA>(low(word), low(*weight), *sum);
-                *sum = fma::<FMA>(high(word), high(*weight), first);
-            }
-        }),
+        WeightFormat::F32 => dot_chains::<false, FMA>(x, lines, sums),
+        WeightFormat::Bf16 => dot_chains::<true, FMA>(x, lines, sums),
     }
 }
 
-/// The lines in turn into the chains, which are added at the end. `add(word, line, sums)` takes one.
+/// The lines in turn into the chains, which are added at the end.
 #[inline(always)]
-fn dot_chains(x: &[u32], lines: &[Line], sums: &mut [f32; LANES], add: impl Fn(u32, &[u32; LANES], &mut [f32; LANES])) {
+fn dot_chains<const BF16: bool, const FMA: bool>(x: &[u32], lines: &[Line], sums: &mut [f32; LANES]) {
     let mut acc = [[0.0_f32; LANES]; CHAINS];
     let (fours, rest) = lines.as_chunks::<CHAINS>();
     let (words, rest_words) = x[..lines.len()].as_chunks::<CHAINS>();
     for ([a, b, c, d], words) in fours.iter().zip(words) {
-        add(words[0], &a.0, &mut acc[0]);
-        add(words[1], &b.0, &mut acc[1]);
-        add(words[2], &c.0, &mut acc[2]);
-        add(words[3], &d.0, &mut acc[3]);
+        add_line::<BF16, FMA>(words[0], &a.0, &mut acc[0]);
+        add_line::<BF16, FMA>(words[1], &b.0, &mut acc[1]);
+        add_line::<BF16, FMA>(words[2], &c.0, &mut acc[2]);
+        add_line::<BF16, FMA>(words[3], &d.0, &mut acc[3]);
     }
     for ((acc, line), word) in acc.iter_mut().zip(rest).zip(rest_words) {
-        add(*word, &line.0, acc);
+        add_line::<BF16, FMA>(*word, &line.0, acc);
     }
     for (lane, sum) in sums.iter_mut().enumerate() {
         *sum = (acc[0][lane] + acc[1][lane]) + (acc[2][lane] + acc[3][lane]);
+    }
+}
+
+/// `sums += word * line`, of one f32 or two bf16 each. A closure in its place would be compiled apart from the function that
+/// calls it, for the plainest processor, where a fused multiply-add is a function call.
+#[inline(always)]
+fn add_line<const BF16: bool, const FMA: bool>(word: u32, line: &[u32; LANES], sums: &mut [f32; LANES]) {
+    let low = |w: u32| f32::from_bits(w << 16);
+    let high = |w: u32| f32::from_bits(w & 0xffff_0000);
+    for (sum, weight) in sums.iter_mut().zip(line) {
+        *sum = if BF16 {
+            let first = fma::<FMA>(low(word), low(*weight), *sum);
+            fma::<FMA>(high(word), high(*weight), first)
+        } else {
+            fma::<FMA>(f32::from_bits(word), f32::from_bits(*weight), *sum)
+        };
     }
 }
 
