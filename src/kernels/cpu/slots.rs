@@ -206,21 +206,19 @@ pub(super) unsafe fn apply_slots(
 unsafe fn expand_rows(h: &[f32], b: &PackedMatrix, outputs: &Outputs<'_>) {
     let (r, (from, to)) = (b.k(), outputs.rows);
     // Panels of the term and of the linear coincide unless the term repeats over the outputs.
-    let coincide = outputs.first + outputs.columns <= b.n();
+    let first = outputs.first % b.n();
+    let coincide = first.is_multiple_of(PANEL) && first + outputs.columns <= b.n();
     for (tile_idx, h) in h.chunks(EXPAND_ROWS * r).enumerate() {
         let first_row = from + tile_idx * EXPAND_ROWS;
-        let mut sums = [[[0.0; LANES]; VECTORS]; EXPAND_ROWS];
-        if coincide {
-            expand_tile(Isa::best(), h, b.panel(outputs.first / PANEL), b, &mut sums);
+        let mut rows: [&mut [f32]; EXPAND_ROWS] = Default::default();
+        for (row, y) in (first_row..to).zip(&mut rows) {
+            // SAFETY: the caller's contract; every row is there once.
+            *y = unsafe { outputs.row(row) };
         }
-        for (row, (h, sums)) in (first_row..to).zip(h.chunks_exact(r).zip(&sums)) {
-            // SAFETY: the caller's contract; one row at a time.
-            let y = unsafe { outputs.row(row) };
-            if coincide {
-                y.iter_mut().zip(sums.as_flattened()).for_each(|(y, sum)| *y += sum);
-            } else {
-                expand(Isa::best(), h, b, outputs.first, y);
-            }
+        if coincide {
+            expand_tile(Isa::best(), h, b.panel(first / PANEL), b, &mut rows);
+        } else {
+            rows.iter_mut().zip(h.chunks_exact(r)).for_each(|(y, h)| expand(Isa::best(), h, b, first, y));
         }
     }
 }
@@ -228,48 +226,48 @@ unsafe fn expand_rows(h: &[f32], b: &PackedMatrix, outputs: &Outputs<'_>) {
 /// Vectors per panel.
 const VECTORS: usize = PANEL / LANES;
 
-/// Sums of up to [`EXPAND_ROWS`] rows in the columns of one panel.
-type ExpandSums = [[[f32; LANES]; VECTORS]; EXPAND_ROWS];
+/// The columns of one panel in up to [`EXPAND_ROWS`] rows; rows that are not there are empty.
+type PanelRows<'a> = [&'a mut [f32]; EXPAND_ROWS];
 
-/// `sums[m, j] = sum_s b[j, s] * h[m, s]` for the columns of one panel and up to [`EXPAND_ROWS`] rows.
-fn expand_tile(isa: Isa, h: &[f32], panel: &[u32], b: &PackedMatrix, sums: &mut ExpandSums) {
+/// `y[m, j] += sum_s b[j, s] * h[m, s]` for the columns of one panel and up to [`EXPAND_ROWS`] rows.
+fn expand_tile(isa: Isa, h: &[f32], panel: &[u32], b: &PackedMatrix, y: &mut PanelRows<'_>) {
     match isa {
-        Isa::Avx512 | Isa::Avx512Bf16 => expand_wide(isa, h, panel, b, sums),
-        Isa::Avx2 | Isa::Portable => expand_narrow(isa, h, panel, b, sums),
+        Isa::Avx512 | Isa::Avx512Bf16 => expand_wide(isa, h, panel, b, y),
+        Isa::Avx2 | Isa::Portable => expand_narrow(isa, h, panel, b, y),
     }
 }
 
 dispatch! {
     /// For 32 registers of 16 lanes: all columns at once.
-    fn expand_wide(h: &[f32], panel: &[u32], b: &PackedMatrix, sums: &mut ExpandSums) => expand_wide_body
+    fn expand_wide(h: &[f32], panel: &[u32], b: &PackedMatrix, y: &mut PanelRows<'_>) => expand_wide_body
 }
 
 dispatch! {
     /// For 16 registers of 8 lanes: the more rows the fewer columns.
-    fn expand_narrow(h: &[f32], panel: &[u32], b: &PackedMatrix, sums: &mut ExpandSums) => expand_narrow_body
+    fn expand_narrow(h: &[f32], panel: &[u32], b: &PackedMatrix, y: &mut PanelRows<'_>) => expand_narrow_body
 }
 
 #[inline(always)]
-fn expand_wide_body<const FMA: bool>(h: &[f32], panel: &[u32], b: &PackedMatrix, sums: &mut ExpandSums) {
+fn expand_wide_body<const FMA: bool>(h: &[f32], panel: &[u32], b: &PackedMatrix, y: &mut PanelRows<'_>) {
     match h.len() / b.k() {
-        1 => expand_some::<1, VECTORS, FMA>(h, panel, b, sums),
-        2 => expand_some::<2, VECTORS, FMA>(h, panel, b, sums),
-        3 => expand_some::<3, VECTORS, FMA>(h, panel, b, sums),
-        4 => expand_some::<4, VECTORS, FMA>(h, panel, b, sums),
-        5 => expand_some::<5, VECTORS, FMA>(h, panel, b, sums),
-        _ => expand_some::<EXPAND_ROWS, VECTORS, FMA>(h, panel, b, sums),
+        1 => expand_some::<1, VECTORS, FMA>(h, panel, b, y),
+        2 => expand_some::<2, VECTORS, FMA>(h, panel, b, y),
+        3 => expand_some::<3, VECTORS, FMA>(h, panel, b, y),
+        4 => expand_some::<4, VECTORS, FMA>(h, panel, b, y),
+        5 => expand_some::<5, VECTORS, FMA>(h, panel, b, y),
+        _ => expand_some::<EXPAND_ROWS, VECTORS, FMA>(h, panel, b, y),
     }
 }
 
 #[inline(always)]
-fn expand_narrow_body<const FMA: bool>(h: &[f32], panel: &[u32], b: &PackedMatrix, sums: &mut ExpandSums) {
+fn expand_narrow_body<const FMA: bool>(h: &[f32], panel: &[u32], b: &PackedMatrix, y: &mut PanelRows<'_>) {
     match h.len() / b.k() {
-        1 => expand_some::<1, VECTORS, FMA>(h, panel, b, sums),
-        2 => expand_some::<2, 2, FMA>(h, panel, b, sums),
-        3 => expand_some::<3, 1, FMA>(h, panel, b, sums),
-        4 => expand_some::<4, 1, FMA>(h, panel, b, sums),
-        5 => expand_some::<5, 1, FMA>(h, panel, b, sums),
-        _ => expand_some::<EXPAND_ROWS, 1, FMA>(h, panel, b, sums),
+        1 => expand_some::<1, VECTORS, FMA>(h, panel, b, y),
+        2 => expand_some::<2, 2, FMA>(h, panel, b, y),
+        3 => expand_some::<3, 1, FMA>(h, panel, b, y),
+        4 => expand_some::<4, 1, FMA>(h, panel, b, y),
+        5 => expand_some::<5, 1, FMA>(h, panel, b, y),
+        _ => expand_some::<EXPAND_ROWS, 1, FMA>(h, panel, b, y),
     }
 }
 
@@ -279,7 +277,7 @@ fn expand_some<const M: usize, const V: usize, const FMA: bool>(
     h: &[f32],
     panel: &[u32],
     b: &PackedMatrix,
-    sums: &mut ExpandSums,
+    y: &mut PanelRows<'_>,
 ) {
     let r = b.k();
     assert_eq!(h.len(), M * r, "h has the rows");
@@ -313,8 +311,11 @@ fn expand_some<const M: usize, const V: usize, const FMA: bool>(
                 }
             }
         }
-        for (sums, acc) in sums.iter_mut().zip(&acc) {
-            sums[from..from + V].copy_from_slice(acc);
+        for (y, sums) in y.iter_mut().zip(&acc) {
+            let Some(y) = y.get_mut(from * LANES..) else { continue };
+            for (y, sum) in y.iter_mut().zip(sums.as_flattened()) {
+                *y += sum;
+            }
         }
     }
 }
