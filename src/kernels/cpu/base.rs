@@ -1,5 +1,6 @@
 //! The shared weight of a linear, in whichever form it is kept.
 
+use super::ahead::Ahead;
 use super::gemm::{Target, multiply_int8_panel, multiply_panel};
 use super::int8::{Int8Matrix, int8_row_words, quantise_row};
 use super::isa::Isa;
@@ -114,6 +115,7 @@ pub(super) unsafe fn multiply(
     (base, own): (BaseMatrix<'_>, Option<&PackedMatrix>),
     panel_idx: usize,
     target: Target,
+    ahead: &mut Ahead,
 ) {
     let form = base.form();
     let (terms_width, int8_width) = (form.terms_width(base.k()), form.int8_width(base.k()));
@@ -122,11 +124,11 @@ pub(super) unsafe fn multiply(
         match (own, base) {
             (Some(w), _) | (None, BaseMatrix::Float(w)) => {
                 let rows = &words.terms[from * terms_width..to * terms_width];
-                multiply_panel(rows, to - from, w, panel_idx, target, Isa::best());
+                multiply_panel(rows, w, panel_idx, target, Isa::best(), ahead);
             }
             (None, BaseMatrix::Int8(w)) => {
                 let rows = &words.int8[from * int8_width..to * int8_width];
-                multiply_int8_panel(rows, to - from, w, panel_idx, target, Isa::best());
+                multiply_int8_panel(rows, w, panel_idx, target, Isa::best(), ahead);
             }
         }
     }

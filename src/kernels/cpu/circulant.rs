@@ -14,6 +14,10 @@ use std::cell::RefCell;
 
 use super::dispatch::{dispatch, fma};
 use super::isa::Isa;
+use super::words::LANES;
+
+/// Blocks that are transformed together.
+const TILE_BLOCKS: usize = 4;
 
 /// A matrix (m b, n b) of circulant blocks.
 #[derive(Debug)]
@@ -21,17 +25,30 @@ pub struct Circulant {
     /// Blocks below one another, and side by side.
     m: usize,
     n: usize,
-    /// Length of a block.
+    /// Length of a block, and the same padded to whole vectors.
     b: usize,
-    /// Transforms of the blocks' first columns, divided by b, (m, n, b).
+    padded: usize,
+    /// Transforms of the blocks' first columns, divided by b, (m, n, padded).
     spectra: Vec<f32>,
-    /// `(cos + sin)(2 pi j k / b)`, (b, b).
+    /// `(cos + sin)(2 pi j k / b)`, (b, padded).
     table: Vec<f32>,
 }
 
+/// Working memory of a thread: what one row becomes, blocks of the padded length.
+#[derive(Default)]
+struct Scratch {
+    /// Transforms of the inputs, then those of the outputs.
+    spectrum: Vec<f32>,
+    /// Halves of the inputs' transforms: the same read backwards, and of the other sign.
+    even: Vec<f32>,
+    odd: Vec<f32>,
+    /// Sums of one block of outputs over the even and the odd parts.
+    plus: Vec<f32>,
+    minus: Vec<f32>,
+}
+
 thread_local! {
-    /// Even and odd parts of the rows' transforms.
-    static PARTS: RefCell<Vec<f32>> = RefCell::default();
+    static SCRATCH: RefCell<Scratch> = RefCell::default();
 }
 
 impl Circulant {
@@ -41,22 +58,26 @@ impl Circulant {
     /// When the kernel's length is not `m n b`, or b is zero.
     pub fn new(kernel: &[f32], (m, n, b): (usize, usize, usize)) -> Self {
         assert!(kernel.len() == m * n * b && b > 0, "the kernel has the shape");
+        let padded = b.next_multiple_of(LANES);
         let cas: Vec<f64> = (0..b)
             .map(|at| {
                 let (sin, cos) = (std::f64::consts::TAU * at as f64 / b as f64).sin_cos();
                 cos + sin
             })
             .collect();
-        let table: Vec<f32> = (0..b * b).map(|at| cas[(at / b) * (at % b) % b] as f32).collect();
-        let mut spectra = Vec::with_capacity(kernel.len());
-        for row in kernel.chunks_exact(b) {
-            // The first column is the first row backwards, but for its first entry.
-            spectra.extend((0..b).map(|k| {
-                let terms = (0..b).map(|j| f64::from(row[(b - j) % b]) * cas[j * k % b]);
-                (terms.sum::<f64>() / b as f64) as f32
-            }));
+        let mut table = vec![0.0; b * padded];
+        for (j, row) in table.chunks_exact_mut(padded).enumerate() {
+            row[..b].iter_mut().enumerate().for_each(|(k, value)| *value = cas[j * k % b] as f32);
         }
-        Self { m, n, b, spectra, table }
+        let mut spectra = vec![0.0; m * n * padded];
+        for (row, spectrum) in kernel.chunks_exact(b).zip(spectra.chunks_exact_mut(padded)) {
+            // The first column is the first row backwards, but for its first entry.
+            for (k, value) in spectrum[..b].iter_mut().enumerate() {
+                let terms = (0..b).map(|j| f64::from(row[(b - j) % b]) * cas[j * k % b]);
+                *value = (terms.sum::<f64>() / b as f64) as f32;
+            }
+        }
+        Self { m, n, b, padded, spectra, table }
     }
 
     /// Number of outputs.
@@ -66,59 +87,108 @@ impl Circulant {
 
     /// `y = C x` for each row of `x` (rows, n b); y: (rows, m b). A row's bits depend on that row only.
     pub(super) fn multiply(&self, x: &[f32], y: &mut [f32]) {
-        PARTS.with_borrow_mut(|parts| {
-            parts.resize(2 * x.len(), 0.0);
-            multiply(Isa::best(), self, x, parts, y);
+        SCRATCH.with_borrow_mut(|scratch| {
+            scratch.spectrum.resize(self.m.max(self.n) * self.padded, 0.0);
+            scratch.even.resize(self.n * self.padded, 0.0);
+            scratch.odd.resize(self.n * self.padded, 0.0);
+            scratch.plus.resize(self.padded, 0.0);
+            scratch.minus.resize(self.padded, 0.0);
+            for (x, y) in x.chunks_exact(self.n * self.b).zip(y.chunks_exact_mut(self.m * self.b)) {
+                multiply_row(Isa::best(), self, x, scratch, y);
+            }
         });
     }
 }
 
 dispatch! {
-    fn multiply(c: &Circulant, x: &[f32], parts: &mut [f32], y: &mut [f32]) => multiply_body
+    fn multiply_row(c: &Circulant, x: &[f32], scratch: &mut Scratch, y: &mut [f32]) => multiply_row_body
 }
 
 #[inline(always)]
-fn multiply_body<const FMA: bool>(c: &Circulant, x: &[f32], parts: &mut [f32], y: &mut [f32]) {
-    let (b, width) = (c.b, c.n * c.b);
-    let mut spectrum = vec![0.0; b];
-    let (even, odd) = parts.split_at_mut(x.len());
-    for ((x, even), odd) in x.chunks_exact(b).zip(even.chunks_exact_mut(b)).zip(odd.chunks_exact_mut(b)) {
-        transform::<FMA>(x, &c.table, &mut spectrum);
-        for k in 0..b {
-            let mirrored = spectrum[(b - k) % b];
-            even[k] = 0.5 * (spectrum[k] + mirrored);
-            odd[k] = 0.5 * (spectrum[k] - mirrored);
+fn multiply_row_body<const FMA: bool>(c: &Circulant, x: &[f32], scratch: &mut Scratch, y: &mut [f32]) {
+    let Scratch { spectrum, even, odd, plus, minus } = scratch;
+    let (b, padded) = (c.b, c.padded);
+    transform::<FMA>(c, (x, b), (spectrum, padded));
+    let parts = even.chunks_exact_mut(padded).zip(odd.chunks_exact_mut(padded));
+    for (spectrum, (even, odd)) in spectrum.chunks_exact(padded).zip(parts) {
+        (even[0], odd[0]) = (spectrum[0], 0.0);
+        let (forward, backward) = (&spectrum[1..b], spectrum[1..b].iter().rev());
+        for (((even, odd), value), mirrored) in even[1..b].iter_mut().zip(&mut odd[1..b]).zip(forward).zip(backward) {
+            *even = 0.5 * (value + mirrored);
+            *odd = 0.5 * (value - mirrored);
+        }
+        even[b..].fill(0.0);
+        odd[b..].fill(0.0);
+    }
+    for (spectra, mixed) in c.spectra.chunks_exact(c.n * padded).zip(spectrum.chunks_exact_mut(padded)) {
+        mix::<FMA>(spectra, (even, odd), (plus, minus));
+        // The odd part changes its sign where the spectrum is read backwards.
+        mixed[0] = plus[0] - minus[0];
+        for ((mixed, plus), minus) in mixed[1..b].iter_mut().zip(&plus[1..b]).zip(minus[1..b].iter().rev()) {
+            *mixed = plus - minus;
         }
     }
-    let (mut plus, mut minus) = (vec![0.0; b], vec![0.0; b]);
-    for (block, spectra) in c.spectra.chunks_exact(width).enumerate() {
-        let rows = even.chunks_exact(width).zip(odd.chunks_exact(width)).zip(y.chunks_exact_mut(c.m * b));
-        for ((even, odd), y) in rows {
-            plus.fill(0.0);
-            minus.fill(0.0);
-            let parts = even.chunks_exact(b).zip(odd.chunks_exact(b));
-            for (spectrum, (even, odd)) in spectra.chunks_exact(b).zip(parts) {
-                for k in 0..b {
-                    plus[k] = fma::<FMA>(spectrum[k], even[k], plus[k]);
-                    minus[k] = fma::<FMA>(spectrum[k], odd[k], minus[k]);
+    transform::<FMA>(c, (&spectrum[..c.m * padded], padded), (y, b));
+}
+
+/// Sums the products of one row of blocks' spectra with the parts of the inputs, over the blocks in turn.
+#[inline(always)]
+fn mix<const FMA: bool>(spectra: &[f32], (even, odd): (&[f32], &[f32]), (plus, minus): (&mut [f32], &mut [f32])) {
+    let (plus, _) = plus.as_chunks_mut::<LANES>();
+    let (minus, _) = minus.as_chunks_mut::<LANES>();
+    let vectors = plus.len();
+    let (spectra, even, odd) =
+        (spectra.as_chunks::<LANES>().0, even.as_chunks::<LANES>().0, odd.as_chunks::<LANES>().0);
+    for (at, (plus, minus)) in plus.iter_mut().zip(minus).enumerate() {
+        let (mut sums, mut differences) = ([0.0_f32; LANES], [0.0_f32; LANES]);
+        let parts = even.iter().zip(odd).zip(spectra).skip(at).step_by(vectors);
+        for ((even, odd), spectrum) in parts {
+            for lane in 0..LANES {
+                sums[lane] = fma::<FMA>(spectrum[lane], even[lane], sums[lane]);
+                differences[lane] = fma::<FMA>(spectrum[lane], odd[lane], differences[lane]);
+            }
+        }
+        (*plus, *minus) = (sums, differences);
+    }
+}
+
+/// The Hartley transforms of blocks that lie a stride apart, likewise in `spectra`, whose stride decides how much of a
+/// padded block is kept.
+#[inline(always)]
+fn transform<const FMA: bool>(c: &Circulant, (x, from): (&[f32], usize), (spectra, to): (&mut [f32], usize)) {
+    for (x, spectra) in x.chunks(TILE_BLOCKS * from).zip(spectra.chunks_mut(TILE_BLOCKS * to)) {
+        match x.len() / from {
+            TILE_BLOCKS => transform_some::<TILE_BLOCKS, FMA>(c, (x, from), (spectra, to)),
+            count => {
+                for (x, spectrum) in x.chunks(from).zip(spectra.chunks_mut(to)).take(count) {
+                    transform_some::<1, FMA>(c, (x, from), (spectrum, to));
                 }
             }
-            // The odd part changes its sign where the spectrum is read backwards.
-            for k in 0..b {
-                spectrum[k] = plus[k] - minus[(b - k) % b];
-            }
-            transform::<FMA>(&spectrum, &c.table, &mut y[block * b..(block + 1) * b]);
         }
     }
 }
 
-/// The Hartley transform of `x` (b).
+/// `M` blocks, one chain over ascending `j` per output.
 #[inline(always)]
-fn transform<const FMA: bool>(x: &[f32], table: &[f32], spectrum: &mut [f32]) {
-    spectrum.fill(0.0);
-    for (x, row) in x.iter().zip(table.chunks_exact(x.len())) {
-        for (sum, cas) in spectrum.iter_mut().zip(row) {
-            *sum = fma::<FMA>(*x, *cas, *sum);
+fn transform_some<const M: usize, const FMA: bool>(
+    c: &Circulant,
+    (x, from): (&[f32], usize),
+    (spectra, to): (&mut [f32], usize),
+) {
+    for column in (0..c.padded).step_by(LANES) {
+        let mut acc = [[0.0_f32; LANES]; M];
+        for (j, row) in c.table.chunks_exact(c.padded).enumerate() {
+            let cas: &[f32; LANES] = row[column..column + LANES].try_into().expect("whole vectors");
+            for (m, acc) in acc.iter_mut().enumerate() {
+                let factor = x[m * from + j];
+                for lane in 0..LANES {
+                    acc[lane] = fma::<FMA>(factor, cas[lane], acc[lane]);
+                }
+            }
+        }
+        let kept = LANES.min(to.saturating_sub(column));
+        for (m, acc) in acc.iter().enumerate() {
+            spectra[m * to + column.min(to)..][..kept].copy_from_slice(&acc[..kept]);
         }
     }
 }

@@ -1,8 +1,9 @@
 //! The matrix product with packed weights.
 
+use super::ahead::Ahead;
 use super::int8::{GROUP_WORDS, Int8Matrix, groups, int8_row_words};
 use super::isa::Isa;
-use super::packed::{Line, PANEL, PackedMatrix};
+use super::packed::{Line, PANEL, PackedMatrix, WeightFormat};
 use super::tile::{Fetch, ROWS, TileArgs, block_steps, tile};
 use super::tile_int8::{BLOCK_GROUPS, Int8Args, int8_tile};
 use super::words::row_words;
@@ -14,21 +15,30 @@ pub(super) struct Target {
     pub(super) stride: usize,
 }
 
-/// `m` rows of padded words times one panel of `w`.
+/// Tiles that the product of `m` rows with one panel of a matrix with rows of `k` in `format` takes.
+pub(super) fn num_tiles(m: usize, format: WeightFormat, k: usize) -> usize {
+    m.div_ceil(ROWS) * format.steps(k).div_ceil(block_steps(Isa::best()))
+}
+
+/// All rows `x` of padded words times one panel of `w`.
 ///
-/// The first rows to meet a block fetch it from memory, ahead of its use; the others find it in the cache.
+/// The first rows to meet a block fetch it from memory, ahead of its use; the others find it in the cache. Every tile asks
+/// for a share of `ahead`.
 ///
 /// # Safety
-/// `target` must be valid for reads and writes of the panel's columns in each of `m` rows, and nobody else may touch
+/// `target` must be valid for reads and writes of the panel's columns in each of the rows, and nobody else may touch
 /// these meanwhile. `isa` must be available.
-///
-/// # Panics
-/// When `x` has fewer than `m` rows.
 #[expect(unsafe_code, reason = "threads write different columns of one output")]
-pub(super) unsafe fn multiply_panel(x: &[u32], m: usize, w: &PackedMatrix, panel_idx: usize, target: Target, isa: Isa) {
+pub(super) unsafe fn multiply_panel(
+    x: &[u32],
+    w: &PackedMatrix,
+    panel_idx: usize,
+    target: Target,
+    isa: Isa,
+    ahead: &mut Ahead,
+) {
     let x_stride = row_words(w.format(), w.k());
-    let columns = PANEL.min(w.n() - panel_idx * PANEL);
-    assert!(x.len() >= m * x_stride, "x has {m} rows");
+    let (m, columns) = (x.len() / x_stride, PANEL.min(w.n() - panel_idx * PANEL));
     let (steps, passes) = (block_steps(isa), m.div_ceil(ROWS));
     for (block_idx, block) in w.panel(panel_idx).chunks(steps * PANEL).enumerate() {
         // The next block is about as long as this one; every pass fetches a part of it.
@@ -45,6 +55,7 @@ pub(super) unsafe fn multiply_panel(x: &[u32], m: usize, w: &PackedMatrix, panel
                 from_zero: block_idx == 0,
                 fetch: next.share(pass, passes),
             };
+            ahead.share();
             // SAFETY: the rows and columns are the caller's.
             unsafe {
                 tile(ROWS.min(m - row), isa, w.format(), args);
@@ -53,24 +64,21 @@ pub(super) unsafe fn multiply_panel(x: &[u32], m: usize, w: &PackedMatrix, panel
     }
 }
 
-/// `m` rows of integers, as [`super::int8`] lays them out, times one panel of `w`.
+/// All rows `x` of integers, as [`super::int8`] lays them out, times one panel of `w`.
 ///
 /// # Safety
 /// As for [`multiply_panel`].
-///
-/// # Panics
-/// When `x` has fewer than `m` rows.
 #[expect(unsafe_code, reason = "threads write different columns of one output")]
 pub(super) unsafe fn multiply_int8_panel(
     x: &[u32],
-    m: usize,
     w: &Int8Matrix,
     panel_idx: usize,
     target: Target,
     isa: Isa,
+    ahead: &mut Ahead,
 ) {
     let x_stride = int8_row_words(w.k());
-    assert!(x.len() >= m * x_stride, "x has {m} rows");
+    let m = x.len() / x_stride;
     let passes = m.div_ceil(ROWS);
     for (block_idx, block) in w.panel(panel_idx).chunks(BLOCK_GROUPS * GROUP_WORDS).enumerate() {
         let next = Fetch { at: block.as_ptr_range().end, lines: size_of_val(block) / size_of::<Line>() };
@@ -87,6 +95,7 @@ pub(super) unsafe fn multiply_int8_panel(
                 from_zero: block_idx == 0,
                 fetch: next.share(pass, passes),
             };
+            ahead.share();
             // SAFETY: the rows and columns are the caller's.
             unsafe { int8_tile(ROWS.min(m - row), isa, &args) };
         }
@@ -99,7 +108,6 @@ mod tests {
     use proptest::prelude::*;
 
     use super::super::int8::quantise_row;
-    use super::super::packed::WeightFormat;
     use super::super::pool::for_each;
     use super::super::shared::Shared;
     use super::super::words::write_row;
@@ -120,7 +128,7 @@ mod tests {
         for_each(w.n().div_ceil(PANEL), |panel_idx| {
             let target = Target { y: output.at(panel_idx * PANEL), stride: w.n() };
             // SAFETY: a panel's columns are written by its task only.
-            unsafe { multiply_panel(&words, m, w, panel_idx, target, isa) };
+            unsafe { multiply_panel(&words, w, panel_idx, target, isa, &mut Ahead::default()) };
         });
     }
 
@@ -200,7 +208,7 @@ mod tests {
         for_each(w.n().div_ceil(PANEL), |panel_idx| {
             let target = Target { y: output.at(panel_idx * PANEL), stride: w.n() };
             // SAFETY: a panel's columns are written by its task only.
-            unsafe { multiply_int8_panel(&words, m, w, panel_idx, target, isa) };
+            unsafe { multiply_int8_panel(&words, w, panel_idx, target, isa, &mut Ahead::default()) };
         });
     }
 

@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use rayon::prelude::*;
 
+use super::ahead::Ahead;
 use super::gemm::{Target, multiply_int8_panel, multiply_panel};
 use super::int8::{Int8Matrix, int8_row_words, quantise_row};
 use super::isa::Isa;
@@ -90,7 +91,7 @@ pub fn dot_rate(format: WeightFormat) -> f64 {
             #[expect(unsafe_code, reason = "calls the kernel")]
             // SAFETY: the target is a tile's.
             unsafe {
-                multiply_panel(black_box(&words), ROWS, &w, 0, target, Isa::best());
+                multiply_panel(black_box(&words), &w, 0, target, Isa::best(), &mut Ahead::default());
             }
         }
     })
@@ -113,7 +114,7 @@ pub fn int8_rate() -> f64 {
             #[expect(unsafe_code, reason = "calls the kernel")]
             // SAFETY: the target is a tile's.
             unsafe {
-                multiply_int8_panel(black_box(&words), ROWS, &w, 0, target, Isa::best());
+                multiply_int8_panel(black_box(&words), &w, 0, target, Isa::best(), &mut Ahead::default());
             }
         }
     })

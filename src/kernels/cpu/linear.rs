@@ -14,8 +14,9 @@
 use std::cell::RefCell;
 use std::ops::Range;
 
+use super::ahead::Ahead;
 use super::base::{BaseMatrix, RowForm, RowWords, multiply};
-use super::gemm::Target;
+use super::gemm::{Target, num_tiles};
 use super::isa::Isa;
 use super::packed::{PANEL, PackedMatrix};
 use super::pool::{for_each, for_ranges, num_threads};
@@ -128,6 +129,7 @@ struct Scratch {
 
 thread_local! {
     static SCRATCH: RefCell<Scratch> = RefCell::default();
+    static AHEAD: RefCell<Ahead> = RefCell::default();
     static PANELS: RefCell<Vec<f32>> = RefCell::default();
 }
 
@@ -248,11 +250,19 @@ impl Sweep<'_> {
     fn piece(&self, piece: Piece<'_>) {
         let linear = &self.linears[piece.linear_idx];
         let places = &self.plan.places[piece.linear_idx];
-        // The terms of the next panel come from memory while this one is multiplied.
-        for slots in linear.runs.iter().filter(|run| overlaps(&run.rows, &piece)).filter_map(|run| run.slots) {
-            slots.deltas.iter().filter_map(PackedDelta::up).for_each(|up| up.fetch_panel(piece.panel_idx + 1));
+        AHEAD.with_borrow_mut(|ahead| self.product(linear, places, &piece, ahead));
+        for (run, place) in linear.runs.iter().zip(places).filter(|(run, _)| overlaps(&run.rows, &piece)) {
+            self.finish_run(linear, (run, place.short), &piece);
         }
-        let mut runs = linear.runs.iter().zip(places).filter(|(run, _)| overlaps(&run.rows, &piece)).peekable();
+    }
+
+    /// The dense products of a piece. The terms of the next panel come from memory meanwhile.
+    fn product(&self, linear: &SweepLinear<'_>, places: &[Place], piece: &Piece<'_>, ahead: &mut Ahead) {
+        let slots = linear.runs.iter().filter(|run| overlaps(&run.rows, piece)).filter_map(|run| run.slots);
+        let ups = slots.flat_map(|slots| slots.deltas.iter().filter_map(PackedDelta::up));
+        let tiles = num_tiles(piece.to - piece.from, linear.weight.form().terms(), self.k);
+        ahead.start(ups.map(|up| up.panel_ahead(piece.panel_idx + 1)), tiles);
+        let mut runs = linear.runs.iter().zip(places).filter(|(run, _)| overlaps(&run.rows, piece)).peekable();
         // The adapter's own weight, and how far a run's rows of words lie from its rows.
         let source = |(run, place): &(&SlotRun<'_>, &Place)| -> (Option<*const PackedMatrix>, usize) {
             (own_weight(run).map(std::ptr::from_ref), place.word_row - run.rows.start)
@@ -275,10 +285,7 @@ impl Sweep<'_> {
             let shift = place.word_row - run.rows.start;
             let weight = (linear.weight, own_weight(run));
             // SAFETY: in bounds by the assertion; a panel's columns are written by its task only.
-            unsafe { multiply(self.words, (from + shift, to + shift), weight, piece.panel_idx, target) };
-        }
-        for (run, place) in linear.runs.iter().zip(places).filter(|(run, _)| overlaps(&run.rows, &piece)) {
-            self.finish_run(linear, (run, place.short), &piece);
+            unsafe { multiply(self.words, (from + shift, to + shift), weight, piece.panel_idx, target, ahead) };
         }
     }
 

@@ -1,5 +1,6 @@
 //! Arithmetic for the CPU. Unsafe code of the crate lives here, each block with its reason.
 
+mod ahead;
 mod attention;
 mod base;
 mod blocks;

@@ -178,21 +178,13 @@ impl PackedMatrix {
         }
     }
 
-    /// Asks for a panel to be brought near the processor, up to [`FETCH_BYTES_MAX`] of it; does nothing where there is no
-    /// such panel or no instruction for it.
-    pub(super) fn fetch_panel(&self, panel_idx: usize) {
+    /// The words of a panel that are worth fetching ahead, up to [`FETCH_BYTES_MAX`]; none where there is no such panel.
+    pub(super) fn panel_ahead(&self, panel_idx: usize) -> &[u32] {
         if panel_idx >= self.n.div_ceil(PANEL) {
-            return;
+            return &[];
         }
-        #[cfg(target_arch = "x86_64")]
-        for line in self.panel(panel_idx).chunks(LANES).take(FETCH_BYTES_MAX / 64) {
-            use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
-            #[expect(unsafe_code, reason = "an instruction without effect but on the caches")]
-            // SAFETY: SSE is part of the architecture.
-            unsafe {
-                _mm_prefetch::<_MM_HINT_T1>(line.as_ptr().cast());
-            }
-        }
+        let panel = self.panel(panel_idx);
+        &panel[..panel.len().min(FETCH_BYTES_MAX / size_of::<u32>())]
     }
 
     /// The words of one panel, `[steps][PANEL]`.

@@ -49,7 +49,7 @@ pub(super) struct TileArgs<'a> {
 }
 
 /// Memory that is asked for while a tile is computed: it need not exist.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Debug)]
 pub(super) struct Fetch {
     /// The first word.
     pub(super) at: *const u32,
@@ -58,6 +58,26 @@ pub(super) struct Fetch {
 }
 
 impl Fetch {
+    /// All of `words`.
+    pub(super) fn of(words: &[u32]) -> Self {
+        Self { at: words.as_ptr(), lines: words.len().div_ceil(LINE_WORDS) }
+    }
+
+    /// Asks for the next `lines` lines, into a cache further away than the one that [`Self::next`] fills.
+    pub(super) fn next_far(&mut self, lines: usize) {
+        #[cfg(target_arch = "x86_64")]
+        for line in 0..lines {
+            use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
+            #[expect(unsafe_code, reason = "an instruction without effect but on the caches")]
+            // SAFETY: SSE is part of the architecture, and any address may be asked for.
+            unsafe {
+                _mm_prefetch::<_MM_HINT_T1>(self.at.wrapping_add(line * LINE_WORDS).cast());
+            }
+        }
+        self.at = self.at.wrapping_add(lines * LINE_WORDS);
+        self.lines -= lines;
+    }
+
     /// Share `idx` of `count` even ones.
     pub(super) fn share(self, idx: usize, count: usize) -> Self {
         let lines = self.lines.div_ceil(count);
