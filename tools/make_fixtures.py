@@ -116,6 +116,9 @@ def write_peft_adapter(case: Case, model_name: str, bases: Bases, directory: Pat
     model = get_peft_model(bases.get(model_name), config)
     if not case.identity:
         randomize_adapter(model, case.name, model_name, attempt, values=case.values)
+    for name, param in model.named_parameters():
+        if any(part in name for part in case.zeros):
+            param.data.zero_()
     if isinstance(made_with, str):
         config.init_lora_weights = made_with
     for key, value in case.late.items():
