@@ -3,17 +3,14 @@
 Run after make_fixtures.py, in its own virtual environment, from the repository root.
 """
 
-import argparse
 import json
 import os
-import warnings
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 import peft
-import torch
 import transformers
 from peft import BoneConfig, PeftModel, get_peft_model
 
@@ -24,6 +21,7 @@ from fixture_common import (
     MARGIN_MIN,
     MERGE_TOLERANCE,
     Bases,
+    begin,
     expected_outputs,
     fresh_dir,
     largest_difference,
@@ -107,17 +105,8 @@ def write_case(case: Case, model_name: str, bases: Bases, prompts: list) -> dict
 
 def main() -> None:
     """Makes the BONE adapters and puts them into the manifest."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("tests/fixtures"))
-    parser.add_argument("--threads", type=int, default=1)
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    warnings.filterwarnings("ignore")
+    args, bases, prompts = begin(__doc__)
     manifest = json.loads((args.out / "manifest.json").read_text())
-    prompts = json.loads((args.out / "prompts.json").read_text())
-    bases = Bases(args.out)
     made = [write_case(case, model, bases, prompts) for case in CASES for model in case.models]
     others = [e for e in manifest["cases"] if e["peft_type"] != "BONE" or e["name"].startswith("bone_native_")]
     manifest["cases"] = sorted(others + made, key=lambda entry: (entry["model"], entry["name"]))

@@ -1,18 +1,15 @@
 """Adds adapters of formats that PEFT does not have to tests/fixtures: SaRA, SVFit, FLoRA, and Bone of the RWKV trainer.
 
 The expected outputs are those of transformers on weights changed by the formats' formulas. Run after make_fixtures.py,
-from the repository root.
+from the repository root. `--only` is an expression: only the adapters whose name it finds are made, the rest is kept.
 """
 
-import argparse
 import json
 import re
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import torch
-import transformers
 from safetensors.torch import save_file
 
 from fixture_common import (
@@ -21,6 +18,7 @@ from fixture_common import (
     MARGIN_MIN,
     MERGE_TOLERANCE,
     Bases,
+    begin,
     expected_outputs,
     fresh_dir,
     generator,
@@ -148,15 +146,8 @@ def write_case(case: tuple, bases: Bases, prompts: list) -> dict:
 
 def main() -> None:
     """Makes the adapters and puts them into the manifest."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("tests/fixtures"))
-    parser.add_argument("--only", default="", help="make only the adapters whose name this expression finds; keep the rest")
-    args = parser.parse_args()
-    torch.set_num_threads(1)
-    transformers.utils.logging.set_verbosity_error()
+    args, bases, prompts = begin(__doc__, "only")
     manifest = json.loads((args.out / "manifest.json").read_text())
-    prompts = json.loads((args.out / "prompts.json").read_text())
-    bases = Bases(args.out)
     made = [write_case(case, bases, prompts) for case in CASES if re.search(args.only, case[0])]
     names = {entry["name"] for entry in made}
     others = [entry for entry in manifest["cases"] if entry["name"] not in names]
