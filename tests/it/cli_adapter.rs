@@ -65,6 +65,19 @@ fn check_reads_a_directory_of_adapterhub() {
 }
 
 #[test]
+fn inspect_tells_what_files_hold_without_a_model() {
+    let inspect = |case: &str| patchbay(&["inspect", fixtures::dir().join(case).to_str().unwrap()]);
+    let said = check_succeeds(&inspect("adapters/llama/lora_qv"));
+    assert!(said.starts_with("kind      LORA\ntensors   8, "), "{said}");
+    assert!(said.contains("modules   4\n          model.layers.*.self_attn.q_proj (layers 0-1)\n"), "{said}");
+    let said = check_succeeds(&inspect("adapters/llama/bottleneck_houlsby"));
+    assert!(said.contains("model.layers.*.attention_adapters (layers 0-1)"), "{said}");
+    let said = check_succeeds(&inspect("adapters/llama/prefix_tuning"));
+    assert!(said.contains("modules   0"), "{said}");
+    check_fails(&inspect("refused/missing_b"), "missing_b cannot be served: 1 problem");
+}
+
+#[test]
 fn check_says_why_an_adapter_cannot_be_served() {
     let temp = tempfile::tempdir().unwrap();
     check_fails(&check(&temp.path().join("absent"), &[]), "is not a directory");
