@@ -142,12 +142,15 @@ fn adapters_are_combined_into_a_directory_that_passes_the_check() {
         patchbay(&[&to[..], arguments].concat())
     };
     check_fails(&combine(&["--mode", "mean", &all, &eight]), "only `stack`");
-    check_fails(&combine(&["--mode", "stack", &all, &dora]), "use_dora");
+    let refused = combine(&["--mode", "stack", &all, &dora]);
+    check_fails(&refused, "use_dora");
+    assert_eq!(String::from_utf8_lossy(&refused.stderr).matches("use_dora").count(), 1, "said once: {refused:?}");
+    check_fails(&combine(&["--mode", "stack", temp.path().to_str().unwrap()]), temp.path().to_str().unwrap());
     check_fails(&combine(&["--mode", "ties", &all, &qv]), "`density`");
     assert!(!out.exists(), "a refusal writes nothing");
     let said = check_succeeds(&combine(&["--mode", "stack", &format!("{all}=0.7"), &format!("{eight}=-0.3")]));
     assert!(said.contains("LORA: 14 modules, ranks 12, "), "{said}");
-    check_fails(&combine(&["--mode", "fair", &all, &qv]), "exists already");
+    check_fails(&combine(&["--mode", "fair", &all, &qv]), "nothing is overwritten");
     let said = check_succeeds(&check(&out, &[]));
     assert!(said.contains("ranks     12\n"), "{said}");
 }
