@@ -29,7 +29,8 @@ EVERY = CORE + VARIANTS + ("llama_rope_dynamic",)
 
 @dataclass
 class Case:
-    """One adapter. `edit` names what is done to the saved files afterwards; `identity` expects the base's output."""
+    """One adapter. `edit` names what is done to the saved files afterwards; `identity` expects the base's output from
+    PEFT's own start, or from one with the parameters `zeros` (parts of names) at zero."""
 
     name: str
     peft_type: str
@@ -38,6 +39,7 @@ class Case:
     config: dict = field(default_factory=dict)
     edit: str | None = None
     identity: bool = False
+    zeros: tuple[str, ...] = ()
     converted_from: str | None = None
     # Mean and spread of the random values, by part of a parameter's name; `random_like` decides for all others.
     values: dict = field(default_factory=dict)

@@ -3,14 +3,17 @@
 The expected outputs are those of transformers (+ PEFT) in float32 on the CPU with eager attention.
 """
 
+import argparse
 import copy
 import json
 import shutil
+import warnings
 import zlib
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -50,6 +53,26 @@ def make_prompts() -> list[list[int]]:
                 ids[place] = token
         prompts.append(ids)
     return prompts
+
+
+def quiet(threads: int = 1) -> None:
+    """Sums in one order, and no words of the libraries between a script's own."""
+    torch.set_num_threads(threads)
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore")
+
+
+def begin(description: str, *options: str) -> tuple[argparse.Namespace, "Bases", list[list[int]]]:
+    """Reads the command line of a script that adds to the fixtures in `--out`; further `options` are texts, empty where
+    they are not given. Returns it with the base models and the prompts."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--out", type=Path, default=Path("tests/fixtures"))
+    for option in options:
+        parser.add_argument(f"--{option}", default="")
+    args = parser.parse_args()
+    quiet()
+    return args, Bases(args.out), json.loads((args.out / "prompts.json").read_text())
 
 
 class Bases:

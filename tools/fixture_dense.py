@@ -3,7 +3,7 @@
 import torch
 
 from fixture_common import RANDOM_RULES
-from fixture_kinds import P, Faults, case_of
+from fixture_kinds import IDENTITY, P, Faults, case_of
 from fixture_refused import Refused, noise
 
 RANDOM_RULES.update(
@@ -40,8 +40,10 @@ CASES = [
     deft("deft_relu", "relu, with alpha", alpha=6),
     deft("deft_qr", "qr, without alpha", decomposition_method="qr"),
     deft("deft_para", "PaRa: the subspace is removed only", ("llama_bias",), para=True, r=2),
+    deft("deft_identity", "what is removed is put back: equals the base up to rounding", **IDENTITY),
     peanut("peanut_flat", "no hidden layers, relu"),
     peanut("peanut_deep", "two hidden layers on each side, gelu, scaling", depth=2, act_fn="gelu", scaling=0.5),
+    peanut("peanut_identity", "B is zero: equals the base", **IDENTITY),
     hira("hira_embed", "embed_tokens and q_proj", target_modules=["embed_tokens", "q_proj"]),
     hira("hira_identity", "B is zero: equals the base", identity=True, target_modules=["q_proj"]),
     glora("glora_lora", "A, B and C low-rank, D and E constant", ("llama_bias",)),
@@ -51,7 +53,9 @@ CASES = [
     glora("glora_identity", "all zero: equals the base", ("llama_bias",), identity=True, config_A_B="vector"),
     osf("osf_half", "half of the directions trained, the default"),
     osf("osf_few", "few directions trained, a fraction in rank_pattern", effective_rank=29, rank_pattern={"v_proj": 0.75}),
+    osf("osf_identity", "the base's own directions: equals it up to rounding", effective_rank=28, **IDENTITY),
     frod("frod_sparse", "a basis for each category", sparse_rate=0.1),
+    frod("frod_identity", "the base in the basis: equals it up to rounding", **IDENTITY),
 ]
 
 

@@ -9,6 +9,8 @@ from fixture_refused import MODEL, SITE, Refused, with_value
 
 # Fewer outputs than inputs, and more.
 MIXED = ["v_proj", "up_proj"]
+# What the cases that equal the base have in common: little is enough.
+IDENTITY = {"identity": True, "target_modules": ["q_proj"], "prompts": (1,)}
 P = f"base_model.model.{SITE}."
 
 
@@ -16,7 +18,7 @@ def case_of(peft_type: str, **defaults) -> Callable[..., Case]:
     """A function that makes cases of one type; on two linears of `llama` unless the arguments say otherwise."""
 
     def make(name: str, what: str, models: tuple[str, ...] = ("llama",), **config) -> Case:
-        extra = {key: config.pop(key) for key in ("edit", "identity") if key in config}
+        extra = {key: config.pop(key) for key in ("edit", "identity", "prompts") if key in config}
         return Case(name, peft_type, what, models, {"target_modules": MIXED} | defaults | config, **extra)
 
     return make

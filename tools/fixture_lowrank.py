@@ -1,6 +1,7 @@
 """Cases of the kinds whose delta is a product of factors: AdaLoRA, LoHa, LoKr and the families of VeRA and VB-LoRA."""
 
 from fixture_cases import Case
+from fixture_kinds import IDENTITY
 
 # One short and one longer prompt keep the files small.
 PROMPTS = (1, 2)
@@ -32,9 +33,10 @@ def factored(
     peft_type: str, default: dict, name: str, what: str, models: tuple[str, ...] = ("llama",), **config
 ) -> Case:
     """A case of one of these kinds."""
-    extra = {key: config.pop(key) for key in ("edit", "identity", "late") if key in config}
+    extra = {key: config.pop(key) for key in ("edit", "identity", "zeros", "late", "prompts") if key in config}
     config = {"target_modules": TARGETS} | default | config
-    return Case(name, peft_type, what, models, config, values=VALUES, prompts=PROMPTS, **extra)
+    extra = {"prompts": PROMPTS} | extra
+    return Case(name, peft_type, what, models, config, values=VALUES, **extra)
 
 
 def mask(layer: int, module: str, kept: int, of: int) -> dict:
@@ -170,4 +172,7 @@ FACTORED_CASES = [
     delora("delora_identity", "B is zero: equals the base", identity=True),
     gralora("gralora_identity", "B is zero: equals the base", identity=True),
     tinylora("tinylora_identity", "v is zero: equals the base", identity=True, init_v_bound=0.0),
+    vblora("vblora_identity", "a bank of zeros: equals the base", zeros=("vblora_vector_bank",), **IDENTITY),
+    unilora("unilora_identity", "theta is zero: equals the base", zeros=("unilora_theta_d",), **IDENTITY),
+    poly("poly_identity", "B is zero: equals the base", n_tasks=1, **IDENTITY),
 ]

@@ -3,7 +3,7 @@
 import torch
 
 from fixture_common import RANDOM_RULES
-from fixture_kinds import P, Faults, case_of
+from fixture_kinds import IDENTITY, P, Faults, case_of
 from fixture_refused import Refused, noise
 
 RANDOM_RULES.update(
@@ -30,14 +30,17 @@ CASES = [
     shira("shira_identity", "all zero: equals the base", identity=True, target_modules=["q_proj"]),
     supertuning("supertuning_top", "the largest entries", sparsity=0.9),
     supertuning("supertuning_supra", "the smallest entries, and a low-rank term", sparsity=0.95, select_top=False, r=3, lora_alpha=4),
+    supertuning("supertuning_identity", "all zero: equals the base", sparsity=0.9, **IDENTITY),
     c3a("c3a_pattern", "blocks, another size for one module", block_size_pattern={"up_proj": 16}),
     c3a("c3a_identity", "all zero: equals the base", identity=True, init_weights=True, target_modules=["q_proj"]),
     fourierft("fourierft_few", "few coefficients: low rank", random_loc_seed=123, n_frequency_pattern={"v_proj": 3}),
     fourierft("fourierft_many", "many coefficients: a dense weight; the default seed", n_frequency=100, scaling=20.0),
+    fourierft("fourierft_identity", "all zero: equals the base", init_weights=True, **IDENTITY),
     waveft("waveft_db1", "Haar wavelets"),
     waveft("waveft_db3", "longer filters, odd edges", wavelet_family="db3", n_frequency_pattern={"v_proj": 5}),
     waveft("waveft_coif1", "a coiflet, and a budget shared in proportion", wavelet_family="coif1", proportional_parameters=True),
     waveft("waveft_direct", "without the transform", use_idwt=False, scaling=0.6, random_loc_seed=9),
+    waveft("waveft_identity", "all zero: equals the base", init_weights=True, **IDENTITY),
 ]
 
 

@@ -10,7 +10,6 @@ import os
 import re
 import shutil
 import tempfile
-import warnings
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -47,6 +46,7 @@ from fixture_common import (
     load_expected,
     make_prompts,
     merged_difference,
+    quiet,
     randomize_adapter,
     save_expected,
     seed_of,
@@ -116,6 +116,9 @@ def write_peft_adapter(case: Case, model_name: str, bases: Bases, directory: Pat
     model = get_peft_model(bases.get(model_name), config)
     if not case.identity:
         randomize_adapter(model, case.name, model_name, attempt, values=case.values)
+    for name, param in model.named_parameters():
+        if any(part in name for part in case.zeros):
+            param.data.zero_()
     if isinstance(made_with, str):
         config.init_lora_weights = made_with
     for key, value in case.late.items():
@@ -342,10 +345,7 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     """Makes everything, or the selected adapters."""
     args = parse_args()
-    torch.set_num_threads(args.threads)
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    warnings.filterwarnings("ignore")
+    quiet(args.threads)
     allow_qalora()
     args.out.mkdir(parents=True, exist_ok=True)
     manifest_path = args.out / "manifest.json"

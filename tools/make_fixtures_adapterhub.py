@@ -3,10 +3,8 @@
 Run after make_fixtures.py, in its own virtual environment, from the repository root.
 """
 
-import argparse
 import json
 import os
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +21,7 @@ from fixture_common import (
     EFFECT_MIN,
     MARGIN_MIN,
     Bases,
+    begin,
     forward_logits,
     fresh_dir,
     generator,
@@ -206,15 +205,7 @@ def write_case(case: Case, model_name: str, bases: Bases, prompts: list) -> dict
 
 def main() -> None:
     """Makes the adapters and puts them into the manifest."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("tests/fixtures"))
-    args = parser.parse_args()
-    torch.set_num_threads(1)
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    warnings.filterwarnings("ignore")
-    prompts = json.loads((args.out / "prompts.json").read_text())
-    bases = Bases(args.out)
+    args, bases, prompts = begin(__doc__)
     made = [write_case(case, model, bases, prompts) for case in CASES for model in case.models]
     versions = {"adapters": adapters.__version__, "transformers": transformers.__version__}
     put_cases(args.out, "BOTTLENECK", made, {"adapterhub": versions})

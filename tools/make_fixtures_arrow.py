@@ -3,11 +3,8 @@
 Run after make_fixtures.py, in the same environment, from the repository root.
 """
 
-import argparse
-import json
 import os
 import tempfile
-import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,7 +12,6 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 import torch
-import transformers
 from peft import ArrowConfig, LoraConfig, create_arrow_model, get_peft_model
 from peft.tuners.lora.arrow import ArrowLoraLinearLayer
 
@@ -24,7 +20,9 @@ from fixture_common import (
     ATTEMPTS_MAX,
     EFFECT_MIN,
     MARGIN_MIN,
+    MERGE_TOLERANCE,
     Bases,
+    begin,
     expected_outputs,
     forward_logits,
     fresh_dir,
@@ -55,6 +53,7 @@ class Case:
     seed: int | None
     general: list[dict] = field(default_factory=list)
     prompts: tuple[int, ...] = (1,)
+    identity: bool = False
 
 
 def lora(alpha: float = 8, **config) -> dict:
@@ -84,18 +83,21 @@ CASES = [
         7,
         [lora(), lora(3)],
     ),
+    Case("arrow_identity", "B is zero: equals the base", "llama", [lora(r=2), lora(r=2)], 1, 1.0, 42, identity=True),
 ]
 
 
-def write_expert(config: dict, model: str, bases: Bases, directory: Path, *seed_parts: object) -> Path:
-    """One random LoRA whose first direction stands out, as that of a trained one does."""
-    made = get_peft_model(bases.get(model), LoraConfig(task_type="CAUSAL_LM", **config))
+def write_expert(config: dict, case: Case, bases: Bases, directory: Path, *seed_parts: object) -> Path:
+    """One random LoRA whose first direction stands out, as that of a trained one does; B is zero for an identity."""
+    made = get_peft_model(bases.get(case.model), LoraConfig(task_type="CAUSAL_LM", **config))
     randomize_adapter(made, *seed_parts)
     for name, param in made.named_parameters():
-        if "lora_B" in name:
+        if "lora_B" in name and case.identity:
+            param.data.zero_()
+        elif "lora_B" in name:
             param.data[:, 0] *= 4
     made.save_pretrained(directory)
-    tidy_adapter_dir(directory, f"patchbay/{model}")
+    tidy_adapter_dir(directory, f"patchbay/{case.model}")
     return directory
 
 
@@ -125,7 +127,7 @@ def try_case(case: Case, bases: Bases, prompts: list, directory: Path, attempt: 
     base = load_expected(bases.root / "models" / case.model)
     with tempfile.TemporaryDirectory() as folder:
         write = lambda kind, index, config: write_expert(
-            config, case.model, bases, Path(folder) / f"{kind}{index}", case.name, kind, index, attempt
+            config, case, bases, Path(folder) / f"{kind}{index}", case.name, kind, index, attempt
         )
         experts = [write("task", index, config) for index, config in enumerate(case.experts)]
         general = [write("general", index, config) for index, config in enumerate(case.general)]
@@ -135,13 +137,13 @@ def try_case(case: Case, bases: Bases, prompts: list, directory: Path, attempt: 
         paths = [str(path) for path in experts], [str(path) for path in general]
         model = create_arrow_model(bases.get(case.model), paths[0], config, paths[1] or None).eval()
         forward_logits(model, [5])
-        if smallest_gap(model, prompts) < GAP_MIN:
+        if not case.identity and smallest_gap(model, prompts) < GAP_MIN:
             return None
         expected, margin = expected_outputs(model, prompts)
         effect = largest_difference(expected, base)
         router = {"top_k": case.top_k, "router_temperature": case.temperature, "rng_seed": case.seed}
         arrow.collect(experts, general, router, directory)
-    if margin < MARGIN_MIN or effect < EFFECT_MIN:
+    if margin < MARGIN_MIN or (effect > MERGE_TOLERANCE if case.identity else effect < EFFECT_MIN):
         return None
     return expected, {"margin": round(margin, 5), "effect": round(effect, 3)}
 
@@ -166,22 +168,14 @@ def write_case(case: Case, bases: Bases, prompts: list) -> dict:
         "dir": f"adapters/{case.model}/{case.name}",
         "what": case.what,
         "mergeable": False,
-        "identity": False,
+        "identity": case.identity,
         "merge_note": "every token has its own weight",
     } | measured
 
 
 def main() -> None:
     """Makes the adapters and puts them into the manifest."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("tests/fixtures"))
-    args = parser.parse_args()
-    torch.set_num_threads(1)
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    warnings.filterwarnings("ignore")
-    prompts = json.loads((args.out / "prompts.json").read_text())
-    bases = Bases(args.out)
+    args, bases, prompts = begin(__doc__)
     made = [write_case(case, bases, prompts) for case in CASES]
     put_cases(args.out, "ARROW", made)
 

@@ -3,17 +3,14 @@
 Run after make_fixtures.py, in its own virtual environment, from the repository root.
 """
 
-import argparse
 import json
 import os
-import warnings
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 import peft
-import torch
 import transformers
 from peft import BoneConfig, PeftModel, get_peft_model
 
@@ -24,6 +21,7 @@ from fixture_common import (
     MARGIN_MIN,
     MERGE_TOLERANCE,
     Bases,
+    begin,
     expected_outputs,
     fresh_dir,
     largest_difference,
@@ -34,11 +32,13 @@ from fixture_common import (
     tidy_adapter_dir,
     write_json,
 )
+from fixture_kinds import IDENTITY
 
 
 def bone(name: str, what: str, models: tuple[str, ...] = FULL, **config) -> Case:
     """A BONE case; rank 4, all linears unless the arguments say otherwise."""
-    return Case(name, "BONE", what, models, {"r": 4, "target_modules": LINEARS} | config)
+    extra = {key: config.pop(key) for key in ("identity", "prompts") if key in config}
+    return Case(name, "BONE", what, models, {"r": 4, "target_modules": LINEARS} | config, **extra)
 
 
 CASES = [
@@ -53,6 +53,7 @@ CASES = [
         init_weights="bat",
         target_modules=["o_proj", "down_proj"],
     ),
+    bone("bone_identity", "all zero: equals the base", ("llama",), **IDENTITY),
 ]
 
 
@@ -63,13 +64,14 @@ def try_case(case: Case, model_name: str, bases: Bases, directory: Path, prompts
         fresh_dir(directory)
         config = BoneConfig(task_type="CAUSAL_LM", **config_for(case, model_name))
         model = get_peft_model(bases.get(model_name), config)
-        randomize_adapter(model, case.name, model_name, attempt)
+        if not case.identity:
+            randomize_adapter(model, case.name, model_name, attempt)
         model.save_pretrained(directory)
         tidy_adapter_dir(directory, f"patchbay/{model_name}")
         loaded = PeftModel.from_pretrained(bases.get(model_name), directory).eval()
         expected, margin = expected_outputs(loaded, prompts)
         effect = largest_difference(expected, base)
-        if margin > MARGIN_MIN and effect > EFFECT_MIN:
+        if margin > MARGIN_MIN and (effect < MERGE_TOLERANCE if case.identity else effect > EFFECT_MIN):
             return expected, {"margin": round(margin, 5), "effect": round(effect, 3)}
     raise RuntimeError(f"{model_name}/{case.name}: no seed is good enough")
 
@@ -77,6 +79,8 @@ def try_case(case: Case, model_name: str, bases: Bases, directory: Path, prompts
 def write_case(case: Case, model_name: str, bases: Bases, prompts: list) -> dict:
     """Writes one adapter directory with its expected outputs; returns its manifest entry."""
     directory = bases.root / "adapters" / model_name / case.name
+    if case.prompts is not None:
+        prompts = [ids if index in case.prompts else None for index, ids in enumerate(prompts)]
     expected, measured = try_case(case, model_name, bases, directory, prompts)
     merged = PeftModel.from_pretrained(bases.get(model_name), directory).merge_and_unload()
     difference = merged_difference(merged, expected, prompts)
@@ -92,7 +96,7 @@ def write_case(case: Case, model_name: str, bases: Bases, prompts: list) -> dict
             "dir": f"adapters/{model_name}/{case.name}",
             "what": case.what,
             "mergeable": difference < MERGE_TOLERANCE,
-            "identity": False,
+            "identity": case.identity,
         }
         | measured
         | ({} if difference < MERGE_TOLERANCE else {"merge_note": f"largest difference {difference:.2g}"})
@@ -101,17 +105,8 @@ def write_case(case: Case, model_name: str, bases: Bases, prompts: list) -> dict
 
 def main() -> None:
     """Makes the BONE adapters and puts them into the manifest."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("tests/fixtures"))
-    parser.add_argument("--threads", type=int, default=1)
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    warnings.filterwarnings("ignore")
+    args, bases, prompts = begin(__doc__)
     manifest = json.loads((args.out / "manifest.json").read_text())
-    prompts = json.loads((args.out / "prompts.json").read_text())
-    bases = Bases(args.out)
     made = [write_case(case, model, bases, prompts) for case in CASES for model in case.models]
     others = [e for e in manifest["cases"] if e["peft_type"] != "BONE" or e["name"].startswith("bone_native_")]
     manifest["cases"] = sorted(others + made, key=lambda entry: (entry["model"], entry["name"]))

@@ -9,20 +9,18 @@ into the model by PEFT (or `ssf.py`); an SSF that comes last stays attached, as 
 some modules and the logits. Run after make_fixtures.py, from the repository root.
 """
 
-import argparse
 import json
 import shutil
 import tempfile
 from pathlib import Path
 
 import torch
-import transformers
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 
 import ssf
-from fixture_common import EFFECT_MIN, Bases, forward_logits, fresh_dir, load_expected, write_json
+from fixture_common import EFFECT_MIN, Bases, begin, forward_logits, fresh_dir, load_expected, write_json
 
 # Two prompts say enough of a composition: the parts have fixtures of their own.
 PROMPTS = (1, 2)
@@ -205,13 +203,7 @@ def write_combined(case: tuple, bases: Bases, prompts: list, out: Path) -> dict:
 
 def main() -> None:
     """Makes all cases."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("tests/fixtures"))
-    args = parser.parse_args()
-    torch.set_num_threads(1)
-    transformers.utils.logging.set_verbosity_error()
-    prompts = json.loads((args.out / "prompts.json").read_text())
-    bases = Bases(args.out)
+    args, bases, prompts = begin(__doc__)
     out = fresh_dir(args.out / "composed")
     write_json(args.out / "composed.json", [write_case(case, bases, prompts, out) for case in CASES])
     out = fresh_dir(args.out / "combined")

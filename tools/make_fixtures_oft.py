@@ -3,17 +3,13 @@
 Run after make_fixtures.py, with the releases that README.md names, from the repository root.
 """
 
-import argparse
 import json
 import os
-import warnings
-from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 import peft
-import torch
 import transformers
 from peft import OFTConfig, PeftModel, get_peft_model
 
@@ -25,6 +21,7 @@ from fixture_common import (
     MERGE_TOLERANCE,
     RANDOM_RULES,
     Bases,
+    begin,
     expected_outputs,
     fresh_dir,
     largest_difference,
@@ -98,17 +95,8 @@ def write_case(case: Case, bases: Bases, prompts: list) -> dict:
 
 def main() -> None:
     """Makes the adapters of this release and puts them into the manifest."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("tests/fixtures"))
-    parser.add_argument("--threads", type=int, default=1)
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    warnings.filterwarnings("ignore")
+    args, bases, prompts = begin(__doc__)
     manifest = json.loads((args.out / "manifest.json").read_text())
-    prompts = json.loads((args.out / "prompts.json").read_text())
-    bases = Bases(args.out)
     made = [write_case(case, bases, prompts) for case in CASES[RELEASE]]
     others = [entry for entry in manifest["cases"] if not entry["name"].startswith(f"oft_{RELEASE}_")]
     manifest["cases"] = sorted(others + made, key=lambda entry: (entry["model"], entry["name"]))

@@ -60,12 +60,12 @@ pub enum AdapterError {
         reason: String,
     },
     /// One of several adapters is at fault.
-    #[error("adapter `{name}`: {source}")]
+    #[error("adapter `{name}`: {fault}")]
     Part {
         /// Its name.
         name: String,
-        /// What is wrong with it.
-        source: Box<AdapterError>,
+        /// What is wrong with it; part of the text, so no source of it.
+        fault: Box<AdapterError>,
     },
     /// Adapters cannot be combined to one in this way.
     #[error("`{field}`: {reason}")]

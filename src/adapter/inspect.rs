@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use serde::Serialize;
 
 use super::config::Config;
-use super::keys::{COMMON_SUFFIXES, group_by_path, holds_integers, key_of};
+use super::keys::{COMMON_SUFFIXES, group_by_path, holds_integers, key_of, layer_part, shared_name};
 use super::kinds::{self, Kind};
 use super::matching::{is_saved, modules_to_save};
 use super::tensor_file::TensorFile;
@@ -16,7 +16,7 @@ use super::{AdapterError, AdapterFiles};
 pub struct Inspection {
     /// `peft_type` of the config.
     pub kind: String,
-    /// Module paths that have tensors, in alphabetical order.
+    /// Module paths that have tensors, and places inside layers that have some beside the modules, in alphabetical order.
     pub modules: Vec<String>,
     /// Distinct ranks, ascending; empty for kinds without one.
     pub ranks: Vec<usize>,
@@ -88,9 +88,11 @@ pub fn inspect(files: &AdapterFiles) -> Result<Inspection, AdapterError> {
             problems.push(AdapterError::Tensor { tensor: key.clone(), reason });
         }
     }
+    let parts = file.keys().filter_map(|key| layer_part(&shared_name(key, kind.shared)?));
+    let modules: BTreeSet<String> = parts.chain(modules.into_keys()).collect();
     Ok(Inspection {
         kind: kind.peft_type.to_owned(),
-        modules: modules.into_keys().collect(),
+        modules: modules.into_iter().collect(),
         ranks: ranks.into_iter().collect(),
         tensors: file.len(),
         bytes: file.num_bytes(),

@@ -70,6 +70,15 @@ pub(super) fn shared_name(key: &str, shared: &[&str]) -> Option<String> {
     shared.iter().any(|beginning| begins_with(&name, beginning)).then_some(name)
 }
 
+/// The part of a layer that a tensor without a module belongs to, from its shared name: the path up to the component
+/// behind the layer's number.
+pub(super) fn layer_part(name: &str) -> Option<String> {
+    let components: Vec<&str> = name.strip_prefix(PREFIX).unwrap_or(name).split('.').collect();
+    let is_layer = |pair: &[&str]| pair[0] == "layers" && pair[1].parse::<usize>().is_ok();
+    let at = components.windows(2).position(is_layer)?;
+    Some(components.get(..at + 3)?.join("."))
+}
+
 /// Whether a tensor's values are integers: those of the kind's suffixes and shared names that say so.
 pub(super) fn holds_integers(kind: &Kind, key: &str) -> bool {
     let shared = shared_name(key, kind.shared);

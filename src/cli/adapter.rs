@@ -13,7 +13,7 @@ use serde_json::Value;
 
 use super::combine::{self, CombineArgs};
 use super::settings::SettingsArgs;
-use crate::adapter::{AdapterError, LowerOptions, LowerReport, lower};
+use crate::adapter::{AdapterError, AdapterFiles, LowerOptions, LowerReport, lower};
 use crate::config::Config;
 use crate::model::{self, DeviceChoice, Model, ModelConfig};
 use crate::store::AdapterDirectory;
@@ -23,6 +23,11 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 
 #[derive(Debug, Subcommand)]
 pub(super) enum AdapterCommand {
+    /// Say what a directory holds and what is wrong with it, as far as that shows without a base model.
+    Inspect {
+        /// Directory with adapter_config.json and adapter_model.safetensors (or adapter.safetensors).
+        dir: PathBuf,
+    },
     /// Check a directory against the base model, without a server: what it is, what it changes, what it takes.
     Check {
         /// Directory with adapter_config.json and adapter_model.safetensors (or adapter.safetensors).
@@ -80,6 +85,7 @@ impl std::fmt::Debug for ServerArgs {
 /// Runs the command; `out` is where its answer goes.
 pub(super) fn run(command: AdapterCommand, out: &mut dyn Write) -> Result<()> {
     match command {
+        AdapterCommand::Inspect { dir } => super::inspect::run(&dir, out),
         AdapterCommand::Check { dir, merge, settings } => check(&dir, merge, &settings.resolve()?.config, out),
         AdapterCommand::Convert(arguments) => super::convert::run(arguments, out),
         AdapterCommand::Combine(arguments) => combine::run(&arguments, out),
@@ -91,9 +97,15 @@ pub(super) fn run(command: AdapterCommand, out: &mut dyn Write) -> Result<()> {
     }
 }
 
+/// The directory's two files; a fault names the directory.
+pub(super) fn read(dir: &Path, bytes_max: usize) -> Result<AdapterFiles> {
+    let files = AdapterDirectory::open(dir).and_then(|found| found.read(bytes_max));
+    files.with_context(|| dir.display().to_string())
+}
+
 /// Lowers the adapter for the configured base model, on the CPU, and says what came out.
 fn check(dir: &Path, merge: bool, config: &Config, out: &mut dyn Write) -> Result<()> {
-    let files = AdapterDirectory::open(dir)?.read(config.adapters.upload_bytes_max)?;
+    let files = read(dir, config.adapters.upload_bytes_max)?;
     let model_config = ModelConfig { device: DeviceChoice::Cpu, ..config.model.clone() };
     let what = || format!("loading the model {} (model.path)", config.model.path);
     let model_dir = model::locate(&model_config).with_context(what)?;

@@ -1,15 +1,17 @@
 //! `patchbay adapter combine`: several adapter directories to one.
 
 use std::io::Write;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::str::FromStr;
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::Result;
 use clap::Args;
 use serde::Deserialize;
 use serde::de::IntoDeserializer;
 use serde::de::value::{Error as ValueError, StrDeserializer};
 
+use super::adapter;
+use super::convert::{check_absent, write_new};
 use crate::adapter::{AdapterFiles, CombineInput, CombineMode, CombineOptions, combine, inspect};
 use crate::config::Config;
 use crate::store::AdapterDirectory;
@@ -67,12 +69,10 @@ fn mode(text: &str) -> Result<CombineMode, ValueError> {
 pub(super) fn run(arguments: &CombineArgs, out: &mut dyn Write) -> Result<()> {
     let CombineArgs { mode, rank, density, seed, lambda, .. } = *arguments;
     let options = CombineOptions { mode, rank, density, seed, lambda };
-    if arguments.out.exists() {
-        bail!("{} exists already (--out)", arguments.out.display());
-    }
+    check_absent(&arguments.out)?;
     let bytes_max = Config::default().adapters.upload_bytes_max;
     let read = |weighted: &Weighted| -> Result<(String, AdapterFiles)> {
-        Ok((weighted.dir.display().to_string(), AdapterDirectory::open(&weighted.dir)?.read(bytes_max)?))
+        Ok((weighted.dir.display().to_string(), adapter::read(&weighted.dir, bytes_max)?))
     };
     let files: Vec<(String, AdapterFiles)> = arguments.adapters.iter().map(read).collect::<Result<_>>()?;
     let inputs = arguments.adapters.iter().zip(&files);
@@ -80,9 +80,9 @@ pub(super) fn run(arguments: &CombineArgs, out: &mut dyn Write) -> Result<()> {
         inputs.map(|(weighted, (name, files))| CombineInput { name, files, weight: weighted.weight }).collect();
     let combined = combine(&inputs, &options)?;
     let found = inspect(&combined)?;
-    write(&arguments.out, &combined)?;
+    write_new(&arguments.out, |temp| Ok(AdapterDirectory::write(temp, &combined)?))?;
     let ranks: Vec<String> = found.ranks.iter().map(ToString::to_string).collect();
-    writeln!(out, "{}", arguments.out.display())?;
+    writeln!(out, "wrote the adapter {}", arguments.out.display())?;
     writeln!(
         out,
         "{}: {} modules, ranks {}, {} bytes",
@@ -92,13 +92,6 @@ pub(super) fn run(arguments: &CombineArgs, out: &mut dyn Write) -> Result<()> {
         found.bytes
     )?;
     Ok(())
-}
-
-fn write(dir: &Path, files: &AdapterFiles) -> Result<()> {
-    let what = || format!("writing {}", dir.display());
-    std::fs::create_dir_all(dir).with_context(what)?;
-    std::fs::write(dir.join("adapter_config.json"), &files.config).with_context(what)?;
-    std::fs::write(dir.join("adapter_model.safetensors"), &files.weights).with_context(what)
 }
 
 #[cfg(test)]

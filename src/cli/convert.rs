@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context as _, Result, anyhow, bail};
 use clap::Args;
 
+use super::adapter;
 use super::settings::SettingsArgs;
 use crate::adapter::{AdapterError, Converted, Form, convert};
 use crate::model::{self, DeviceChoice, DtypeChoice, KernelChoice, Model, ModelConfig};
@@ -32,7 +33,7 @@ pub(super) fn run(arguments: ConvertArgs, out: &mut dyn Write) -> Result<()> {
     let ConvertArgs { dir, to, out: target, settings } = arguments;
     check_absent(&target)?;
     let config = settings.resolve()?.config;
-    let files = AdapterDirectory::open(&dir)?.read(config.adapters.upload_bytes_max)?;
+    let files = adapter::read(&dir, config.adapters.upload_bytes_max)?;
     // The checkpoint's own weights, as they are: neither quantised nor packed for speed.
     let model_config = ModelConfig {
         device: DeviceChoice::Cpu,
@@ -67,7 +68,8 @@ pub(super) fn run(arguments: ConvertArgs, out: &mut dyn Write) -> Result<()> {
     Ok(())
 }
 
-fn check_absent(target: &Path) -> Result<()> {
+/// Refuses a target that exists.
+pub(super) fn check_absent(target: &Path) -> Result<()> {
     match fs::symlink_metadata(target) {
         Ok(_) => bail!("{} exists; nothing is overwritten", target.display()),
         Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
@@ -75,10 +77,11 @@ fn check_absent(target: &Path) -> Result<()> {
     }
 }
 
-/// Makes the directory `target` with what `fill` puts into it: all of it, or nothing.
-fn write_new(target: &Path, fill: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
+/// Makes the directory `target`, and those above it, with what `fill` puts into it: all of it, or nothing.
+pub(super) fn write_new(target: &Path, fill: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
     let parent = target.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or_else(|| Path::new("."));
     let what = || format!("writing {}", target.display());
+    fs::create_dir_all(parent).with_context(what)?;
     // Made beside the target, so that the last step is a rename; with the permissions of any new directory.
     let temp = tempfile::Builder::new()
         .prefix(".patchbay-")

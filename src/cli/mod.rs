@@ -4,6 +4,7 @@ mod adapter;
 mod bench;
 mod combine;
 mod convert;
+mod inspect;
 mod serve;
 mod settings;
 

@@ -1,11 +1,13 @@
-//! `GET /v1/models` and `GET /v1/models/{id}`: the base model first, then its adapters. `GET /lora-adapters`: the
-//! adapters with numbers, as llama.cpp's clients know them.
+//! `GET /v1/models` and `GET /v1/models/{id}`: the base model first, then its adapters. `/lora-adapters`: the adapters
+//! with numbers, as llama.cpp's clients know them.
 
 use axum::Json as JsonBody;
 use axum::extract::{Path, State};
+use axum::http::StatusCode;
+use serde::Deserialize;
 use serde_json::{Value as Json, json};
 
-use super::body::Fields;
+use super::body::{Body, Fields};
 use super::generate::context;
 use super::selector::{Selector, store_error};
 use super::{ApiError, AppState};
@@ -27,6 +29,31 @@ pub(super) async fn list_numbered(State(state): State<AppState>) -> Result<JsonB
     numbered.sort_unstable();
     let data = numbered.into_iter().map(|(id, name)| json!({"id": id, "path": name, "scale": 0.0}));
     Ok(JsonBody(data.collect()))
+}
+
+/// An entry of what llama.cpp's clients set for all requests.
+#[derive(Deserialize)]
+struct GlobalScale {
+    id: usize,
+    scale: f32,
+}
+
+/// `POST /lora-adapters`: llama.cpp's strengths for all requests. A request chooses its adapters here, whatever others
+/// do, so zeros are what already is and any other strength is refused.
+pub(super) async fn set_scales(Body(body): Body) -> Result<JsonBody<Json>, ApiError> {
+    let scales: Vec<GlobalScale> = serde_json::from_slice(&body).map_err(|e| {
+        let message = format!("the body is not `[{{\"id\": ..., \"scale\": ...}}, ...]`: {e}");
+        ApiError::new(StatusCode::BAD_REQUEST, message)
+    })?;
+    if let Some(at) = scales.iter().position(|entry| entry.scale != 0.0) {
+        let GlobalScale { id, scale } = scales[at];
+        let message = format!(
+            "adapters have no strength for all requests here; send it with each request that wants it: \
+             \"lora\": [{{\"id\": {id}, \"scale\": {scale}}}]"
+        );
+        return Err(ApiError::bad_request(&format!("[{at}].scale"), message));
+    }
+    Ok(JsonBody(json!({"success": true})))
 }
 
 /// One entry of the list, by any name that `model` accepts.

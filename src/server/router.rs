@@ -18,7 +18,7 @@ pub fn router(state: AppState) -> Router {
         .route("/v1/chat/completions", post(chat::chat_completions))
         .route("/v1/models", get(models::list))
         .route("/v1/models/{*id}", get(models::get))
-        .route("/lora-adapters", get(models::list_numbered))
+        .route("/lora-adapters", get(models::list_numbered).post(models::set_scales))
         .route("/tokenize", post(tokenize::tokenize))
         .route("/detokenize", post(tokenize::detokenize))
         .merge(adapters::read_routes())

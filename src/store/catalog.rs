@@ -1,6 +1,6 @@
 //! Names, generations and loaded adapters: the store as the rest of the server sees it.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -15,6 +15,7 @@ use super::load::{Flights, Loader};
 use super::local::{self, Roots};
 use super::memory::{Bytes, Generation, Memory};
 use super::name::{check_name, parse_reference};
+use super::numbers::Numbers;
 use super::objects::{DirectoryVersion, Objects};
 use super::record::{Current, NameState, Published, Record, Source};
 use super::{StoreConfig, StoreError, unpack};
@@ -53,8 +54,8 @@ pub(super) struct Known {
     pub(super) directories: HashMap<String, KnownDirectory>,
     /// The last load per name. Only names that were loaded once and not removed since.
     pub(super) facts: HashMap<String, LoadFacts>,
-    /// Names in the order in which they were first listed; the place of a name is its number for this process.
-    numbered: Vec<String>,
+    /// Numbers of names for this process.
+    numbers: Numbers,
 }
 
 /// A plain directory as it was last loaded.
@@ -274,19 +275,20 @@ impl Store {
         });
         let found: Vec<AdapterStatus> =
             found.buffered(LOOKUPS_MAX).filter_map(|status| async { status }).collect().await;
-        self.shared.known().number(&found);
+        let listed: Vec<&str> = found.iter().map(|status| status.name.as_str()).collect();
+        self.shared.known().numbers.list(&listed);
         Ok(found)
     }
 
     /// The name that has this number: names are numbered from 0 as they are listed, sorted at the start, and keep their
-    /// number for as long as the process runs.
+    /// number while they exist. No other name gets it as long as the process runs.
     pub fn name_of(&self, number: usize) -> Option<String> {
-        self.shared.known().numbered.get(number).cloned()
+        self.shared.known().numbers.name(number).map(str::to_owned)
     }
 
     /// The number of a name; `None` until it was listed.
     pub fn number_of(&self, name: &str) -> Option<usize> {
-        self.shared.known().numbered.iter().position(|known| known == name)
+        self.shared.known().numbers.number(name)
     }
 
     /// One name's state.
@@ -428,13 +430,6 @@ impl Shared {
 impl Known {
     fn published(&self, name: &str, number: u64) -> Option<Published> {
         self.names.get(name)?.published.get(&number).copied()
-    }
-
-    fn number(&mut self, listed: &[AdapterStatus]) {
-        let known: HashSet<&str> = self.numbered.iter().map(String::as_str).collect();
-        let new = listed.iter().filter(|status| !known.contains(status.name.as_str()));
-        let new: Vec<String> = new.map(|status| status.name.clone()).collect();
-        self.numbered.extend(new);
     }
 }
 

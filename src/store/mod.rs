@@ -20,6 +20,7 @@ mod load;
 mod local;
 mod memory;
 mod name;
+mod numbers;
 mod objects;
 mod publish;
 mod record;

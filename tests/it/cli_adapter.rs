@@ -65,6 +65,19 @@ fn check_reads_a_directory_of_adapterhub() {
 }
 
 #[test]
+fn inspect_tells_what_files_hold_without_a_model() {
+    let inspect = |case: &str| patchbay(&["inspect", fixtures::dir().join(case).to_str().unwrap()]);
+    let said = check_succeeds(&inspect("adapters/llama/lora_qv"));
+    assert!(said.starts_with("kind      LORA\ntensors   8, "), "{said}");
+    assert!(said.contains("modules   4\n          model.layers.*.self_attn.q_proj (layers 0-1)\n"), "{said}");
+    let said = check_succeeds(&inspect("adapters/llama/bottleneck_houlsby"));
+    assert!(said.contains("model.layers.*.attention_adapters (layers 0-1)"), "{said}");
+    let said = check_succeeds(&inspect("adapters/llama/prefix_tuning"));
+    assert!(said.contains("modules   0"), "{said}");
+    check_fails(&inspect("refused/missing_b"), "missing_b cannot be served: 1 problem");
+}
+
+#[test]
 fn check_says_why_an_adapter_cannot_be_served() {
     let temp = tempfile::tempdir().unwrap();
     check_fails(&check(&temp.path().join("absent"), &[]), "is not a directory");
@@ -129,12 +142,15 @@ fn adapters_are_combined_into_a_directory_that_passes_the_check() {
         patchbay(&[&to[..], arguments].concat())
     };
     check_fails(&combine(&["--mode", "mean", &all, &eight]), "only `stack`");
-    check_fails(&combine(&["--mode", "stack", &all, &dora]), "use_dora");
+    let refused = combine(&["--mode", "stack", &all, &dora]);
+    check_fails(&refused, "use_dora");
+    assert_eq!(String::from_utf8_lossy(&refused.stderr).matches("use_dora").count(), 1, "said once: {refused:?}");
+    check_fails(&combine(&["--mode", "stack", temp.path().to_str().unwrap()]), temp.path().to_str().unwrap());
     check_fails(&combine(&["--mode", "ties", &all, &qv]), "`density`");
     assert!(!out.exists(), "a refusal writes nothing");
     let said = check_succeeds(&combine(&["--mode", "stack", &format!("{all}=0.7"), &format!("{eight}=-0.3")]));
     assert!(said.contains("LORA: 14 modules, ranks 12, "), "{said}");
-    check_fails(&combine(&["--mode", "fair", &all, &qv]), "exists already");
+    check_fails(&combine(&["--mode", "fair", &all, &qv]), "nothing is overwritten");
     let said = check_succeeds(&check(&out, &[]));
     assert!(said.contains("ranks     12\n"), "{said}");
 }

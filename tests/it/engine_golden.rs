@@ -1,5 +1,5 @@
-//! The engine over real models: adapters that stand before the prompt, or sleep until they are invoked, against PEFT,
-//! while blocks, slots and tokens of a step are short.
+//! The engine over real models: adapters that stand before the prompt, sleep until they are invoked, or act inside a layer
+//! beside its linears, against PEFT, while blocks, slots and tokens of a step are short.
 
 use std::sync::Arc;
 
@@ -59,7 +59,8 @@ fn tokens(mut events: Receiver<GenerationEvent>) -> Vec<u32> {
     panic!("no end after {tokens:?}")
 }
 
-/// Runs every prompt with every adapter of a model that has to do with the context, and with the base, twice over.
+/// Runs every prompt with every adapter of a model that has to do with the context or acts inside a layer, with a LoRA and
+/// with the base, twice over.
 fn check(model_name: &str, (block_tokens, prefix_cache): (usize, bool)) {
     let model = Arc::new(fixtures::load_model(model_name));
     let config = EngineConfig {
@@ -75,16 +76,24 @@ fn check(model_name: &str, (block_tokens, prefix_cache): (usize, bool)) {
     let runner = ModelRunner::new(Arc::clone(&model), &config).expect("the cache is small");
     let mut engine = Engine::new(Box::new(runner), config, Arc::clone(&metrics));
     let manifest = fixtures::manifest();
+    let mut inside = 0;
     let mut chosen =
         vec![(manifest.models.iter().find(|model| model.name == model_name).expect("listed").dir.clone(), None)];
     for case in manifest.cases.iter().filter(|case| case.model == model_name) {
         let adapter = load(case, &model);
         let shapes_context = adapter.lowered.num_leading() > 0 || !adapter.lowered.invocation_tokens.is_empty();
-        if shapes_context || case.name == "lora_qv" {
+        let is_inside = !adapter.lowered.layers.is_empty();
+        inside += usize::from(is_inside);
+        if shapes_context || is_inside || case.name == "lora_qv" {
             chosen.push((case.dir.clone(), Some(adapter)));
         }
     }
     assert!(chosen.len() > 1, "{model_name} has no case");
+    assert_eq!(
+        inside > 0,
+        ["llama", "mistral"].contains(&model_name),
+        "{model_name}: {inside} cases act inside a layer"
+    );
     for round in 0..2 {
         let mut running = Vec::new();
         for (p, prompt) in fixtures::prompts().iter().enumerate() {
@@ -117,6 +126,7 @@ fn greedy_tokens_equal_peft_however_short_of_everything_the_engine_is() {
     check("llama", (4, true));
     check("llama", (7, false));
     check("qwen2", (5, true));
+    check("mistral", (3, false));
     check("phi3", (3, true));
     // RoPE that counts what stands before the prompt.
     check("phi3_longrope", (5, true));

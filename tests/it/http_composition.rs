@@ -143,6 +143,23 @@ async fn numbers_of_adapters_stay_with_their_names() {
     assert_eq!(ids().await, [(1, json!("skip")), (2, json!("a"))]);
 }
 
+#[tokio::test]
+async fn adapters_have_no_strength_for_all_requests() {
+    let service = service().await;
+    let set = async |body: Json| service.post("/lora-adapters", &body).await;
+    for nothing in [json!([]), json!([{"id": 0, "scale": 0}, {"id": 1, "scale": 0.0}])] {
+        let reply = set(nothing).await;
+        assert_eq!((reply.status, reply.json()), (StatusCode::OK, json!({"success": true})));
+    }
+    let reply = set(json!([{"id": 0, "scale": 0}, {"id": 1, "scale": 0.5}])).await;
+    assert_eq!(reply.status, StatusCode::BAD_REQUEST);
+    let error = reply.json()["error"].clone();
+    assert_eq!(error["param"], "[1].scale");
+    assert!(error["message"].as_str().unwrap().contains(r#""lora": [{"id": 1, "scale": 0.5}]"#), "{error}");
+    assert_eq!(set(json!({"id": 0})).await.status, StatusCode::BAD_REQUEST);
+    assert_eq!(text(&service, &json!({})).await, "bcd");
+}
+
 // Combining
 
 async fn combine(service: &Service, name: &str, body: &Json) -> crate::http_support::Reply {

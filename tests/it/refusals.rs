@@ -36,12 +36,26 @@ fn sound_adapters_pass_the_check_without_a_model() {
         assert!(inspection.problems.is_empty(), "{}: {:?}", case.dir, inspection.problems);
         assert_eq!(inspection.kind, case.peft_type);
         assert!(inspection.tensors > 0 && inspection.bytes > 0, "{}", case.dir);
-        // What stands before the prompt, or inside a layer, belongs to no module that has a weight.
-        let is_beside = case.peft_type.contains("PROMPT")
-            || ["P_TUNING", "CPT", "PREFIX_TUNING", "CARTRIDGE", "BOTTLENECK", "ADAPTION_PROMPT"]
-                .contains(&case.peft_type.as_str());
-        assert_eq!(inspection.modules.is_empty(), is_beside, "{}", case.dir);
+        // What stands before the prompt belongs to no place in the model.
+        let is_before = ["P_TUNING", "CPT", "PREFIX_TUNING", "CARTRIDGE", "PROMPT_TUNING", "MULTITASK_PROMPT_TUNING"]
+            .contains(&case.peft_type.as_str());
+        assert_eq!(inspection.modules.is_empty(), is_before, "{}", case.dir);
     }
+}
+
+#[test]
+fn places_inside_layers_are_named() {
+    let modules = |case: &str| inspect(&fixtures::adapter_files(case).unwrap()).unwrap().modules;
+    assert_eq!(
+        modules("adapters/llama/bottleneck_houlsby"),
+        [
+            "model.layers.0.attention_adapters",
+            "model.layers.0.output_adapters",
+            "model.layers.1.attention_adapters",
+            "model.layers.1.output_adapters",
+        ]
+    );
+    assert_eq!(modules("adapters/llama/adaption_prompt"), ["model.layers.0.self_attn", "model.layers.1.self_attn"]);
 }
 
 #[test]

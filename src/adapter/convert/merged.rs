@@ -99,10 +99,27 @@ fn norm(
         if base.bias(id)?.is_some() {
             model.tensors.insert(format!("{path}.bias"), shift.clone());
         } else if !is_zero(shift)? {
-            return refuse(path, "it gains a shift, which the architecture's norms do not have");
+            return refuse(path, why_no_shift(base, id));
         }
     }
     Ok(())
+}
+
+/// Why the shift s of a norm cannot be stored. Behind the norm it is a bias `W s` of every linear that reads it, but no
+/// family has biases in all of these places: the head has none in any, and between the norms of queries and keys and their
+/// use there is no linear.
+fn why_no_shift(base: &dyn BaseWeights, id: SiteId) -> &'static str {
+    let behind = base.sites().iter().find(|(other, site)| *other > id && matches!(site.kind, SiteKind::Linear { .. }));
+    match behind.map(|(_, site)| site.kind) {
+        Some(SiteKind::Linear { output_head: true, .. }) => {
+            "it gains a shift, which the architecture's norms do not have; it would be a bias of the output head, which has \
+             none either"
+        }
+        _ => {
+            "it gains a shift, which the architecture's norms do not have, and there are no biases behind all of its norms \
+             that could stand for shifts"
+        }
+    }
 }
 
 /// `scale * (table + (b a)^T) + shift`, row by row; (vocab, dim) f32.

@@ -56,14 +56,13 @@ fn lower(lowering: &mut Lowering<'_>) -> Result<(), AdapterError> {
         }
         let sigma = linalg::values(&lowering.require(id, SIGMA, &[found])?)?;
         lowering.ranks.insert(found);
-        let strongest = linalg::strongest_directions(&lowering.weight(id)?)?;
+        let strongest = linalg::strongest_directions(&lowering.weight(id)?, found)?;
         let changes: Vec<f64> = sigma.iter().zip(&strongest.values).map(|(new, old)| new - old).collect();
         if let Some(reason) = unresolved(&strongest.values, &changes) {
             return Err(lowering.refuse(id, SIGMA, reason));
         }
-        let a = strongest.right.narrow(0, 0, found)?;
         let scale = linalg::matrix(changes, (1, found))?;
-        let b = strongest.left.narrow(1, 0, found)?.broadcast_mul(&scale)?;
+        let (a, b) = (strongest.right, strongest.left.broadcast_mul(&scale)?);
         let to_f32 = |m: Tensor| m.contiguous()?.to_dtype(DType::F32);
         lowering.add_low_rank(id, to_f32(a)?, to_f32(b)?)?;
     }

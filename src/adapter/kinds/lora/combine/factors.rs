@@ -94,12 +94,12 @@ fn nearest(a: &Tensor, b: &Tensor, rank: usize) -> Result<[Tensor; 2]> {
         Tensor::eye(inputs, DType::F64, &Device::Cpu)?
     };
     let image = b.matmul(&a.matmul(&basis)?)?; // [out, n]
-    let (_, vectors) = linalg::symmetric_eigen(&image.t()?.matmul(&image)?)?;
-    let n = vectors.dim(1)?;
+    let n = image.dim(1)?;
     let kept = rank.min(n);
-    // Ascending eigenvalues: the last ones are the largest.
-    let largest: Vec<u32> = (0..kept as u32).map(|k| n as u32 - 1 - k).collect();
-    let vectors = vectors.index_select(&Tensor::new(largest, &Device::Cpu)?, 1)?; // [n, kept]
+    let (_, vectors) = linalg::gram_eigen(&image, n - kept..n)?;
+    // Ascending eigenvalues: the last one is the largest.
+    let descending: Vec<u32> = (0..kept as u32).rev().collect();
+    let vectors = vectors.index_select(&Tensor::new(descending, &Device::Cpu)?, 1)?; // [n, kept]
     let (a, b) = (basis.matmul(&vectors)?.t()?, image.matmul(&vectors)?);
     Ok([a.to_dtype(DType::F32)?, b.to_dtype(DType::F32)?])
 }

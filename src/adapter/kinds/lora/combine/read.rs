@@ -24,7 +24,7 @@ impl Source {
     /// Reads an input; what is no plain product of two factors is refused by name.
     pub(super) fn read(input: &CombineInput<'_>) -> Result<Self, AdapterError> {
         let name = input.name.to_owned();
-        Self::parse(input).map_err(|source| AdapterError::Part { name, source: Box::new(source) })
+        Self::parse(input).map_err(|fault| AdapterError::Part { name, fault: Box::new(fault) })
     }
 
     fn parse(input: &CombineInput<'_>) -> Result<Self, AdapterError> {
