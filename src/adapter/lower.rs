@@ -8,7 +8,8 @@ use super::config::Config;
 use super::lowering::Lowering;
 use super::tensor_file::TensorFile;
 use super::{
-    AdapterError, AdapterFiles, BaseWeights, LowerOptions, LowerReport, LoweredAdapter, SiteId, effect, kinds, merge,
+    AdapterError, AdapterFiles, BaseWeights, GateNetwork, LowerOptions, LowerReport, LoweredAdapter, SiteId, effect,
+    kinds, merge,
 };
 
 /// Checks an adapter's files against the base model and lowers them to the normal form.
@@ -121,6 +122,11 @@ fn store(lowering: &mut Lowering<'_>) -> Result<(), AdapterError> {
             if !is_finite(tensor)? {
                 return refuse(&format!("layer {layer}"));
             }
+        }
+    }
+    for tensor in lowering.out.gates.iter().flat_map(GateNetwork::tensors) {
+        if !is_finite(tensor)? {
+            return refuse("the network that gives gates");
         }
     }
     for tensor in lowering.out.leading_tensors() {
