@@ -4,7 +4,7 @@ use candle_core::{DType, Tensor};
 use half::{bf16, f16};
 use sha2::{Digest, Sha256};
 
-use super::config::Config;
+use super::config::{CONFIG_FILE, Config};
 use super::lowering::Lowering;
 use super::tensor_file::TensorFile;
 use super::{
@@ -46,7 +46,12 @@ pub(super) fn open<'a>(
     if file.len() == 0 {
         return Err(AdapterError::Empty { reason: "the file holds no tensors".to_owned() });
     }
-    Lowering::new((config, kind, file), base, *options)
+    let (named, found) = ((kind.parts)(&config)?, files.parts.len());
+    if found < named {
+        let reason = format!("names {named} adapters in sub-directories, and there are {found}; `{found}` is missing");
+        return Err(AdapterError::Malformed { file: CONFIG_FILE, reason });
+    }
+    Lowering::new((config, kind, file, &files.parts[..named]), base, *options)
 }
 
 /// Lowers by the kind's rules, and accounts for every tensor.
@@ -62,7 +67,7 @@ pub(super) fn run(lowering: &mut Lowering<'_>) -> Result<(), AdapterError> {
 /// SHA-256 over the files' bytes and the options that change the adapter's effect.
 pub fn digest(files: &AdapterFiles, options: &LowerOptions) -> [u8; 32] {
     let mut hasher = Sha256::new();
-    for bytes in [&files.config, &files.weights] {
+    for bytes in files.all() {
         hasher.update((bytes.len() as u64).to_le_bytes());
         hasher.update(bytes);
     }

@@ -41,7 +41,7 @@ pub use convert::{Converted, Form, MergedModel, convert};
 pub use error::AdapterError;
 pub use files::{AdapterFiles, LowerOptions, LowerReport, OwnWeights};
 pub use gate_network::{GateNetwork, GateRule};
-pub use inspect::{Inspection, inspect};
+pub use inspect::{Inspection, inspect, num_parts};
 pub use kinds::{CombineInput, CombineMode, CombineOptions, KINDS, Kind, REFUSED, Refused, combine};
 pub use layer_slots::{Activation, AttentionBranch, LayerSlots, Mix, StreamFunction};
 pub use lower::{digest, lower};

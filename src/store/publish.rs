@@ -32,7 +32,7 @@ impl Shared {
         source: Source,
     ) -> Result<AdapterStatus, StoreError> {
         let limit = self.config.upload_bytes_max;
-        if files.config.len().saturating_add(files.weights.len()) > limit {
+        if files.num_bytes() > limit {
             return Err(StoreError::TooLarge { limit });
         }
         // Checked again when the record is written; here it spares the work.

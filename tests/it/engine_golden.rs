@@ -1,5 +1,5 @@
-//! The engine over real models: adapters that stand before the prompt, or sleep until they are invoked, against PEFT,
-//! while blocks, slots and tokens of a step are short.
+//! The engine over real models: adapters that stand before the prompt, sleep until they are invoked, or take gates from a
+//! context of the bare base, against PEFT, while blocks, slots and tokens of a step are short.
 
 use std::sync::Arc;
 
@@ -79,7 +79,8 @@ fn check(model_name: &str, (block_tokens, prefix_cache): (usize, bool)) {
         vec![(manifest.models.iter().find(|model| model.name == model_name).expect("listed").dir.clone(), None)];
     for case in manifest.cases.iter().filter(|case| case.model == model_name) {
         let adapter = load(case, &model);
-        let shapes_context = adapter.lowered.num_leading() > 0 || !adapter.lowered.invocation_tokens.is_empty();
+        let waits = !adapter.lowered.invocation_tokens.is_empty();
+        let shapes_context = adapter.lowered.num_leading() > 0 || waits || adapter.lowered.gates.is_some();
         if shapes_context || case.name == "lora_qv" {
             chosen.push((case.dir.clone(), Some(adapter)));
         }
@@ -116,6 +117,7 @@ fn check(model_name: &str, (block_tokens, prefix_cache): (usize, bool)) {
 fn greedy_tokens_equal_peft_however_short_of_everything_the_engine_is() {
     check("llama", (4, true));
     check("llama", (7, false));
+    check("mistral", (4, true));
     check("qwen2", (5, true));
     check("phi3", (3, true));
     // RoPE that counts what stands before the prompt.

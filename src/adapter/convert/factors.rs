@@ -252,7 +252,7 @@ impl<'a> Writer<'a> {
             "lora_dropout": 0.0,
             "fan_in_fan_out": false,
         });
-        Ok(AdapterFiles { config: config::write(&config)?, weights: tensor_file::write(&self.tensors)? })
+        Ok(AdapterFiles::new(config::write(&config)?, tensor_file::write(&self.tensors)?))
     }
 
     /// Names of the adapted modules: their last components where these mean no other module, else whole paths.
