@@ -208,7 +208,7 @@ fn bench_linear(
         let runs: Vec<SlotRun<'_>> = slots
             .into_iter()
             .enumerate()
-            .map(|(idx, slots)| SlotRun { rows: idx * rows_each..(idx + 1) * rows_each, slots })
+            .map(|(idx, slots)| SlotRun { rows: idx * rows_each..(idx + 1) * rows_each, slots, gates: None })
             .collect();
         let linear = SweepLinear { weight: layer.weight.matrix(), bias: None, runs };
         black_box(join_op(&x, &[linear]).expect("the shapes fit"));

@@ -67,7 +67,10 @@ SSF_CONFIG = {
 
 @dataclass
 class Refused:
-    """One faulty adapter. `names` must occur in the message; `config` and `tensors` are its two files."""
+    """One faulty adapter. `names` must occur in the message; `config` and `tensors` are its two files.
+
+    `parts` are config and tensors of the adapters in sub-directories `0`, `1` and so on.
+    """
 
     name: str
     what: str
@@ -75,6 +78,7 @@ class Refused:
     config: dict
     tensors: dict
     model: str = MODEL
+    parts: tuple = ()
 
 
 def noise(*shape: int) -> torch.Tensor:
@@ -502,10 +506,17 @@ def cut_short(directory: Path) -> None:
 def write_one(root: Path, case: Refused) -> dict:
     """Writes one directory; returns its manifest entry."""
     directory = fresh_dir(root / "refused" / case.name)
-    write_json(directory / "adapter_config.json", json.loads(json.dumps(case.config)))
-    tensors = {key: value.contiguous() for key, value in case.tensors.items()}
-    save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
+    write_files(directory, case.config, case.tensors)
+    for number, (config, tensors) in enumerate(case.parts):
+        write_files(fresh_dir(directory / str(number)), config, tensors)
     return {"dir": f"refused/{case.name}", "model": case.model, "names": case.names, "what": case.what}
+
+
+def write_files(directory: Path, config: dict, tensors: dict) -> None:
+    """Writes an adapter's two files."""
+    write_json(directory / "adapter_config.json", json.loads(json.dumps(config)))
+    contiguous = {key: value.contiguous() for key, value in tensors.items()}
+    save_file(contiguous, directory / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
 def write_refused(root: Path, more: list[Refused]) -> list[dict]:

@@ -63,7 +63,7 @@ def refused() -> list[Refused]:
     oft = Faults("OFT", {"oft_R.weight": noise(4, 28)}, oft_block_size=8, use_cayley_neumann=False)
     boft = Faults("BOFT", {"boft_R": noise(1, 8, 4, 4), "boft_s": 1 + noise(32, 1)}, boft_block_size=4)
     old = {"oft_R.weight": None, "oft_r": noise(3, 8, 8)}
-    kinds = ["LILY", "ADAMSS", "PSOFT", "XLORA", "SHADOW"]
+    kinds = ["LILY", "ADAMSS", "PSOFT", "SHADOW"]
     whole = [Faults(kind, {"part": noise(2)}).fault("kind", "a kind that is not served", kind) for kind in kinds]
     return [
         *road.usual("road_theta"),

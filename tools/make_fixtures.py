@@ -25,6 +25,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from safetensors.torch import load_file, save_file
 
 import fixture_arrow
+import fixture_xlora
 import fixture_dense
 import fixture_layers
 import fixture_rotation
@@ -72,7 +73,7 @@ from fixture_refused_variants import variants_refused
 from fixture_variants import VARIANT_CASES, allow_qalora
 
 # Modules with cases and faulty adapters of further kinds.
-MORE = (fixture_dense, fixture_sparse, fixture_rotation, fixture_layers, fixture_arrow)
+MORE = (fixture_dense, fixture_sparse, fixture_rotation, fixture_layers, fixture_arrow, fixture_xlora)
 CASES = FIRST_CASES + PROMPT_CASES + AFFINE_CASES + FACTORED_CASES + VARIANT_CASES
 CASES += [case for module in MORE for case in module.CASES]
 WEIGHTS = "adapter_model.safetensors"
@@ -319,7 +320,7 @@ def merge_entries(old: list[dict], new: list[dict], keys: tuple[str, ...]) -> li
 
 def is_made_elsewhere(entry: dict) -> bool:
     """Whether another script makes this adapter: one with an earlier PEFT release, or for a format that PEFT has not."""
-    elsewhere = ("BONE", "SARA", "SVFIT", "FLORA", "BOTTLENECK", "ARROW")
+    elsewhere = ("BONE", "SARA", "SVFIT", "FLORA", "BOTTLENECK", "ARROW", "XLORA")
     return entry["peft_type"] in elsewhere or entry["name"].startswith("oft_0_")
 
 

@@ -20,7 +20,7 @@ static BASE: LazyLock<Base> = LazyLock::new(Base::new);
 fuzz_target!(|data: &[u8]| {
     let [low, high, rest @ ..] = data else { return };
     let (config, weights) = rest.split_at(usize::from(u16::from_le_bytes([*low, *high])).min(rest.len()));
-    let files = AdapterFiles { config: config.to_vec(), weights: weights.to_vec() };
+    let files = AdapterFiles::new(config.to_vec(), weights.to_vec());
     let _ = inspect(&files);
     for merge in [false, true] {
         let options = LowerOptions { merge, dtype: DType::BF16, own_bytes_max: 1 << 16 };

@@ -105,6 +105,11 @@ impl Config {
         self.fields.get(name).filter(|value| !value.is_null())
     }
 
+    /// Whether a field has a value that means something: not null, false or empty.
+    pub(super) fn is_set(&self, name: &str) -> bool {
+        self.fields.get(name).is_some_and(|value| !is_unset(value))
+    }
+
     /// A field that is a string.
     pub(super) fn string(&self, name: &str) -> Result<Option<&str>, AdapterError> {
         let read = |value: &'_ Value| wrong_type(name, "a string", value);

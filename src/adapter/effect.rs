@@ -54,7 +54,9 @@ fn stream_is_kept(f: &StreamFunction) -> Result<bool> {
 fn linear_is_neutral(slots: &LinearSlots, id: SiteId, base: &dyn BaseWeights, dtype: DType) -> Result<bool> {
     for delta in &slots.deltas {
         let vanishes = match delta {
-            Delta::LowRank { a, b } | Delta::Routed { a, b, .. } => all_equal(b, 0.0)? || all_equal(a, 0.0)?,
+            Delta::LowRank { a, b } | Delta::Routed { a, b, .. } | Delta::Gated { a, b, .. } => {
+                all_equal(b, 0.0)? || all_equal(a, 0.0)?
+            }
             Delta::ShardSum { m } => all_equal(m, 0.0)?,
             Delta::Sparse { values, .. } => all_equal(values, 0.0)?,
             Delta::Circulant { kernel } => all_equal(kernel, 0.0)?,

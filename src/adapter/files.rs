@@ -10,6 +10,26 @@ pub struct AdapterFiles {
     pub config: Vec<u8>,
     /// `adapter_model.safetensors`, or what stands in its place in other libraries' directories.
     pub weights: Vec<u8>,
+    /// The adapters in sub-directories `0`, `1` and so on, where the config names such ([`num_parts`](super::num_parts)).
+    pub parts: Vec<AdapterFiles>,
+}
+
+impl AdapterFiles {
+    /// An adapter of two files.
+    pub fn new(config: Vec<u8>, weights: Vec<u8>) -> Self {
+        Self { config, weights, parts: Vec::new() }
+    }
+
+    /// The bytes of every file, in a fixed order.
+    pub fn all(&self) -> impl Iterator<Item = &[u8]> {
+        let parts = self.parts.iter().flat_map(|part| [&part.config, &part.weights]);
+        [&self.config, &self.weights].into_iter().chain(parts).map(Vec::as_slice)
+    }
+
+    /// Bytes of all files.
+    pub fn num_bytes(&self) -> usize {
+        self.all().map(<[u8]>::len).sum()
+    }
 }
 
 /// How to lower.

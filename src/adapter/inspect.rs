@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 use serde::Serialize;
 
-use super::config::Config;
+use super::config::{CONFIG_FILE, Config};
 use super::keys::{COMMON_SUFFIXES, group_by_path, holds_integers, key_of, layer_part, shared_name};
 use super::kinds::{self, Kind};
 use super::matching::{is_saved, modules_to_save};
@@ -90,14 +90,47 @@ pub fn inspect(files: &AdapterFiles) -> Result<Inspection, AdapterError> {
     }
     let parts = file.keys().filter_map(|key| layer_part(&shared_name(key, kind.shared)?));
     let modules: BTreeSet<String> = parts.chain(modules.into_keys()).collect();
-    Ok(Inspection {
+    let mut found = Inspection {
         kind: kind.peft_type.to_owned(),
         modules: modules.into_iter().collect(),
         ranks: ranks.into_iter().collect(),
         tensors: file.len(),
         bytes: file.num_bytes(),
         problems: problems.iter().map(ToString::to_string).collect(),
-    })
+    };
+    let named = (kind.parts)(&config).unwrap_or(0);
+    for number in 0..named {
+        found.add_part(number, files.parts.get(number));
+    }
+    Ok(found)
+}
+
+/// How many adapters an adapter's config names that lie in sub-directories `0`, `1` and so on beside it. None where the
+/// config is faulty, which [`lower`](super::lower) tells.
+pub fn num_parts(config: &[u8]) -> usize {
+    let parts = || {
+        let config = Config::parse(config)?;
+        (kinds::of(&config)?.parts)(&config)
+    };
+    parts().unwrap_or(0)
+}
+
+impl Inspection {
+    /// Adds what an adapter in a sub-directory holds.
+    fn add_part(&mut self, number: usize, files: Option<&AdapterFiles>) {
+        let missing = || AdapterError::Malformed { file: CONFIG_FILE, reason: "is missing".to_owned() };
+        match files.map_or_else(|| Err(missing()), inspect) {
+            Ok(part) => {
+                self.modules =
+                    self.modules.drain(..).chain(part.modules).collect::<BTreeSet<_>>().into_iter().collect();
+                self.ranks = self.ranks.drain(..).chain(part.ranks).collect::<BTreeSet<_>>().into_iter().collect();
+                self.tensors += part.tensors;
+                self.bytes += part.bytes;
+                self.problems.extend(part.problems.iter().map(|problem| format!("adapter `{number}`: {problem}")));
+            }
+            Err(error) => self.problems.push(format!("adapter `{number}`: {error}")),
+        }
+    }
 }
 
 /// A tensor that a present one needs.

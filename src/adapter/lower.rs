@@ -1,14 +1,15 @@
 //! From files to the normal form.
 
-use candle_core::{DType, Tensor};
+use candle_core::{CpuStorage, DType, Storage, Tensor};
 use half::{bf16, f16};
 use sha2::{Digest, Sha256};
 
-use super::config::Config;
+use super::config::{CONFIG_FILE, Config};
 use super::lowering::Lowering;
 use super::tensor_file::TensorFile;
 use super::{
-    AdapterError, AdapterFiles, BaseWeights, LowerOptions, LowerReport, LoweredAdapter, SiteId, effect, kinds, merge,
+    AdapterError, AdapterFiles, BaseWeights, GateNetwork, LowerOptions, LowerReport, LoweredAdapter, SiteId, effect,
+    kinds, merge,
 };
 
 /// Checks an adapter's files against the base model and lowers them to the normal form.
@@ -45,7 +46,12 @@ pub(super) fn open<'a>(
     if file.len() == 0 {
         return Err(AdapterError::Empty { reason: "the file holds no tensors".to_owned() });
     }
-    Lowering::new((config, kind, file), base, *options)
+    let (named, found) = ((kind.parts)(&config)?, files.parts.len());
+    if found < named {
+        let reason = format!("names {named} adapters in sub-directories, and there are {found}; `{found}` is missing");
+        return Err(AdapterError::Malformed { file: CONFIG_FILE, reason });
+    }
+    Lowering::new((config, kind, file, &files.parts[..named]), base, *options)
 }
 
 /// Lowers by the kind's rules, and accounts for every tensor.
@@ -61,7 +67,7 @@ pub(super) fn run(lowering: &mut Lowering<'_>) -> Result<(), AdapterError> {
 /// SHA-256 over the files' bytes and the options that change the adapter's effect.
 pub fn digest(files: &AdapterFiles, options: &LowerOptions) -> [u8; 32] {
     let mut hasher = Sha256::new();
-    for bytes in [&files.config, &files.weights] {
+    for bytes in files.all() {
         hasher.update((bytes.len() as u64).to_le_bytes());
         hasher.update(bytes);
     }
@@ -123,6 +129,11 @@ fn store(lowering: &mut Lowering<'_>) -> Result<(), AdapterError> {
             }
         }
     }
+    for tensor in lowering.out.gates.iter().flat_map(GateNetwork::tensors) {
+        if !is_finite(tensor)? {
+            return refuse("the network that gives gates");
+        }
+    }
     for tensor in lowering.out.leading_tensors() {
         if !is_finite(tensor)? {
             return refuse("prompt_embeddings");
@@ -158,10 +169,17 @@ fn first_infinite(adapter: &LoweredAdapter) -> Result<Option<SiteId>, AdapterErr
 }
 
 pub(super) fn is_finite(tensor: &Tensor) -> candle_core::Result<bool> {
-    let flat = tensor.flatten_all()?;
-    Ok(match tensor.dtype() {
-        DType::F16 => flat.to_vec1::<f16>()?.iter().all(|value| value.is_finite()),
-        DType::BF16 => flat.to_vec1::<bf16>()?.iter().all(|value| value.is_finite()),
-        _ => flat.to_dtype(DType::F32)?.to_vec1::<f32>()?.iter().all(|value| value.is_finite()),
+    // No early end: the loops are over sooner without.
+    fn all<T: Copy>(values: &[T], is_finite: impl Fn(T) -> bool) -> bool {
+        values.iter().fold(true, |all, value| all & is_finite(*value))
+    }
+    let tensor = tensor.contiguous()?;
+    let (storage, layout) = tensor.storage_and_layout();
+    let range = layout.start_offset()..layout.start_offset() + tensor.elem_count();
+    Ok(match &*storage {
+        Storage::Cpu(CpuStorage::F32(values)) => all(&values[range], f32::is_finite),
+        Storage::Cpu(CpuStorage::F16(values)) => all(&values[range], f16::is_finite),
+        Storage::Cpu(CpuStorage::BF16(values)) => all(&values[range], bf16::is_finite),
+        _ => tensor.flatten_all()?.to_dtype(DType::F32)?.to_vec1::<f32>()?.into_iter().all(f32::is_finite),
     })
 }

@@ -10,7 +10,8 @@ use super::kinds::Kind;
 use super::matching::Matcher;
 use super::tensor_file::TensorFile;
 use super::{
-    AdapterError, BaseWeights, Delta, LowerOptions, LoweredAdapter, OwnWeights, Site, SiteId, SiteKind, Weight, merge,
+    AdapterError, AdapterFiles, BaseWeights, Delta, LowerOptions, LoweredAdapter, OwnWeights, Site, SiteId, SiteKind,
+    Weight, merge,
 };
 
 /// What a kind lowers from and into. Tensors in `out` are f32, except whole weights and tables, which
@@ -30,6 +31,8 @@ pub(super) struct Lowering<'a> {
     pub(super) ranks: BTreeSet<usize>,
     /// What is odd but not wrong.
     pub(super) warnings: Vec<String>,
+    /// The adapters in sub-directories beside it, as many as the config names.
+    pub(super) parts: &'a [AdapterFiles],
     /// Keep terms that a dense weight would serve cheaper.
     pub(super) keep_terms: bool,
     file: TensorFile<'a>,
@@ -44,7 +47,7 @@ pub(super) struct Lowering<'a> {
 impl<'a> Lowering<'a> {
     /// Sorts the file's keys; refuses keys that no module or no suffix accounts for.
     pub(super) fn new(
-        (config, kind, file): (Config, &'static Kind, TensorFile<'a>),
+        (config, kind, file, parts): (Config, &'static Kind, TensorFile<'a>, &'a [AdapterFiles]),
         base: &'a dyn BaseWeights,
         options: LowerOptions,
     ) -> Result<Self, AdapterError> {
@@ -57,6 +60,7 @@ impl<'a> Lowering<'a> {
             out: LoweredAdapter::default(),
             ranks: BTreeSet::new(),
             warnings: Vec::new(),
+            parts,
             keep_terms: false,
             file,
             unread,

@@ -45,7 +45,7 @@ fn is_mergeable(slots: &LinearSlots) -> bool {
 
 /// Whether each token has a term of its own, so that no weight does for all.
 fn is_routed(slots: &LinearSlots) -> bool {
-    slots.deltas.iter().any(|delta| matches!(delta, Delta::Routed { .. }))
+    slots.deltas.iter().any(|delta| matches!(delta, Delta::Routed { .. } | Delta::Gated { .. }))
 }
 
 /// `scale (W_t pre + sum_j delta_j)` with scale and pre as matrices. weight: (out, in) f32, before replaced rows; result: (out, in) f32.
@@ -114,7 +114,9 @@ pub(super) fn partners(m: &Tensor, half: usize) -> Result<Tensor> {
 pub(super) fn dense(delta: &Delta, out_features: usize, in_features: usize) -> Result<Tensor> {
     match delta {
         Delta::LowRank { a, b } => b.to_dtype(DType::F32)?.matmul(&a.to_dtype(DType::F32)?),
-        Delta::Routed { .. } => panic!("a routed term is no matrix, and its linear is not merged"),
+        Delta::Routed { .. } | Delta::Gated { .. } => {
+            panic!("a routed term is no matrix, and its linear is not merged")
+        }
         Delta::ShardSum { m } => {
             let (r, q) = m.dims2()?;
             let block = m.to_dtype(DType::F32)?.t()?.contiguous()?; // [q, r]
@@ -204,7 +206,7 @@ mod tests {
                     y[*row as usize] += value * x[*column as usize];
                 }
             }
-            Delta::Routed { .. } => panic!("not merged"),
+            Delta::Routed { .. } | Delta::Gated { .. } => panic!("not merged"),
             Delta::Circulant { kernel } => {
                 let kernel = kernel.to_vec3::<f32>().unwrap();
                 let b = kernel[0][0].len();

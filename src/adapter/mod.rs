@@ -15,6 +15,7 @@ mod error;
 #[cfg(test)]
 mod fake_base;
 mod files;
+mod gate_network;
 mod inspect;
 mod keys;
 mod kinds;
@@ -39,7 +40,8 @@ pub use compose::{Part, compose, own_bytes_of};
 pub use convert::{Converted, Form, MergedModel, convert};
 pub use error::AdapterError;
 pub use files::{AdapterFiles, LowerOptions, LowerReport, OwnWeights};
-pub use inspect::{Inspection, inspect};
+pub use gate_network::{GateNetwork, GateRule};
+pub use inspect::{Inspection, inspect, num_parts};
 pub use kinds::{CombineInput, CombineMode, CombineOptions, KINDS, Kind, REFUSED, Refused, combine};
 pub use layer_slots::{Activation, AttentionBranch, LayerSlots, Mix, StreamFunction};
 pub use lower::{digest, lower};

@@ -14,13 +14,16 @@
 //!
 //! Beside the slots an adapter can stand before the prompt: first entries of the KV cache, then virtual tokens. Both take
 //! positions, from 0 on, and the prompt follows. It can also be asleep until its invocation tokens occur in the prompt.
+//!
+//! Terms can be weighed by gates that each token gets from what the bare base makes of the same context ([`GateNetwork`]).
+//! Whoever runs such an adapter computes, and caches, that context of the bare base too.
 
 use std::collections::{BTreeMap, HashSet};
 use std::sync::Arc;
 
 use candle_core::Tensor;
 
-use super::{LayerSlots, SiteId};
+use super::{GateNetwork, LayerSlots, SiteId};
 
 pub use crate::kernels::ButterflyFactor;
 
@@ -42,6 +45,9 @@ pub struct LoweredAdapter {
     /// Tokens that switch the adapter on: it acts from the first of their last occurrence in the prompt on, and not at all
     /// on a prompt without them. Empty where it always acts. Not together with what stands before the prompt.
     pub invocation_tokens: Vec<u32>,
+    /// What gives every token the gates that gated terms are weighed by. Not together with what stands before the prompt,
+    /// nor with invocation tokens.
+    pub gates: Option<GateNetwork>,
 }
 
 /// Entries of the KV cache, at least one, in the form that the cache holds them: keys are normed and rotated already.
@@ -123,6 +129,16 @@ pub enum Delta {
         top_k: usize,
         /// Divides the magnitudes.
         temperature: f32,
+    },
+    /// `b (g * (a x))`, a: (r, in), b: (out, r), where g takes its r numbers from the token's gates, which the adapter's
+    /// [`GateNetwork`] gives: `g[j] = gates[places[j]]`.
+    Gated {
+        /// Down projection (r, in).
+        a: Tensor,
+        /// Up projection (out, r). Any scale factor is folded in.
+        b: Tensor,
+        /// Which gate goes with each number of `a x`, (r) of 32-bit integers.
+        places: Tensor,
     },
     /// `y[rows[i]] += values[i] * x[columns[i]]` for each entry i. The entries are sorted by row, and no place occurs
     /// twice.
@@ -247,6 +263,7 @@ impl Delta {
         match self {
             Self::LowRank { .. } | Self::ShardSum { .. } | Self::Circulant { .. } => Vec::new(),
             Self::Routed { prototypes, .. } => vec![prototypes],
+            Self::Gated { places, .. } => vec![places],
             Self::Sparse { rows, columns, .. } => vec![rows, columns],
         }
     }
@@ -262,7 +279,9 @@ impl LinearSlots {
         tensors.extend(self.rows.iter().map(|(_, rows)| rows));
         for delta in &self.deltas {
             match delta {
-                Delta::LowRank { a, b } | Delta::Routed { a, b, .. } => tensors.extend([a, b]),
+                Delta::LowRank { a, b } | Delta::Routed { a, b, .. } | Delta::Gated { a, b, .. } => {
+                    tensors.extend([a, b]);
+                }
                 Delta::ShardSum { m } => tensors.push(m),
                 Delta::Sparse { values, .. } => tensors.push(values),
                 Delta::Circulant { kernel } => tensors.push(kernel),
@@ -316,6 +335,11 @@ impl LoweredAdapter {
         self.num_prefix_entries() + self.num_virtual_tokens()
     }
 
+    /// Contexts that a sequence with the adapter needs: its own, and that of the bare base where gates come from it.
+    pub fn num_contexts(&self) -> usize {
+        1 + usize::from(self.gates.is_some())
+    }
+
     /// The token of a prompt from which on the adapter acts, generated ones included; `None` when it never does.
     pub fn active_from(&self, prompt: &[u32]) -> Option<usize> {
         let invocation = self.invocation_tokens.as_slice();
@@ -331,7 +355,8 @@ impl LoweredAdapter {
         let norms = self.norms.values().flat_map(|norm| norm.weight.iter().chain(&norm.shift));
         let embeddings = self.embeddings.values().flat_map(EmbeddingPatch::tensors);
         let layers = self.layers.values().flat_map(LayerSlots::tensors);
-        linears.chain(norms).chain(embeddings).chain(layers).chain(self.leading_tensors()).collect()
+        let gates = self.gates.iter().flat_map(GateNetwork::tensors);
+        linears.chain(norms).chain(embeddings).chain(layers).chain(gates).chain(self.leading_tensors()).collect()
     }
 
     /// Every tensor of what stands before the prompt.
@@ -351,7 +376,9 @@ impl LoweredAdapter {
             tensors.extend(slots.rows.iter_mut().map(|(_, rows)| rows));
             for delta in &mut slots.deltas {
                 match delta {
-                    Delta::LowRank { a, b } | Delta::Routed { a, b, .. } => tensors.extend([a, b]),
+                    Delta::LowRank { a, b } | Delta::Routed { a, b, .. } | Delta::Gated { a, b, .. } => {
+                        tensors.extend([a, b]);
+                    }
                     Delta::ShardSum { m } => tensors.push(m),
                     Delta::Sparse { values, .. } => tensors.push(values),
                     Delta::Circulant { kernel } => tensors.push(kernel),
@@ -373,6 +400,7 @@ impl LoweredAdapter {
             tensors.extend(patch.low_rank.iter_mut().flat_map(|(a, b)| [a, b]));
         }
         tensors.extend(self.layers.values_mut().flat_map(LayerSlots::tensors_mut));
+        tensors.extend(self.gates.iter_mut().flat_map(GateNetwork::tensors_mut));
         tensors.extend(&mut self.virtual_tokens);
         for (keys, values) in self.kv_prefix.iter_mut().flat_map(|prefix| &mut prefix.layers) {
             tensors.extend([keys, values]);

@@ -67,7 +67,7 @@ pub struct Site {
     pub kind: SiteKind,
 }
 
-/// Every site of a base model, in forward order.
+/// Every site of a base model, linears in the order in which transformers declares them.
 #[derive(Clone, Debug, Default)]
 pub struct SiteTable {
     sites: Vec<Site>,
@@ -94,7 +94,7 @@ impl SiteTable {
         self.by_path.get(path).copied()
     }
 
-    /// All sites in forward order.
+    /// All sites in their order.
     pub fn iter(&self) -> impl Iterator<Item = (SiteId, &Site)> {
         self.sites.iter().enumerate().map(|(idx, site)| (SiteId(idx), site))
     }

@@ -61,7 +61,9 @@ impl<'a> TensorFile<'a> {
         let view = self.views.get(key).ok_or_else(|| refuse("is missing".to_owned()))?;
         let values = floats(view.dtype(), view.data())
             .ok_or_else(|| refuse(format!("expected floating point numbers, found {:?}", view.dtype())))?;
-        if let Some(idx) = values.iter().position(|value| !value.is_finite()) {
+        // Looking for the first one takes several times as long.
+        if !values.iter().fold(true, |all, value| all & value.is_finite()) {
+            let idx = values.iter().position(|value| !value.is_finite()).expect("one of them is not");
             return Err(refuse(format!("value {idx} is {}", values[idx])));
         }
         Ok(Tensor::from_vec(values, view.shape(), &Device::Cpu)?)

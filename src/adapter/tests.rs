@@ -23,10 +23,7 @@ fn key(path: &str, suffix: &str) -> String {
 
 fn files(config: &Value, tensors: &Tensors) -> AdapterFiles {
     let tensors: BTreeMap<&str, &Tensor> = tensors.iter().map(|(key, tensor)| (key.as_str(), tensor)).collect();
-    AdapterFiles {
-        config: serde_json::to_vec(config).unwrap(),
-        weights: safetensors::serialize(tensors, None).unwrap(),
-    }
+    AdapterFiles::new(serde_json::to_vec(config).unwrap(), safetensors::serialize(tensors, None).unwrap())
 }
 
 /// Two factors of rank 3 for a linear of the fake base.
@@ -340,7 +337,7 @@ fn inspection_needs_no_base() {
 
 /// Neither must panic; what they say does not matter.
 fn digest_bytes(config: &[u8], weights: &[u8]) {
-    let files = AdapterFiles { config: config.to_vec(), weights: weights.to_vec() };
+    let files = AdapterFiles::new(config.to_vec(), weights.to_vec());
     let _ = inspect(&files);
     for tied in [false, true] {
         for options in [OPTIONS, LowerOptions { dtype: DType::BF16, own_bytes_max: 2000, ..MERGE }] {

@@ -18,6 +18,8 @@ use crate::config::Config;
 use crate::model::{self, DeviceChoice, Model, ModelConfig};
 use crate::store::AdapterDirectory;
 
+/// A config is some kilobytes.
+const CONFIG_BYTES_MAX: usize = 16 << 20;
 /// Longest time to wait for a server to accept a connection.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -239,18 +241,28 @@ impl ListedReport {
     }
 }
 
-/// Uploads the directory's two files as a tar archive, without holding them in memory.
+/// Uploads the directory's files as a tar archive, without holding them in memory.
 fn add(server: &Server, name: &str, dir: &AdapterDirectory, merge: bool, out: &mut dyn Write) -> Result<()> {
-    let (config, config_bytes) = tar_member("adapter_config.json", &dir.config)?;
-    let (weights, weights_bytes) = tar_member("adapter_model.safetensors", &dir.weights)?;
+    let parts = dir.parts(CONFIG_BYTES_MAX)?;
+    let dirs = [(String::new(), dir)].into_iter();
+    let dirs = dirs.chain(parts.iter().enumerate().map(|(number, part)| (format!("{number}/"), part)));
+    let mut archive: Box<dyn Read> = Box::new(std::io::empty());
+    let mut length = 0;
+    for (prefix, dir) in dirs {
+        for (name, path) in [("adapter_config.json", &dir.config), ("adapter_model.safetensors", &dir.weights)] {
+            let (member, bytes) = tar_member(&format!("{prefix}{name}"), path)?;
+            archive = Box::new(archive.chain(member));
+            length += bytes;
+        }
+    }
     let end = [0; 1024];
-    let length = config_bytes + weights_bytes + end.len() as u64;
+    length += end.len() as u64;
     let mut request = server.request("PUT", &format!("/v1/adapters/{}", segment(name)?));
     if merge {
         request = request.query("merge", "true");
     }
     let request = request.set("Content-Type", "application/x-tar").set("Content-Length", &length.to_string());
-    let answer = server.answer(request.send(config.chain(weights).chain(Cursor::new(end))))?;
+    let answer = server.answer(request.send(archive.chain(Cursor::new(end))))?;
     let added: Listed = answer.into_json().context("reading the server's answer")?;
     writeln!(out, "{}@{} {}", added.name, added.generation, added.digest)?;
     if let Some(report) = &added.report {
@@ -279,7 +291,7 @@ fn segment(name: &str) -> Result<&str> {
 
 /// A tar member that reads as header, content and padding, and its length. The content is as long as it was when the
 /// header was made, whatever happens to the file meanwhile.
-fn tar_member(name: &str, path: &Path) -> Result<(impl Read, u64)> {
+fn tar_member(name: &str, path: &Path) -> Result<(impl Read + use<>, u64)> {
     let what = || path.display().to_string();
     let file = File::open(path).with_context(what)?;
     let size = file.metadata().with_context(what)?.len();

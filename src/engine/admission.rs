@@ -8,13 +8,14 @@ use tokio::sync::mpsc::{self, Receiver};
 
 use super::sequence::{EVENTS_BESIDE_TOKENS, Sequence, SequenceSetup};
 use super::status::{InFlight, Status};
-use super::{ForwardLimits, GenerationEvent, GenerationRequest, SubmitError};
+use super::{EngineConfig, ForwardLimits, GenerationEvent, GenerationRequest, SubmitError};
 use crate::metrics::Metrics;
 
 /// Decides which requests may enter the engine.
 pub struct Admission {
     limits: ForwardLimits,
     queue_max: usize,
+    block_tokens: usize,
     accepting: AtomicBool,
     status: Arc<Status>,
     metrics: Arc<Metrics>,
@@ -25,8 +26,14 @@ pub struct Submission(pub(super) Box<Sequence>);
 
 impl Admission {
     /// `limits.context_tokens_max` is what both the model and the KV cache can hold.
-    pub(super) fn new(limits: ForwardLimits, queue_max: usize, status: Arc<Status>, metrics: Arc<Metrics>) -> Self {
-        Self { limits, queue_max, accepting: AtomicBool::new(true), status, metrics }
+    pub(super) fn new(
+        limits: ForwardLimits,
+        config: &EngineConfig,
+        status: Arc<Status>,
+        metrics: Arc<Metrics>,
+    ) -> Self {
+        let EngineConfig { queue_max, block_tokens, .. } = *config;
+        Self { limits, queue_max, block_tokens, accepting: AtomicBool::new(true), status, metrics }
     }
 
     /// Checks a request and gives it a place in the waiting queue. A submission that is dropped keeps its place: hand
@@ -84,10 +91,12 @@ impl Admission {
         Ok(())
     }
 
-    /// Tokens that prompt and answer can have beside what the adapter puts before them.
+    /// Tokens that prompt and answer can have beside what the adapter puts before them. Every context that the adapter needs
+    /// fits the cache beside the others.
     fn context_tokens_max(&self, request: &GenerationRequest) -> usize {
-        let leading = request.adapter.as_ref().map_or(0, |adapter| adapter.lowered.num_leading());
-        self.limits.context_tokens_max.saturating_sub(leading)
+        let Some(adapter) = &request.adapter else { return self.limits.context_tokens_max };
+        let cache_tokens = self.limits.num_blocks / adapter.lowered.num_contexts() * self.block_tokens;
+        self.limits.context_tokens_max.min(cache_tokens).saturating_sub(adapter.lowered.num_leading())
     }
 
     /// Sizes of the model and cache.

@@ -41,9 +41,9 @@ impl Layout<'_> {
         Arc::clone(self.residents[slot].as_ref().expect("a scheduled sequence's adapter is on the device"))
     }
 
-    /// The KV slot of a position, whose block must be the sequence's own.
-    fn slot_to_write(&self, sequence: &Sequence, position: usize) -> u32 {
-        let block = sequence.block_table[position / self.block_tokens];
+    /// The KV slot of a position of the context with this table, whose block must be the sequence's own.
+    fn slot_to_write(&self, block_table: &[u32], position: usize) -> u32 {
+        let block = block_table[position / self.block_tokens];
         assert!(self.blocks.is_writable(block), "block {block} is written while shared");
         block * self.block_tokens as u32 + (position % self.block_tokens) as u32
     }
@@ -57,7 +57,10 @@ pub(super) fn prepare(running: &[Sequence], scheduled: &[usize], layout: &Layout
     for &running_idx in scheduled {
         let sequence = &running[running_idx];
         let start = batch.token_ids.len();
-        push_tokens(&mut batch, sequence, layout);
+        push_tokens(&mut batch, sequence, &sequence.block_table, layout);
+        if let Some(base) = &sequence.base {
+            push_tokens(batch.gate_pass.get_or_insert_default(), sequence, &base.block_table, layout);
+        }
         push_rows(&mut batch, &mut rows, sequence, running_idx, start);
         push_leading(&mut batch, sequence, start, layout);
         let len = sequence.chunk_len;
@@ -70,11 +73,14 @@ pub(super) fn prepare(running: &[Sequence], scheduled: &[usize], layout: &Layout
                 Some(segment) if previous_slot == Some(slot) => segment.len += len,
                 _ => {
                     let adapter = slot.map(|slot| layout.resident(slot));
-                    batch.segments.push(AdapterSegment { start, len, adapter });
+                    batch.segments.push(AdapterSegment::new(start, len, adapter));
                 }
             }
             previous_slot = Some(slot);
         }
+    }
+    if let Some(pass) = &mut batch.gate_pass {
+        pass.segments.push(AdapterSegment::new(0, pass.token_ids.len(), None));
     }
     if let (true, Some(&running_idx)) = (rows.is_empty(), scheduled.last()) {
         rows.push(Row { running_idx, purpose: RowPurpose::Unused });
@@ -83,24 +89,24 @@ pub(super) fn prepare(running: &[Sequence], scheduled: &[usize], layout: &Layout
     (batch, rows)
 }
 
-/// Adds a sequence's chunk as a span.
-fn push_tokens(batch: &mut Batch, sequence: &Sequence, layout: &Layout<'_>) {
+/// Adds a sequence's chunk as a span, in the context with this table.
+fn push_tokens(batch: &mut Batch, sequence: &Sequence, block_table: &[u32], layout: &Layout<'_>) {
     let context_len = sequence.computed + sequence.chunk_len;
     assert!(context_len <= sequence.context_len(), "a chunk ends with the known tokens");
-    assert!(context_len <= sequence.block_table.len() * layout.block_tokens, "a chunk has blocks to be written to");
+    assert!(context_len <= block_table.len() * layout.block_tokens, "a chunk has blocks to be written to");
     let start = batch.token_ids.len();
     for position in sequence.computed..context_len {
         batch.token_ids.push(position.checked_sub(sequence.leading).map_or(0, |idx| sequence.tokens[idx]));
         batch.positions.push(position as u32);
         batch.rope_lens.push(sequence.rope_prompt_len.max(position + 1) as u32);
-        batch.slot_mapping.push(layout.slot_to_write(sequence, position));
+        batch.slot_mapping.push(layout.slot_to_write(block_table, position));
     }
     let num_blocks = context_len.div_ceil(layout.block_tokens);
     batch.spans.push(AttentionSpan {
         start,
         len: sequence.chunk_len,
         context_len,
-        block_table: sequence.block_table[..num_blocks].to_vec(),
+        block_table: block_table[..num_blocks].to_vec(),
     });
 }
 
@@ -113,7 +119,7 @@ fn push_leading(batch: &mut Batch, sequence: &Sequence, start: usize, layout: &L
         batch.virtual_runs.push(VirtualRun { start, len, first_row, adapter: layout.resident(slot) });
     }
     if !sequence.to_copy.is_empty() {
-        let slots = sequence.to_copy.clone().map(|entry| layout.slot_to_write(sequence, entry)).collect();
+        let slots = sequence.to_copy.clone().map(|entry| layout.slot_to_write(&sequence.block_table, entry)).collect();
         let first_entry = sequence.to_copy.start;
         batch.prefix_writes.push(PrefixWrite { first_entry, slots, adapter: layout.resident(slot) });
     }
@@ -140,6 +146,7 @@ mod tests {
     use super::super::GenerationRequest;
     use super::super::sequence::tests::{request, sequence};
     use super::*;
+    use crate::adapter::{GateNetwork, GateRule, LoadedAdapter, LoweredAdapter};
 
     const BLOCK_TOKENS: usize = 4;
 
@@ -147,7 +154,9 @@ mod tests {
     fn running(blocks: &mut BlockManager, request: GenerationRequest, computed: usize, chunk_len: usize) -> Sequence {
         let (mut sequence, _) = sequence(request);
         let num_blocks = (computed + chunk_len).div_ceil(BLOCK_TOKENS);
-        sequence.block_table = (0..num_blocks).map(|_| blocks.allocate().unwrap()).collect();
+        for table in sequence.block_tables_mut() {
+            *table = (0..num_blocks).map(|_| blocks.allocate().unwrap()).collect();
+        }
         sequence.computed = computed;
         sequence.chunk_len = chunk_len;
         sequence
@@ -190,6 +199,40 @@ mod tests {
         let segments: Vec<_> = batch.segments.iter().map(|s| (s.start, s.len, s.adapter.is_some())).collect();
         assert_eq!(segments, [(0, 2, false), (2, 4, true), (6, 2, true)]);
         assert!(Arc::ptr_eq(batch.segments[2].adapter.as_ref().unwrap(), residents[1].as_ref().unwrap()));
+    }
+
+    #[test]
+    fn what_needs_gates_is_laid_out_in_the_base_too() {
+        let mut blocks = BlockManager::new(8);
+        let lowered = LoweredAdapter {
+            gates: Some(GateNetwork { layers: Vec::new(), group: 1, rule: GateRule::default() }),
+            ..LoweredAdapter::default()
+        };
+        let adapter = LoadedAdapter {
+            name: "gated".to_owned(),
+            generation: 1,
+            digest: [1; 32],
+            lowered,
+            bytes: 0,
+            parts: Vec::new(),
+        };
+        let adapter = Some(Arc::new(adapter));
+        let gated = |prompt: &[u32]| GenerationRequest { adapter: adapter.clone(), ..request(prompt, 1) };
+        let residents = [Some(Arc::new(DeviceAdapter::default()))];
+        let bare = running(&mut blocks, request(&[9, 9], 1), 0, 2);
+        let mut first = running(&mut blocks, gated(&[10, 11, 12, 13, 14, 15]), 4, 2);
+        let mut second = running(&mut blocks, gated(&[20, 21]), 0, 2);
+        (first.slot, second.slot) = (Some(0), Some(0));
+        let (batch, rows) = prepare(&[bare, first, second], &[0, 1, 2], &layout(&blocks, &residents));
+        assert_eq!((batch.token_ids.as_slice(), rows.len()), (&[9, 9, 14, 15, 20, 21][..], 3));
+        assert_eq!(batch.slot_mapping, [0, 1, 8, 9, 20, 21]);
+        let pass = batch.gate_pass.unwrap();
+        assert_eq!((pass.token_ids.as_slice(), pass.positions.as_slice()), (&[14, 15, 20, 21][..], &[4, 5, 0, 1][..]));
+        assert_eq!(pass.slot_mapping, [16, 17, 24, 25]);
+        let spans: Vec<_> = pass.spans.iter().map(|s| (s.start, s.context_len, s.block_table.clone())).collect();
+        assert_eq!(spans, [(0, 6, vec![3, 4]), (2, 2, vec![6])]);
+        assert_eq!((pass.segments.len(), pass.segments[0].len, pass.logit_rows.len()), (1, 4, 0));
+        assert!(pass.segments[0].adapter.is_none() && pass.gate_pass.is_none());
     }
 
     #[test]

@@ -4,7 +4,7 @@
 //! sequences that still prefill, then waiting ones; a prefill is a chunk of n tokens and a decode a chunk of one.
 //! Within each group the earlier arrival goes first.
 //!
-//! Blocks: a sequence is admitted when all its tokens fit, and one further block per running sequence stays free, so
+//! Blocks: a sequence is admitted when all its tokens fit, and one further block per context of those that run stays free, so
 //! that an admission is not undone at once. When a running sequence needs a block and none is left, the newest running
 //! sequence is preempted: it loses its blocks and waits again, before all that arrived after it, with its generated
 //! tokens kept. Because every sequence alone fits the cache (checked at admission), the oldest always goes on.
@@ -12,6 +12,10 @@
 //! An adapter's KV prefix takes no computing: its entries are copied to blocks. Full blocks of them are shared by all
 //! sequences of the adapter, through the same hashes as the prefix cache and evicted like its blocks once nobody refers to
 //! them; what is left of the prefix shares a block with the sequence's own tokens and is copied for each.
+//!
+//! A sequence whose adapter takes gates from the bare base has a context of the base's beside its own. Both are computed in
+//! the same steps and hold equally many blocks, so what is said of a sequence's blocks holds for both together. A step's
+//! tokens count once: the base's pass over them comes before, and is no larger.
 //!
 //! Fairness: requests enter in order of arrival, and lack of capacity (seats, tokens, blocks) holds everybody behind.
 //! A request is *deferred* when it lacks only a device slot for its adapter; later requests whose adapters are on the
@@ -170,10 +174,12 @@ impl Scheduler {
         let mut idx = 0;
         while let Some(sequence) = self.running.get_mut(idx) {
             let needed = (sequence.computed + sequence.chunk_len).div_ceil(self.block_tokens);
-            if sequence.block_table.len() >= needed {
+            let Some(table) = sequence.block_tables_mut().find(|table| table.len() < needed) else {
                 idx += 1;
-            } else if let Some(block) = blocks.allocate() {
-                sequence.block_table.push(block);
+                continue;
+            };
+            if let Some(block) = blocks.allocate() {
+                table.push(block);
             } else {
                 assert!(self.running.len() > 1, "a sequence alone fits the cache");
                 let mut newest = self.running.pop().expect("there are at least two");
@@ -244,18 +250,16 @@ impl Scheduler {
         let sequence = &mut self.waiting[waiting_idx];
         let num_blocks = sequence.context_len().div_ceil(self.block_tokens);
         let prefix_blocks = sequence.prefix_blocks(self.block_tokens);
-        let hashes = sequence.reusable_hashes(self.block_tokens, self.prefix_cache);
-        let hits = blocks.find_prefix(hashes);
-        let headroom = self.running.len();
+        let hits = sequence.find_prefix(blocks, self.block_tokens, self.prefix_cache);
+        let headroom: usize = self.running.iter().map(Sequence::num_contexts).sum();
         let copies_prefix = hits.blocks < prefix_blocks;
-        let has_room = blocks.available() >= hits.unreferenced + (num_blocks - hits.blocks) + headroom;
+        let new_blocks = sequence.num_contexts() * (num_blocks - hits.blocks);
+        let has_room = blocks.available() >= hits.unreferenced + new_blocks + headroom;
         if !has_room || (copies_prefix && schedule.copies_prefix) {
             return false;
         }
         schedule.copies_prefix |= copies_prefix;
-        let mut block_table: Vec<u32> = hashes[..hits.blocks].iter().map(|hash| blocks.take_cached(hash)).collect();
-        block_table.extend((hits.blocks..num_blocks).map(|_| blocks.allocate().expect("the room was checked")));
-        sequence.block_table = block_table;
+        sequence.fill_tables(blocks, hits.blocks, num_blocks);
         let cached = hits.blocks * self.block_tokens;
         sequence.to_copy = cached.min(sequence.prefix_entries)..sequence.prefix_entries;
         sequence.computed = cached.max(sequence.prefix_entries);
@@ -265,7 +269,7 @@ impl Scheduler {
 
     /// Checks every invariant, in time linear in blocks and sequences. For tests.
     pub(super) fn audit(&self, blocks: &BlockManager, slots: &SlotManager) {
-        blocks.audit(self.running.iter().map(|sequence| sequence.block_table.as_slice()));
+        blocks.audit(self.running.iter().flat_map(Sequence::block_tables));
         slots.audit(self.running.iter().filter_map(|sequence| sequence.slot));
         assert!(self.running.len() <= self.sequences_max);
         assert!(self.running.is_sorted_by_key(|sequence| sequence.id));
@@ -274,11 +278,16 @@ impl Scheduler {
             assert_eq!(sequence.slot.is_some(), sequence.adapter.is_some());
             assert_eq!(sequence.digest().and_then(|digest| slots.find(digest)), sequence.slot);
             assert!(sequence.computed <= sequence.block_table.len() * self.block_tokens);
+            let needs_base = sequence.adapter.as_ref().is_some_and(|adapter| adapter.lowered.gates.is_some());
+            assert_eq!(sequence.base.is_some(), needs_base);
+            assert!(sequence.block_tables().all(|table| table.len() == sequence.block_table.len()));
             assert!(sequence.computed < sequence.context_len() && sequence.prefix_entries <= sequence.computed);
             assert!(sequence.to_copy.is_empty(), "a step copies what it must");
         }
         for sequence in &self.waiting {
-            assert!(sequence.block_table.is_empty() && sequence.slot.is_none() && sequence.computed == 0);
+            assert!(
+                sequence.block_tables().all(<[u32]>::is_empty) && sequence.slot.is_none() && sequence.computed == 0
+            );
             assert!(sequence.overtaken <= self.sequences_max, "a deferred sequence is overtaken without end");
         }
     }

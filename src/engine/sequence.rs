@@ -3,6 +3,9 @@
 //! A sequence's context is what its adapter puts before the prompt (entries of a KV prefix, then virtual tokens) and then
 //! its tokens. Positions, blocks and whatever counts as computed are those of the context; prompts, scores and answers
 //! are of tokens only.
+//!
+//! An adapter that takes gates from the bare base gives its sequence a second context: the same tokens as the base sees them.
+//! Both have blocks of their own, equally many, and are computed together.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -11,6 +14,7 @@ use std::time::Instant;
 
 use tokio::sync::mpsc::{self, error::TrySendError};
 
+use super::block_manager::{BlockManager, PrefixHits};
 use super::prefix::{BlockHash, PrefixChain, PrefixKey};
 use super::sampler::Sampler;
 use super::status::InFlight;
@@ -52,7 +56,9 @@ pub(super) struct Sequence {
     pub(super) block_table: Vec<u32>,
     /// Hashes of its full blocks.
     pub(super) prefix: PrefixChain,
-    /// Leading blocks that were offered to the prefix cache.
+    /// The same tokens' context in the bare base, where the adapter takes gates from it.
+    pub(super) base: Option<BaseContext>,
+    /// Leading blocks, of every context, that were offered to the prefix cache.
     pub(super) num_published: usize,
     /// Prompt tokens found in the prefix cache; `None` until first scheduled.
     pub(super) cached_tokens: Option<usize>,
@@ -83,6 +89,30 @@ pub(super) struct Sequence {
     satisfied: Arc<AtomicBool>,
     events: mpsc::Sender<GenerationEvent>,
     _in_flight: InFlight,
+}
+
+/// A context of the bare base beside a sequence's own; what is computed is the same of both.
+#[derive(Debug)]
+pub(super) struct BaseContext {
+    /// KV blocks, in order of the context.
+    pub(super) block_table: Vec<u32>,
+    /// Hashes of its full blocks, which are those of requests for the base.
+    pub(super) prefix: PrefixChain,
+}
+
+impl BaseContext {
+    fn new(salt: Option<&str>, rope_length_rule: RopeLengthRule, prompt_len: usize) -> Self {
+        let prefix = PrefixChain::new(PrefixKey {
+            adapter: None,
+            adapter_from: Some(0),
+            prefix_entries: 0,
+            leading: 0,
+            salt,
+            rope_length_rule,
+            prompt_len,
+        });
+        Self { block_table: Vec::new(), prefix }
+    }
 }
 
 /// When a sequence passed which point; for metrics only.
@@ -142,8 +172,12 @@ impl Sequence {
             rope_length_rule: setup.rope_length_rule,
             prompt_len: leading + request.prompt.len(),
         });
+        let needs_base = lowered.is_some_and(|lowered| lowered.gates.is_some());
+        assert!(!needs_base || (leading == 0 && adapter_from == Some(0)), "both contexts have the same positions");
+        let new_base = || BaseContext::new(request.cache_salt.as_deref(), setup.rope_length_rule, request.prompt.len());
         Self {
             id: 0,
+            base: needs_base.then(new_base),
             adapter: request.adapter,
             prompt_len: request.prompt.len(),
             prefix_entries,
@@ -247,13 +281,68 @@ impl Sequence {
         &hashes[..hashes.len().min(bound)]
     }
 
+    /// Contexts it has.
+    pub(super) fn num_contexts(&self) -> usize {
+        1 + usize::from(self.base.is_some())
+    }
+
+    /// Block tables of its contexts.
+    pub(super) fn block_tables(&self) -> impl Iterator<Item = &[u32]> {
+        let base = self.base.iter().map(|base| base.block_table.as_slice());
+        std::iter::once(self.block_table.as_slice()).chain(base)
+    }
+
+    /// The same, to be grown.
+    pub(super) fn block_tables_mut(&mut self) -> impl Iterator<Item = &mut Vec<u32>> {
+        std::iter::once(&mut self.block_table).chain(self.base.iter_mut().map(|base| &mut base.block_table))
+    }
+
+    /// The leading blocks that all its contexts find in the cache, and how many of them in total are unreferenced.
+    pub(super) fn find_prefix(&mut self, blocks: &BlockManager, block_tokens: usize, prefix_cache: bool) -> PrefixHits {
+        let mut hits = blocks.find_prefix(self.reusable_hashes(block_tokens, prefix_cache));
+        if let Some(base) = &mut self.base {
+            base.prefix.extend(&self.tokens, block_tokens);
+            let of_base = blocks.find_prefix(&base.prefix.hashes()[..hits.blocks]);
+            // The gates of what is computed come from the base, so neither can be ahead of the other.
+            hits = blocks.find_prefix(&self.prefix.hashes()[..of_base.blocks]);
+            hits.unreferenced += blocks.find_prefix(&base.prefix.hashes()[..hits.blocks]).unreferenced;
+        }
+        hits
+    }
+
+    /// Takes `num_blocks` blocks for each context, the first `cached` of them from the cache. The caller has checked that
+    /// they are there.
+    pub(super) fn fill_tables(&mut self, blocks: &mut BlockManager, cached: usize, num_blocks: usize) {
+        let base = self.base.iter_mut().map(|base| (&base.prefix, &mut base.block_table));
+        for (prefix, table) in std::iter::once((&self.prefix, &mut self.block_table)).chain(base) {
+            *table = prefix.hashes()[..cached].iter().map(|hash| blocks.take_cached(hash)).collect();
+        }
+        // Only now that none of these can be evicted any more.
+        for table in self.block_tables_mut() {
+            table.extend((cached..num_blocks).map(|_| blocks.allocate().expect("the room was checked")));
+        }
+    }
+
+    /// Offers the first `num_full` blocks of each context to the cache.
+    pub(super) fn publish(&mut self, blocks: &mut BlockManager, num_full: usize, block_tokens: usize) {
+        let computed = &self.tokens[..self.computed.saturating_sub(self.leading)];
+        let base = self.base.iter_mut().map(|base| (&mut base.prefix, &base.block_table));
+        for (prefix, table) in std::iter::once((&mut self.prefix, &self.block_table)).chain(base) {
+            prefix.extend(computed, block_tokens);
+            for (block, hash) in table[..num_full].iter().zip(prefix.hashes()).skip(self.num_published) {
+                blocks.publish(*block, *hash);
+            }
+        }
+        self.num_published = num_full;
+    }
+
     /// Forgets what is in the KV cache; the blocks are returned for release. Tokens and scores stay.
     pub(super) fn take_blocks(&mut self) -> Vec<u32> {
         self.computed = 0;
         self.to_copy = 0..0;
         self.chunk_len = 0;
         self.must_restart = false;
-        std::mem::take(&mut self.block_table)
+        self.block_tables_mut().flat_map(std::mem::take).collect()
     }
 
     /// Adds the logprob of the next prompt token.
@@ -308,6 +397,11 @@ impl Sequence {
                 salt: self.cache_salt.as_deref(),
                 rope_length_rule: rule,
                 prompt_len: self.rope_prompt_len,
+            });
+            let salt = self.cache_salt.as_deref();
+            self.base = self.base.take().map(|base| BaseContext {
+                block_table: base.block_table,
+                ..BaseContext::new(salt, rule, self.rope_prompt_len)
             });
             self.must_restart = true;
         }

@@ -70,7 +70,7 @@ impl Engine {
         limits.context_tokens_max = limits.context_tokens_max.min(limits.num_blocks * config.block_tokens);
         let status = Arc::new(Status::default());
         let observer = Observer::new(Arc::clone(&metrics), &config, &limits, &status);
-        let admission = Arc::new(Admission::new(limits, config.queue_max, Arc::clone(&status), metrics));
+        let admission = Arc::new(Admission::new(limits, &config, Arc::clone(&status), metrics));
         Self {
             forward,
             scheduler: Scheduler::new(&config),
@@ -314,12 +314,7 @@ fn publish_blocks(sequence: &mut Sequence, blocks: &mut BlockManager, config: &E
     if num_full <= sequence.num_published {
         return;
     }
-    sequence.prefix.extend(&sequence.tokens[..sequence.computed.saturating_sub(sequence.leading)], block_tokens);
-    let hashes = sequence.prefix.hashes();
-    for (block, hash) in sequence.block_table[..num_full].iter().zip(hashes).skip(sequence.num_published) {
-        blocks.publish(*block, *hash);
-    }
-    sequence.num_published = num_full;
+    sequence.publish(blocks, num_full, block_tokens);
 }
 
 /// Reads every row of `logits`; in parallel when there is enough to do.

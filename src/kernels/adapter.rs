@@ -21,6 +21,8 @@ pub struct SegmentTerms<'a> {
     pub terms: Vec<Term<'a>>,
     /// Output scale of product and terms.
     pub scale: Option<OutputTerm<'a>>,
+    /// The rows' gates (len, gates) in f32, for terms that are weighed by them.
+    pub gates: Option<&'a Tensor>,
     /// Vector (out) added last.
     pub c: Option<&'a Tensor>,
 }
@@ -95,6 +97,15 @@ pub enum Term<'a> {
         top_k: usize,
         /// Divides the magnitudes.
         temperature: f64,
+    },
+    /// `b (g * (a x))`, where each row brings the gates that g is taken from: `g[j] = gates[places[j]]`.
+    Gated {
+        /// Down projection (r, in).
+        a: &'a Tensor,
+        /// Up projection (out, r).
+        b: &'a Tensor,
+        /// Which of a row's gates goes with each number of `a x` (r), u32.
+        places: &'a Tensor,
     },
     /// `y[rows[i]] += values[i] * x[columns[i]]`.
     Sparse {
@@ -203,6 +214,11 @@ fn apply_one((x, pre_x): (&Tensor, &Tensor), product: Option<&Tensor>, segment: 
             Term::Routed { a, b, prototypes, top_k, temperature } => {
                 let gates = route(&x, prototypes, top_k, temperature)?;
                 (y + linear(&gated(&linear(&x, a)?, &gates)?, b)?)?
+            }
+            Term::Gated { a, b, places } => {
+                let gates = segment.gates.expect("rows with a gated term bring their gates");
+                let gates = gates.index_select(places, 1)?.to_dtype(x.dtype())?; // [rows, r]
+                (y + linear(&(linear(&x, a)? * gates)?, b)?)?
             }
             Term::ShardSum { m } => add_shard_sum(&y, &x, m)?,
             Term::Sparse { rows, columns, values } => add_sparse(&y, &x, (rows, columns), values)?,
@@ -448,6 +464,22 @@ mod tests {
         let y = apply_segments((&x, &x), Some(&matrix(&[0., 0.], (2, 1))), &[segment]).unwrap();
         // The first row has two equals, the second goes to the last expert.
         assert_eq!(y.to_vec2::<f32>().unwrap(), [[10.5], [-800.]]);
+    }
+
+    #[test]
+    fn rows_bring_their_gates() {
+        let x = matrix(&[1., 2., 3., 4.], (2, 2));
+        let (a, b) = (matrix(&[1., 0., 0., 1., 1., 1.], (3, 2)), matrix(&[1., 10., 100.], (1, 3)));
+        let gates = matrix(&[7., 1., 0., 7., 2., -1.], (2, 3));
+        let places = Tensor::new(&[1u32, 2, 2], &Device::Cpu).unwrap();
+        let segment = SegmentTerms {
+            len: 2,
+            terms: vec![Term::Gated { a: &a, b: &b, places: &places }],
+            gates: Some(&gates),
+            ..SegmentTerms::default()
+        };
+        let y = apply_segments((&x, &x), Some(&matrix(&[0., 0.], (2, 1))), &[segment]).unwrap();
+        assert_eq!(y.to_vec2::<f32>().unwrap(), [[1.], [2. * 3. - 40. - 700.]]);
     }
 
     #[test]

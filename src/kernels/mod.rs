@@ -6,6 +6,7 @@
 mod adapter;
 mod attention;
 pub mod cpu;
+mod gates;
 mod kv;
 mod linear;
 mod paged;
@@ -16,6 +17,7 @@ pub use adapter::{
     transform_inputs,
 };
 pub use attention::AttentionShape;
+pub use gates::{GateRule, GateTerm, gates};
 pub use linear::linear;
 pub use paged::{AttentionPlan, KvLayout, PagedKv, PagedSpan};
 pub use stream::{Factor, StreamTerm, stream_function};

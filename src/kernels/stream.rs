@@ -41,11 +41,11 @@ pub struct StreamTerm<'a> {
 
 impl Factor<'_> {
     /// `x W^T`, (rows, out) in the format of `x`.
-    fn times(&self, x: &Tensor) -> Result<Tensor> {
+    pub(super) fn times(&self, x: &Tensor) -> Result<Tensor> {
         match self {
             Self::Dense(w) => linear(x, w),
             Self::Packed(weight) => {
-                let runs = vec![SlotRun { rows: 0..x.dim(0)?, slots: None }];
+                let runs = vec![SlotRun::bare(0..x.dim(0)?)];
                 join_op(x, &[SweepLinear { weight: (*weight).into(), bias: None, runs }])
             }
         }

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use super::DeviceAdapter;
+use super::gates::TokenGates;
 
 /// One step's tokens, flat: all spans laid end to end. A prefill is a span of n tokens, a decode a span of one.
 #[derive(Clone, Debug, Default)]
@@ -26,6 +27,9 @@ pub struct Batch {
     pub prefix_writes: Vec<PrefixWrite>,
     /// Rows (token indexes, ascending) whose logits are wanted.
     pub logit_rows: Vec<u32>,
+    /// What the bare base computes first, to give tokens their gates: the tokens of the segments whose adapters have a gate
+    /// network, in this order, each with a context of the base's own. Missing where no adapter has one.
+    pub gate_pass: Option<Box<Batch>>,
 }
 
 /// Consecutive tokens whose embeddings are rows of an adapter's virtual tokens.
@@ -74,4 +78,13 @@ pub struct AdapterSegment {
     pub len: usize,
     /// The adapter on the model's device; `None` is the bare base.
     pub adapter: Option<Arc<DeviceAdapter>>,
+    /// The tokens' gates, once the step has computed them.
+    pub(super) gates: Option<Arc<TokenGates>>,
+}
+
+impl AdapterSegment {
+    /// `len` tokens from `start` on with this adapter.
+    pub fn new(start: usize, len: usize, adapter: Option<Arc<DeviceAdapter>>) -> Self {
+        Self { start, len, adapter, gates: None }
+    }
 }

@@ -7,9 +7,10 @@ use half::bf16;
 use half::slice::HalfFloatSliceExt;
 use rayon::prelude::*;
 
+use super::gates::DeviceGates;
 use crate::adapter::{
-    AttentionBranch, Delta, EmbeddingPatch, KvPrefix, LinearSlots, LoweredAdapter, NormOverride, Pre, Scale, SiteId,
-    StreamFunction, Weight,
+    AttentionBranch, Delta, EmbeddingPatch, GateNetwork, KvPrefix, LinearSlots, LoweredAdapter, NormOverride, Pre,
+    Scale, SiteId, StreamFunction, Weight,
 };
 use crate::kernels::ButterflyFactor;
 use crate::kernels::cpu::{
@@ -32,6 +33,8 @@ pub struct DeviceAdapter {
     pub(super) packed_norms: HashMap<SiteId, NormSlots>,
     /// What happens inside decoder layers, by number; the tensors have none of it.
     pub(super) layers: BTreeMap<usize, DeviceLayer>,
+    /// What gives its tokens their gates; the tensors have none of it.
+    pub(super) gates: Option<DeviceGates>,
 }
 
 /// What an adapter does inside one decoder layer.
@@ -99,6 +102,7 @@ impl DeviceAdapter {
             };
             placed.layers.insert(*number, layer);
         }
+        placed.gates = adapter.gates.as_ref().map(|network| place.gates(network, pack_layers)).transpose()?;
         placed.tensors.virtual_tokens = place.option(&adapter.virtual_tokens)?;
         if let Some(prefix) = &adapter.kv_prefix {
             let layers = prefix.layers.iter().map(|(keys, values)| Ok((place.tensor(keys)?, place.tensor(values)?)));
@@ -169,6 +173,14 @@ fn pack_slots(slots: &LinearSlots, format: WeightFormat) -> Result<PackedSlots> 
                     a: RowMatrix::new(format, &host(a)?, r, k),
                     b: pack_as(b, format)?,
                     router: Router::new(host(prototypes)?, k, *top_k, *temperature),
+                }
+            }
+            Delta::Gated { a, b, places } => {
+                let (r, k) = a.dims2()?;
+                PackedDelta::Gated {
+                    a: RowMatrix::new(format, &host(a)?, r, k),
+                    b: pack_as(b, format)?,
+                    places: places.to_vec1()?,
                 }
             }
             Delta::ShardSum { m } => PackedDelta::ShardSum { m: pack_as(&m.t()?, format)? },
@@ -249,6 +261,9 @@ impl Placement<'_> {
                     top_k: *top_k,
                     temperature: *temperature,
                 },
+                Delta::Gated { a, b, places } => {
+                    Delta::Gated { a: self.tensor(a)?, b: self.tensor(b)?, places: places.to_device(self.device)? }
+                }
                 Delta::ShardSum { m } => Delta::ShardSum { m: self.tensor(m)? },
                 Delta::Sparse { rows, columns, values } => Delta::Sparse {
                     rows: rows.to_device(self.device)?,
@@ -295,6 +310,16 @@ impl Placement<'_> {
         }
         let packed = if pack { Some((pack_matrix(&function.down.0)?, pack_matrix(&function.up.0)?)) } else { None };
         Ok(DeviceFunction { function: placed, packed })
+    }
+
+    fn gates(&self, network: &GateNetwork, pack: bool) -> Result<DeviceGates> {
+        let packed = network.layers.iter().map(|(weight, _)| pack_matrix(weight));
+        let packed = if pack { Some(packed.collect::<Result<_>>()?) } else { None };
+        let mut network = network.clone();
+        for tensor in network.tensors_mut() {
+            *tensor = self.tensor(tensor)?;
+        }
+        Ok(DeviceGates { network, packed })
     }
 
     fn branch(&self, branch: &AttentionBranch) -> Result<PagedKv> {

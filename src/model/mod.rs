@@ -13,6 +13,7 @@ mod device_adapter;
 mod error;
 mod export;
 mod families;
+mod gates;
 mod generation;
 mod info;
 mod kv_cache;

@@ -18,8 +18,13 @@ pub(super) struct Step<'a> {
 }
 
 impl<'a> Step<'a> {
-    /// Prepares `batch` for a model whose layers use `windows` (distinct sliding windows).
-    pub(super) fn new(batch: &'a Batch, cache: &KvCache, rope: &Rope, windows: &[Option<usize>]) -> Result<Self> {
+    /// Prepares `batch`, with the gates in its `segments`, for a model whose layers use `windows` (distinct sliding windows).
+    pub(super) fn new(
+        (batch, segments): (&'a Batch, &'a [AdapterSegment]),
+        cache: &KvCache,
+        rope: &Rope,
+        windows: &[Option<usize>],
+    ) -> Result<Self> {
         check(batch, cache);
         let device = cache.device();
         let span = |span: &'a AttentionSpan| PagedSpan {
@@ -31,7 +36,7 @@ impl<'a> Step<'a> {
         let spans: Vec<PagedSpan<'_>> = batch.spans.iter().map(span).collect();
         let rows = (cache.width, device);
         Ok(Self {
-            segments: &batch.segments,
+            segments,
             rope: rope.rotation(&batch.positions, &batch.rope_lens, cache.layout(), (device, cache.dtype()))?,
             attention: AttentionPlan::new(cache.layout(), &batch.slot_mapping, &spans, windows, rows)?,
         })
@@ -76,6 +81,10 @@ fn check(batch: &Batch, cache: &KvCache) {
         assert!(write.slots.iter().all(|slot| (*slot as usize) < slots), "slots lie in the cache");
     }
     assert!(batch.slot_mapping.iter().all(|slot| (*slot as usize) < slots), "slots lie in the cache");
+    let needs_gates = |segment: &&AdapterSegment| segment.adapter.as_ref().is_some_and(|one| one.gates.is_some());
+    let gated: usize = batch.segments.iter().filter(needs_gates).map(|segment| segment.len).sum();
+    let passed = batch.gate_pass.as_ref().map_or(0, |pass| pass.token_ids.len());
+    assert_eq!(passed, gated, "the gate pass has the tokens that need gates");
     assert!(batch.logit_rows.is_sorted(), "logit rows ascend");
     assert!(batch.logit_rows.last().is_none_or(|row| (*row as usize) < tokens), "logit rows are tokens");
 }

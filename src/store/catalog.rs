@@ -359,7 +359,8 @@ impl Shared {
             }
             Current::Retired => Err(not_found()),
             Current::Directory => {
-                let version = self.objects.directory_version(name).await?.ok_or_else(not_found)?;
+                let num_parts = self.known().directories.get(name).map_or(0, |directory| directory.version.num_parts());
+                let version = self.objects.directory_version(name, num_parts).await?.ok_or_else(not_found)?;
                 Ok(Target::Directory { name: name.to_owned(), version })
             }
         }

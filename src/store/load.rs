@@ -95,6 +95,8 @@ pub(super) struct Loader {
 /// A lowered adapter that is accounted for and not yet visible.
 pub(super) struct Prepared {
     pub(super) files: AdapterFiles,
+    /// Names the files' blob.
+    pub(super) content: ContentDigest,
     lowered: LoweredAdapter,
     report: LowerReport,
     digest: [u8; 32],
@@ -103,25 +105,41 @@ pub(super) struct Prepared {
 }
 
 impl Loader {
-    /// Lowers the files, whose reading began at `started`, within the budgets. Blocks.
-    pub(super) fn prepare(&self, files: AdapterFiles, merge: bool, started: Instant) -> Result<Prepared, StoreError> {
+    /// Lowers the files, whose reading began at `started`, within the budgets; they must have the `expected` content where
+    /// that is known. Blocks.
+    pub(super) fn prepare(
+        &self,
+        files: AdapterFiles,
+        merge: bool,
+        expected: Option<ContentDigest>,
+        started: Instant,
+    ) -> Result<Prepared, StoreError> {
         let mut reservation = self.memory.reservation();
         let mut options = LowerOptions { merge, dtype: self.dtype, own_bytes_max: 0 };
+        let hashed = options;
         // What an adapter needs is only known once it is understood, so dense copies start without a budget: lowering
         // stops before it makes one that is not reserved, and says what it needs so far. Reserving twice as much as
         // the last time keeps the number of rounds small; where that is not to be had, exactly what is needed.
-        let (lowered, report) = loop {
+        let mut lower = || loop {
             match lower(&files, self.base.as_ref(), &options) {
                 Err(AdapterError::OverBudget { needed, .. }) if needed > options.own_bytes_max => {
                     options.own_bytes_max = reserve_own(&mut reservation, needed, 2 * options.own_bytes_max)?;
                 }
-                lowered => break lowered?,
+                lowered => return Ok::<_, StoreError>(lowered?),
             }
         };
+        // Hashing takes about half as long as lowering, and does not wait for it.
+        let (lowered, (content, digest)) = std::thread::scope(|scope| {
+            let digests = scope.spawn(|| (ContentDigest::of(&files), digest(&files, &hashed)));
+            (lower(), digests.join().expect("hashing bytes does not panic"))
+        });
+        if let Some(expected) = expected.filter(|expected| *expected != content) {
+            return Err(StoreError::storage(format!("blob {expected} holds content {content}")));
+        }
+        let (lowered, report) = lowered?;
         reservation.resize(Bytes { host: lowered.bytes(), own: report.own_weight_bytes })?;
-        let digest = digest(&files, &options);
         let load_seconds = started.elapsed().as_secs_f64();
-        Ok(Prepared { files, lowered, report, digest, load_seconds, reservation })
+        Ok(Prepared { files, content, lowered, report, digest, load_seconds, reservation })
     }
 }
 
@@ -183,13 +201,7 @@ impl Shared {
     async fn load_published(&self, generation: &Generation, permit: Permit, started: Instant) -> Answer {
         let files = self.objects.blob(&generation.digest).await?;
         let (loader, expected) = (self.loader.clone(), generation.clone());
-        let prepared = blocking(permit, move || {
-            let found = ContentDigest::of(&files);
-            if found != expected.digest {
-                return Err(StoreError::storage(format!("blob {} holds content {found}", expected.digest)));
-            }
-            loader.prepare(files, expected.merge, started)
-        });
+        let prepared = blocking(permit, move || loader.prepare(files, expected.merge, Some(expected.digest), started));
         Ok(self.install(generation, prepared.await?))
     }
 
@@ -209,7 +221,7 @@ impl Shared {
             // A file that was touched and not changed is still the same generation.
             match memory.get(&generation) {
                 Some(adapter) => Ok((generation, Ok(adapter))),
-                None => Ok((generation, Err(loader.prepare(files, false, started)?))),
+                None => Ok((generation, Err(loader.prepare(files, false, None, started)?))),
             }
         });
         let (generation, loaded) = loaded.await?;

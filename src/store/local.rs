@@ -1,7 +1,8 @@
 //! Adapter directories on the local disk: which paths may be opened, and reading them.
 //!
 //! A path is opened only after it was resolved, symbolic links included, and found inside a configured root. Only two
-//! files of a directory are ever read; a pickle file is refused by name and never opened.
+//! files of a directory are ever read, and those of sub-directories with numbers for names where the config asks for such; a
+//! pickle file is refused by name and never opened.
 
 use std::fs;
 use std::io::{self, Read};
@@ -9,13 +10,13 @@ use std::path::{Component, Path, PathBuf};
 
 use super::StoreError;
 use super::objects::{CONFIG_FILE, WEIGHTS_FILE, WEIGHTS_FILES};
-use crate::adapter::{AdapterError, AdapterFiles};
+use crate::adapter::{self, AdapterError, AdapterFiles};
 
 /// Weight files that are pickles: PEFT's older one, and AdapterHub's.
 pub(super) const PICKLE_FILES: [&str; 2] = ["adapter_model.bin", "pytorch_adapter.bin"];
 
 /// The directories that adapters may be read from; the store's own comes first.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Roots {
     /// As configured, made absolute, and as resolved.
     roots: Vec<(PathBuf, PathBuf)>,
@@ -98,7 +99,7 @@ pub(super) fn read_path(roots: &Roots, path: &Path, bytes_max: usize) -> Result<
     if !dir.is_dir() {
         return Err(StoreError::FilesNotFound("the path is not a directory".to_owned()));
     }
-    AdapterDirectory::find(&dir, |path| resolve_file(roots, path))?.read(bytes_max)
+    AdapterDirectory::find(&dir, Some(roots))?.read(bytes_max)
 }
 
 /// The weights in a directory, resolved.
@@ -119,13 +120,17 @@ fn pickle_in(dir: &Path) -> Option<&'static str> {
     PICKLE_FILES.into_iter().find(|file| dir.join(file).exists())
 }
 
-/// The two files of an adapter directory.
+/// The files of an adapter directory.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct AdapterDirectory {
     /// `adapter_config.json`, resolved.
     pub config: PathBuf,
     /// `adapter_model.safetensors`, or AdapterHub's `adapter.safetensors`, resolved.
     pub weights: PathBuf,
+    /// Where they lie.
+    dir: PathBuf,
+    /// What its files must be inside of; `None` where links may lead anywhere.
+    roots: Option<Roots>,
 }
 
 impl AdapterDirectory {
@@ -137,17 +142,49 @@ impl AdapterDirectory {
         if !dir.is_dir() {
             return Err(StoreError::FilesNotFound(format!("{} is not a directory", dir.display())));
         }
-        Self::find(dir, |path| Ok(path.is_file().then(|| path.to_owned())))
+        Self::find(dir, None)
     }
 
-    /// Reads both files, at most `bytes_max` bytes together.
+    /// Reads its files, those of sub-directories too, at most `bytes_max` bytes together.
     ///
     /// # Errors
-    /// `TooLarge`, or when a file cannot be read.
+    /// `TooLarge`, or when a file is missing or cannot be read.
     pub fn read(&self, bytes_max: usize) -> Result<AdapterFiles, StoreError> {
-        let config = read_file(&self.config, bytes_max, bytes_max)?;
-        let weights = read_file(&self.weights, bytes_max - config.len(), bytes_max)?;
-        Ok(AdapterFiles { config, weights })
+        let mut left = bytes_max;
+        let mut files = self.read_own(&mut left, bytes_max)?;
+        for part in self.parts_of(&files.config)? {
+            files.parts.push(part.read_own(&mut left, bytes_max)?);
+        }
+        Ok(files)
+    }
+
+    /// The directories in it, `0`, `1` and so on, that its config names.
+    ///
+    /// # Errors
+    /// When one is missing, or the config is larger than `bytes_max` or cannot be read.
+    pub fn parts(&self, bytes_max: usize) -> Result<Vec<Self>, StoreError> {
+        self.parts_of(&read_file(&self.config, bytes_max, bytes_max)?)
+    }
+
+    fn parts_of(&self, config: &[u8]) -> Result<Vec<Self>, StoreError> {
+        let part = |number: usize| {
+            Self::find(&self.dir.join(number.to_string()), self.roots.as_ref()).map_err(|error| match error {
+                StoreError::FilesNotFound(reason) => {
+                    StoreError::FilesNotFound(format!("sub-directory {number}: {reason}"))
+                }
+                other => other,
+            })
+        };
+        (0..adapter::num_parts(config)).map(part).collect()
+    }
+
+    /// Reads the two files, at most `left` bytes, which it takes off.
+    fn read_own(&self, left: &mut usize, bytes_max: usize) -> Result<AdapterFiles, StoreError> {
+        let config = read_file(&self.config, *left, bytes_max)?;
+        *left -= config.len();
+        let weights = read_file(&self.weights, *left, bytes_max)?;
+        *left -= weights.len();
+        Ok(AdapterFiles::new(config, weights))
     }
 
     /// Writes an adapter's two files into an existing directory.
@@ -155,17 +192,23 @@ impl AdapterDirectory {
     /// # Errors
     /// When a file cannot be written.
     pub fn write(dir: &Path, files: &AdapterFiles) -> Result<(), StoreError> {
+        assert!(files.parts.is_empty(), "what is written has no parts");
         for (name, bytes) in [(CONFIG_FILE, &files.config), (WEIGHTS_FILE, &files.weights)] {
             fs::write(dir.join(name), bytes).map_err(StoreError::storage)?;
         }
         Ok(())
     }
 
-    fn find(dir: &Path, resolve: impl Fn(&Path) -> Result<Option<PathBuf>, StoreError>) -> Result<Self, StoreError> {
+    /// The files in `dir`, which must be inside `roots` where these are given.
+    fn find(dir: &Path, roots: Option<&Roots>) -> Result<Self, StoreError> {
+        let resolve = |path: &Path| match roots {
+            Some(roots) => resolve_file(roots, path),
+            None => Ok(path.is_file().then(|| path.to_owned())),
+        };
         let missing = |file: &str| StoreError::FilesNotFound(format!("the directory has no {file}"));
         let config = resolve(&dir.join(CONFIG_FILE))?.ok_or_else(|| missing(CONFIG_FILE))?;
         match (find_weights(dir, resolve)?, pickle_in(dir)) {
-            (Some(weights), _) => Ok(Self { config, weights }),
+            (Some(weights), _) => Ok(Self { config, weights, dir: dir.to_owned(), roots: roots.cloned() }),
             (None, Some(pickle)) => Err(pickle_refusal(pickle)),
             (None, None) => Err(missing(WEIGHTS_FILE)),
         }
@@ -335,6 +378,38 @@ mod tests {
         assert_eq!(read_path(&roots, Path::new("good"), LIMIT).unwrap().weights, b"weights");
         fs::write(good.join(WEIGHTS_FILE), "other").unwrap();
         assert_eq!(read_path(&roots, Path::new("good"), LIMIT).unwrap().weights, b"other");
+    }
+
+    /// `root/good` becomes an adapter that names two in sub-directories.
+    fn write_mixture(base: &Path) {
+        let config = r#"{"peft_type": "XLORA", "adapters": {"0": "../../outside/good", "1": "/etc"}}"#;
+        write_adapter(&base.join("root/good"), config);
+        write_adapter(&base.join("root/good/0"), "first");
+        write_adapter(&base.join("root/good/1"), "second");
+    }
+
+    #[test]
+    fn named_sub_directories_are_read_and_no_path_in_a_config_is_opened() {
+        let Dirs { base, roots, _temp } = dirs();
+        write_mixture(&base);
+        let files = read_path(&roots, Path::new("good"), 200).unwrap();
+        let configs: Vec<_> = files.parts.iter().map(|part| part.config.as_slice()).collect();
+        assert_eq!(configs, [&b"first"[..], b"second"]);
+        let total = files.num_bytes();
+        assert!(read_path(&roots, Path::new("good"), total).is_ok());
+        assert!(matches!(read_path(&roots, Path::new("good"), total - 1), Err(StoreError::TooLarge { .. })));
+    }
+
+    #[test]
+    fn a_sub_directory_may_not_be_missing_or_lead_out() {
+        let Dirs { base, roots, _temp } = dirs();
+        write_mixture(&base);
+        fs::remove_dir_all(base.join("root/good/1")).unwrap();
+        let error = read_path(&roots, Path::new("good"), 200).unwrap_err();
+        assert!(error.to_string().contains("sub-directory 1: the directory has no adapter_config.json"), "{error}");
+        symlink(base.join("outside/good"), base.join("root/good/1")).unwrap();
+        assert!(matches!(read_path(&roots, Path::new("good"), 200), Err(StoreError::OutsideRoots)));
+        assert!(AdapterDirectory::open(&base.join("root/good")).unwrap().read(200).is_ok(), "the operator may");
     }
 
     #[test]

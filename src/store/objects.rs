@@ -1,9 +1,10 @@
 //! The layout on storage, over any object store.
 //!
-//! - `blobs/sha256/<digest>/adapter_config.json` and `.../adapter_model.safetensors`: immutable content
+//! - `blobs/sha256/<digest>/adapter_config.json` and `.../adapter_model.safetensors`: immutable content, with the adapters in
+//!   sub-directories `0`, `1` and so on where the config names such
 //! - `catalog/<name>/<number>.json`: records, each written once with create-if-absent
-//! - `<name>/adapter_config.json` and `<name>/adapter_model.safetensors`: plain directories, only ever read; the weights
-//!   may have the other name of [`WEIGHTS_FILES`]
+//! - `<name>/adapter_config.json` and `<name>/adapter_model.safetensors`: plain directories, only ever read, with their
+//!   sub-directories likewise; the weights may have the other name of [`WEIGHTS_FILES`]
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -17,7 +18,7 @@ use super::StoreError;
 use super::local::{self, Roots};
 use super::name::check_name;
 use super::record::{ContentDigest, Record};
-use crate::adapter::AdapterFiles;
+use crate::adapter::{self, AdapterFiles};
 
 pub(super) const BLOBS: &str = "blobs";
 pub(super) const CATALOG: &str = "catalog";
@@ -41,6 +42,8 @@ pub(super) struct DirectoryVersion {
     weights: FileVersion,
     /// Name of the weights file.
     weights_file: &'static str,
+    /// Those of the sub-directories that the config names.
+    parts: Vec<DirectoryVersion>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -63,9 +66,21 @@ impl FileVersion {
 }
 
 impl DirectoryVersion {
-    /// Unix time of the later of the two files' modifications, seconds.
+    /// Unix time of the latest of the files' modifications, seconds.
     pub(super) fn modified(&self) -> u64 {
-        self.config.modified_s.max(self.weights.modified_s)
+        let parts = self.parts.iter().map(Self::modified).max().unwrap_or(0);
+        self.config.modified_s.max(self.weights.modified_s).max(parts)
+    }
+
+    /// How many sub-directories the config names, as far as is known.
+    pub(super) fn num_parts(&self) -> usize {
+        self.parts.len()
+    }
+
+    /// Bytes of all files.
+    fn size(&self) -> u64 {
+        let own = self.config.size.saturating_add(self.weights.size);
+        self.parts.iter().fold(own, |sum, part| sum.saturating_add(part.size()))
     }
 
     /// Whether a further change would surely change the version too: the files are not just being written.
@@ -130,20 +145,35 @@ impl Objects {
 
     /// Stores content under its digest. Writing it again changes nothing, and repairs what a power cut tore.
     pub(super) async fn put_blob(&self, digest: &ContentDigest, files: AdapterFiles) -> Result<(), StoreError> {
-        self.store.put(&blob_path(digest, CONFIG_FILE), files.config.into()).await?;
-        self.store.put(&blob_path(digest, WEIGHTS_FILE), files.weights.into()).await?;
+        for (number, part) in files.parts.into_iter().enumerate() {
+            self.put_files(&blob_path(digest).join(number.to_string()), part.config, part.weights).await?;
+        }
+        self.put_files(&blob_path(digest), files.config, files.weights).await
+    }
+
+    async fn put_files(&self, dir: &Path, config: Vec<u8>, weights: Vec<u8>) -> Result<(), StoreError> {
+        self.store.put(&dir.clone().join(CONFIG_FILE), config.into()).await?;
+        self.store.put(&dir.clone().join(WEIGHTS_FILE), weights.into()).await?;
         Ok(())
     }
 
     /// The content with this digest, not yet checked against it.
     pub(super) async fn blob(&self, digest: &ContentDigest) -> Result<AdapterFiles, StoreError> {
-        let missing = |file: &str| StoreError::storage(format!("{} is missing", blob_path(digest, file)));
-        let config = self.read(&blob_path(digest, CONFIG_FILE), self.adapter_bytes_max).await?;
-        let weights = self.read(&blob_path(digest, WEIGHTS_FILE), self.adapter_bytes_max).await?;
-        Ok(AdapterFiles {
-            config: config.ok_or_else(|| missing(CONFIG_FILE))?.into(),
-            weights: weights.ok_or_else(|| missing(WEIGHTS_FILE))?.into(),
-        })
+        let mut files = self.blob_files(&blob_path(digest)).await?;
+        for number in 0..adapter::num_parts(&files.config) {
+            files.parts.push(self.blob_files(&blob_path(digest).join(number.to_string())).await?);
+        }
+        Ok(files)
+    }
+
+    async fn blob_files(&self, dir: &Path) -> Result<AdapterFiles, StoreError> {
+        let [mut config, mut weights] = [Vec::new(), Vec::new()];
+        for (name, bytes) in [(CONFIG_FILE, &mut config), (WEIGHTS_FILE, &mut weights)] {
+            let path = dir.clone().join(name);
+            let missing = || StoreError::storage(format!("{path} is missing"));
+            *bytes = self.read(&path, self.adapter_bytes_max).await?.ok_or_else(missing)?.into();
+        }
+        Ok(AdapterFiles::new(config, weights))
     }
 
     /// Whether there is a plain directory of that name, usable or not.
@@ -156,8 +186,24 @@ impl Objects {
         }
     }
 
-    /// The plain directory's version, if there is a plain directory of that name.
-    pub(super) async fn directory_version(&self, name: &str) -> Result<Option<DirectoryVersion>, StoreError> {
+    /// The plain directory's version, if there is a plain directory of that name; `num_parts` is how many sub-directories its
+    /// config named when it was last read.
+    pub(super) async fn directory_version(
+        &self,
+        name: &str,
+        num_parts: usize,
+    ) -> Result<Option<DirectoryVersion>, StoreError> {
+        let Some(mut version) = self.files_version(name).await? else { return Ok(None) };
+        for number in 0..num_parts {
+            // Where one is missing the version is another, which reading the directory explains.
+            let Some(part) = self.files_version(&format!("{name}/{number}")).await? else { break };
+            version.parts.push(part);
+        }
+        Ok(Some(version))
+    }
+
+    /// The version of the two files in a directory, if it has them.
+    async fn files_version(&self, name: &str) -> Result<Option<DirectoryVersion>, StoreError> {
         if !self.check_local(name).await? {
             return Ok(None);
         }
@@ -165,7 +211,7 @@ impl Objects {
         for file in WEIGHTS_FILES {
             if let Some(weights) = self.head(&directory_path(name, file)).await? {
                 let (config, weights) = (FileVersion::of(&config), FileVersion::of(&weights));
-                return Ok(Some(DirectoryVersion { config, weights, weights_file: file }));
+                return Ok(Some(DirectoryVersion { config, weights, weights_file: file, parts: Vec::new() }));
             }
         }
         Err(StoreError::FilesNotFound(format!("the directory of adapter `{name}` has no {WEIGHTS_FILE}")))
@@ -179,25 +225,42 @@ impl Objects {
         checked.await.map_err(StoreError::storage)?
     }
 
-    /// Reads the plain directory of that name; both files are of one version.
+    /// Reads the plain directory of that name; all files are of one version.
     pub(super) async fn read_directory(&self, name: &str) -> Result<DirectoryContent, StoreError> {
         let not_found = || StoreError::NotFound(name.to_owned());
+        let mut num_parts = 0;
         for _ in 0..READ_TRIES {
-            let version = self.directory_version(name).await?.ok_or_else(not_found)?;
+            let version = self.directory_version(name, num_parts).await?.ok_or_else(not_found)?;
             let settled = version.settled();
-            if version.config.size.saturating_add(version.weights.size) > self.adapter_bytes_max as u64 {
+            if version.size() > self.adapter_bytes_max as u64 {
                 return Err(StoreError::TooLarge { limit: self.adapter_bytes_max });
             }
-            let config = self.read(&directory_path(name, CONFIG_FILE), self.adapter_bytes_max).await?;
-            let weights = self.read(&directory_path(name, version.weights_file), self.adapter_bytes_max).await?;
-            if let (Some(config), Some(weights)) = (config, weights)
-                && self.directory_version(name).await?.as_ref() == Some(&version)
-            {
-                let files = AdapterFiles { config: config.into(), weights: weights.into() };
+            let Some(mut files) = self.read_files(name, &version).await? else { continue };
+            let named = adapter::num_parts(&files.config);
+            if named != num_parts {
+                // Now that it is known which files there are, once more.
+                num_parts = named;
+                continue;
+            }
+            if version.parts.len() < num_parts {
+                let missing = format!("{}/{CONFIG_FILE}", version.parts.len());
+                return Err(StoreError::FilesNotFound(format!("the directory of adapter `{name}` has no {missing}")));
+            }
+            for (number, part) in version.parts.iter().enumerate() {
+                files.parts.extend(self.read_files(&format!("{name}/{number}"), part).await?);
+            }
+            if self.directory_version(name, num_parts).await?.as_ref() == Some(&version) {
                 return Ok(DirectoryContent { files, version, settled });
             }
         }
         Err(StoreError::FilesNotFound(format!("the directory of adapter `{name}` changes while it is read")))
+    }
+
+    /// The two files of a directory; `None` when one is gone.
+    async fn read_files(&self, name: &str, version: &DirectoryVersion) -> Result<Option<AdapterFiles>, StoreError> {
+        let config = self.read(&directory_path(name, CONFIG_FILE), self.adapter_bytes_max).await?;
+        let weights = self.read(&directory_path(name, version.weights_file), self.adapter_bytes_max).await?;
+        Ok(config.zip(weights).map(|(config, weights)| AdapterFiles::new(config.into(), weights.into())))
     }
 
     async fn head(&self, path: &Path) -> Result<Option<ObjectMeta>, StoreError> {
@@ -230,10 +293,11 @@ fn record_path(name: &str, number: u64) -> Path {
     Path::from_iter([CATALOG, name, &format!("{number}.json")])
 }
 
-fn blob_path(digest: &ContentDigest, file: &str) -> Path {
-    Path::from_iter([BLOBS, "sha256", &digest.to_string(), file])
+fn blob_path(digest: &ContentDigest) -> Path {
+    Path::from_iter([BLOBS, "sha256", &digest.to_string()])
 }
 
+/// A file of the directory `name`, or of a sub-directory with `/` before its name.
 fn directory_path(name: &str, file: &str) -> Path {
-    Path::from_iter([name, file])
+    Path::from_iter(name.split('/').chain([file]))
 }

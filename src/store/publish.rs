@@ -7,7 +7,7 @@ use super::catalog::{AdapterStatus, PublishOptions, Shared, Target};
 use super::load::{Flight, blocking};
 use super::memory::Generation;
 use super::objects::unix_now;
-use super::record::{ContentDigest, Current, Record, RecordedOptions, Source};
+use super::record::{Current, Record, RecordedOptions, Source};
 use crate::adapter::AdapterFiles;
 
 /// Times a record is written again because another process took its number.
@@ -32,7 +32,7 @@ impl Shared {
         source: Source,
     ) -> Result<AdapterStatus, StoreError> {
         let limit = self.config.upload_bytes_max;
-        if files.config.len().saturating_add(files.weights.len()) > limit {
+        if files.num_bytes() > limit {
             return Err(StoreError::TooLarge { limit });
         }
         // Checked again when the record is written; here it spares the work.
@@ -40,11 +40,9 @@ impl Shared {
         let permit = self.loads.admit().await?;
         let started = Instant::now();
         let (loader, merge) = (self.loader.clone(), options.merge);
-        let prepared = blocking(permit, move || {
-            let content = ContentDigest::of(&files);
-            Ok((content, loader.prepare(files, merge, started)?))
-        });
-        let (digest, mut prepared) = prepared.await.inspect_err(|_| self.count_error(name))?;
+        let prepared = blocking(permit, move || loader.prepare(files, merge, None, started));
+        let mut prepared = prepared.await.inspect_err(|_| self.count_error(name))?;
+        let digest = prepared.content;
         self.objects.put_blob(&digest, std::mem::take(&mut prepared.files)).await?;
         let created = unix_now();
         let record = Record::Publish { digest, options: RecordedOptions { merge }, created, source };

@@ -11,18 +11,28 @@ use sha2::{Digest, Sha256};
 
 use crate::adapter::AdapterFiles;
 
-/// SHA-256 over an adapter's two files; names the blob. Written as 64 lower-case hexadecimal digits.
+/// SHA-256 over an adapter's files; names the blob. Written as 64 lower-case hexadecimal digits.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(into = "String", try_from = "String")]
 pub(super) struct ContentDigest(pub(super) [u8; 32]);
 
 impl ContentDigest {
-    /// Digest of the config's length (8 bytes, little endian), the config and the weights, one after the other.
+    /// Digest of the config's length (8 bytes, little endian), the config and the weights, one after the other. With parts
+    /// it is that of eight bytes of ones, the digest of the two files, and those of the parts.
     pub(super) fn of(files: &AdapterFiles) -> Self {
         let mut sha = Sha256::new();
         sha.update((files.config.len() as u64).to_le_bytes());
         sha.update(&files.config);
         sha.update(&files.weights);
+        let own = Self(sha.finalize().into());
+        if files.parts.is_empty() {
+            return own;
+        }
+        let mut sha = Sha256::new();
+        // No config is that long.
+        sha.update(u64::MAX.to_le_bytes());
+        sha.update(own.0);
+        files.parts.iter().for_each(|part| sha.update(Self::of(part).0));
         Self(sha.finalize().into())
     }
 }
@@ -212,7 +222,7 @@ mod tests {
 
     #[test]
     fn the_digest_separates_config_from_weights() {
-        let files = |config: &[u8], weights: &[u8]| AdapterFiles { config: config.into(), weights: weights.into() };
+        let files = |config: &[u8], weights: &[u8]| AdapterFiles::new(config.into(), weights.into());
         assert_ne!(ContentDigest::of(&files(b"ab", b"c")), ContentDigest::of(&files(b"a", b"bc")));
         let digest = ContentDigest::of(&files(b"a", b"b"));
         assert_eq!(ContentDigest::try_from(digest.to_string()), Ok(digest));

@@ -1,7 +1,8 @@
 //! Unpacking uploaded archives: plain tar or gzip of a PEFT directory, into memory and nowhere else.
 //!
 //! Nothing in an archive is trusted. What is not a plain file or directory with a plain relative path is refused; every
-//! byte that decompression yields is counted, read or skipped; and only the two files of an adapter are kept.
+//! byte that decompression yields is counted, read or skipped; and only the two files of an adapter are kept, and those of
+//! sub-directories with numbers for names, which some adapters have.
 
 use std::collections::{BTreeMap, HashSet};
 use std::io::{self, Read};
@@ -12,17 +13,20 @@ use tar::{Archive, Entry, EntryType};
 use super::StoreError;
 use super::local::{PICKLE_FILES, pickle_refusal};
 use super::objects::{CONFIG_FILE, WEIGHTS_FILE, WEIGHTS_FILES};
-use crate::adapter::AdapterFiles;
+use crate::adapter::{self, AdapterFiles};
 
 const GZIP_MAGIC: [u8; 2] = [0x1f, 0x8b];
 /// Members of an archive at most; a PEFT directory has about ten.
 const MEMBERS_MAX: usize = 1000;
+/// Sub-directories of an adapter at most.
+const PARTS_MAX: usize = 100;
 /// What headers, padding and long names may add to the files' own bytes.
 const OVERHEAD_BYTES_MAX: usize = 4 << 20;
 /// Longest path in a message.
 const SHOWN_CHARS_MAX: usize = 200;
 
-/// The adapter in a tar archive, plain or gzip: its files lie at the top level or in one directory.
+/// The adapter in a tar archive, plain or gzip: its files lie at the top level or in one directory, and those of the adapters
+/// that its config names beside it in sub-directories `0`, `1` and so on.
 ///
 /// # Errors
 /// `BadUpload` for what is not such an archive, `TooLarge` when its content exceeds `bytes_max`.
@@ -87,7 +91,7 @@ fn read_members<R: Read>(reader: R, bytes_max: usize) -> Result<AdapterFiles, St
         let (dir, file) = path.rsplit_once('/').unwrap_or(("", &path));
         let pickle = PICKLE_FILES.into_iter().find(|name| *name == file);
         let weights = WEIGHTS_FILES.iter().position(|name| *name == file);
-        if dir.contains('/') || (file != CONFIG_FILE && weights.is_none() && pickle.is_none()) {
+        if !is_near(dir) || (file != CONFIG_FILE && weights.is_none() && pickle.is_none()) {
             continue;
         }
         let found = found.entry(dir.to_owned()).or_default();
@@ -143,15 +147,24 @@ fn member_path<R: Read>(member: &Entry<'_, R>) -> Result<Option<String>, StoreEr
     Ok(Some(parts.join("/")))
 }
 
+/// Whether an adapter's files may lie there: at the top level, in a directory, or in one of its numbered ones.
+fn is_near(dir: &str) -> bool {
+    let numbered = |name: &str| name.parse::<usize>().is_ok_and(|n| n < PARTS_MAX && n.to_string() == name);
+    dir.split_once('/').is_none_or(|(_, below)| numbered(below))
+}
+
 /// The adapter among the directories: the top level where it has one, else the only one below it.
 fn choose(mut found: BTreeMap<String, Found>) -> Result<AdapterFiles, StoreError> {
     if let Some(top) = found.remove("") {
         // Directories below, such as a trainer's checkpoints, are harmless extras then.
-        return complete(top);
+        return with_parts(complete(top)?, "", found);
     }
-    let mut dirs = found.into_values();
+    let mut dirs = found.keys().filter(|dir| !dir.contains('/')).cloned();
     match (dirs.next(), dirs.next()) {
-        (Some(only), None) => complete(only),
+        (Some(only), None) => {
+            let own = found.remove(&only).unwrap_or_default();
+            with_parts(complete(own)?, &format!("{only}/"), found)
+        }
         (None, _) => Err(StoreError::BadUpload(format!(
             "the archive has no {CONFIG_FILE} and {WEIGHTS_FILE} at its top level or one directory below"
         ))),
@@ -161,10 +174,30 @@ fn choose(mut found: BTreeMap<String, Found>) -> Result<AdapterFiles, StoreError
     }
 }
 
+/// Adds the adapters in the sub-directories that the config names.
+fn with_parts(
+    mut files: AdapterFiles,
+    dir: &str,
+    mut found: BTreeMap<String, Found>,
+) -> Result<AdapterFiles, StoreError> {
+    for number in 0..adapter::num_parts(&files.config) {
+        let path = format!("{dir}{number}");
+        let part = found.remove(&path).map_or_else(|| Err(missing(CONFIG_FILE)), complete);
+        files.parts.push(part.map_err(|error| match error {
+            StoreError::BadUpload(reason) => StoreError::BadUpload(format!("sub-directory {number}: {reason}")),
+            other => other,
+        })?);
+    }
+    Ok(files)
+}
+
+fn missing(file: &str) -> StoreError {
+    StoreError::BadUpload(format!("the archive has no {file}"))
+}
+
 fn complete(found: Found) -> Result<AdapterFiles, StoreError> {
-    let missing = |file: &str| StoreError::BadUpload(format!("the archive has no {file}"));
     match (found.config, found.weights.into_iter().flatten().next(), found.pickle) {
-        (Some(config), Some(weights), _) => Ok(AdapterFiles { config, weights }),
+        (Some(config), Some(weights), _) => Ok(AdapterFiles::new(config, weights)),
         (_, None, Some(pickle)) => Err(pickle_refusal(pickle)),
         (None, _, _) => Err(missing(CONFIG_FILE)),
         (_, None, None) => Err(missing(WEIGHTS_FILE)),
@@ -265,6 +298,37 @@ mod tests {
             check_unpacks(&archive);
             check_unpacks(&gzip(&archive));
         }
+    }
+
+    /// What names two adapters in sub-directories.
+    const OF_TWO: &str = r#"{"peft_type": "XLORA", "adapters": {"0": "x", "1": "x"}}"#;
+
+    fn of_two(prefix: &str) -> Vec<Vec<u8>> {
+        let mut members =
+            vec![file(&format!("{prefix}{CONFIG_FILE}"), OF_TWO), file(&format!("{prefix}{WEIGHTS_FILE}"), "weights")];
+        members.extend(adapter(&format!("{prefix}0/")));
+        members.extend(adapter(&format!("{prefix}1/")));
+        members
+    }
+
+    #[test]
+    fn the_sub_directories_that_a_config_names_unpack_too() {
+        for prefix in ["", "./", "out/"] {
+            let mut members = of_two(prefix);
+            // Neither is named.
+            members.extend(adapter(&format!("{prefix}2/")));
+            members.extend(adapter(&format!("{prefix}x/1/")));
+            let files = unpack_tar(&tar(&members), LIMIT).unwrap();
+            assert_eq!((files.config.as_slice(), files.parts.len()), (OF_TWO.as_bytes(), 2), "{prefix}");
+            assert!(files.parts.iter().all(|part| part.config == b"config" && part.weights == b"weights"));
+        }
+    }
+
+    #[test]
+    fn a_sub_directory_that_is_missing_is_named() {
+        check_refused(&tar(&of_two("")[..4]), "sub-directory 1: the archive has no adapter_config.json");
+        check_refused(&tar(&of_two("out/")[..5]), "sub-directory 1: the archive has no adapter_model.safetensors");
+        check_refused(&tar(&[of_two("")[..2].to_vec(), adapter("00/"), adapter("1/")].concat()), "sub-directory 0");
     }
 
     #[test]

@@ -7,7 +7,7 @@ use patchbay::server::ServerConfig;
 
 use crate::fixtures;
 use crate::http_support::Service;
-use crate::store_support::{adapter, write_directory};
+use crate::store_support::{adapter, mixture, write_directory};
 
 const KEY: &str = "the-admin-key";
 
@@ -165,6 +165,9 @@ async fn adapters_of_a_running_server_are_added_listed_and_removed() {
     let temp = tempfile::tempdir().unwrap();
     write_directory(temp.path(), &adapter(1.0));
     let dir = temp.path().to_str().unwrap().to_owned();
+    let several = tempfile::tempdir().unwrap();
+    write_directory(several.path(), &mixture(2.0));
+    let several_dir = several.path().to_str().unwrap().to_owned();
 
     tokio::task::spawn_blocking(move || {
         let ask = |arguments: &[&str]| patchbay(&[arguments, &["--server", &url, "--key", KEY]].concat());
@@ -177,6 +180,9 @@ async fn adapters_of_a_running_server_are_added_listed_and_removed() {
         assert_eq!(lines[0], ["name", "generation", "loaded", "leases", "digest", "kind"]);
         assert_eq!((&lines[2][..4], &lines[2][5..]), (&["mine", "2", "yes", "0"][..], &["LORA,", "merged"][..]));
         assert_eq!(check_succeeds(&ask(&["remove", "mine"])), "removed mine\n");
+        let said = check_succeeds(&ask(&["add", "several", &several_dir]));
+        assert!(said.contains("XLORA: 1 modules"), "{said}");
+        assert_eq!(check_succeeds(&ask(&["remove", "several"])), "removed several\n");
         check_fails(&ask(&["remove", "mine"]), "adapter `mine` does not exist (404)");
         check_fails(&ask(&["add", "a/b", &dir]), "is not an adapter name");
         check_fails(&patchbay(&["remove", "skip", "--server", &url]), "needs the admin key");

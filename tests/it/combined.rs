@@ -44,9 +44,8 @@ fn expected(case: &Combined) -> HashMap<String, Tensor> {
 
 fn combined(case: &Combined) -> AdapterFiles {
     let read = |dir: &str, name: &str| std::fs::read(fixtures::dir().join(dir).join(name)).unwrap();
-    let files = case.parts.iter().map(|part| AdapterFiles {
-        config: read(&part.dir, "adapter_config.json"),
-        weights: read(&part.dir, "adapter_model.safetensors"),
+    let files = case.parts.iter().map(|part| {
+        AdapterFiles::new(read(&part.dir, "adapter_config.json"), read(&part.dir, "adapter_model.safetensors"))
     });
     let files: Vec<AdapterFiles> = files.collect();
     let inputs = case.parts.iter().zip(&files);

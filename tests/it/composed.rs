@@ -33,7 +33,7 @@ fn cases() -> Vec<Composed> {
 
 fn lowered(model: &Model, dir: &str, dtype: DType) -> LoweredAdapter {
     let read = |name: &str| std::fs::read(fixtures::dir().join(dir).join(name)).unwrap();
-    let files = AdapterFiles { config: read("adapter_config.json"), weights: read("adapter_model.safetensors") };
+    let files = AdapterFiles::new(read("adapter_config.json"), read("adapter_model.safetensors"));
     lower(&files, model, &LowerOptions { merge: false, dtype, own_bytes_max: 1 << 30 }).unwrap().0
 }
 

@@ -197,7 +197,7 @@ fn may_be_refused(case: &AdapterCase, reason: &str) -> bool {
         "a merged model cannot sleep until its tokens occur" => begins(&["alora"]),
         _ if reason.starts_with("it gains a shift, which the architecture's norms do not have") => begins(&["ssf"]),
         "functions inside a layer are no part of a model" => begins(&["adaption", "bottleneck"]),
-        "every token chooses among experts, so no weight does for all" => begins(&["arrow"]),
+        "every token chooses among experts, so no weight does for all" => begins(&["arrow", "xlora"]),
         "what stands before the prompt is no part of a model" => {
             begins(&["cartridge", "cpt", "multitask", "p_tuning", "prefix", "prompt"])
         }

@@ -1,5 +1,6 @@
-//! The engine over real models: adapters that stand before the prompt, sleep until they are invoked, or act inside a layer
-//! beside its linears, against PEFT, while blocks, slots and tokens of a step are short.
+//! The engine over real models: adapters that stand before the prompt, sleep until they are invoked, take gates from a
+//! context of the bare base, or act inside a layer beside its linears, against PEFT, while blocks, slots and tokens of a
+//! step are short.
 
 use std::sync::Arc;
 
@@ -81,8 +82,10 @@ fn check(model_name: &str, (block_tokens, prefix_cache): (usize, bool)) {
         vec![(manifest.models.iter().find(|model| model.name == model_name).expect("listed").dir.clone(), None)];
     for case in manifest.cases.iter().filter(|case| case.model == model_name) {
         let adapter = load(case, &model);
-        let shapes_context = adapter.lowered.num_leading() > 0 || !adapter.lowered.invocation_tokens.is_empty();
-        let is_inside = !adapter.lowered.layers.is_empty();
+        let lowered = &adapter.lowered;
+        let shapes_context =
+            lowered.num_leading() > 0 || !lowered.invocation_tokens.is_empty() || lowered.gates.is_some();
+        let is_inside = !lowered.layers.is_empty();
         inside += usize::from(is_inside);
         if shapes_context || is_inside || case.name == "lora_qv" {
             chosen.push((case.dir.clone(), Some(adapter)));

@@ -12,7 +12,7 @@ use std::sync::mpsc::{SyncSender, sync_channel};
 use std::sync::{Arc, Mutex};
 
 use candle_core::{Device, Result, Tensor};
-use patchbay::adapter::{KvPrefix, LoadedAdapter, LoweredAdapter, NormOverride, SiteId};
+use patchbay::adapter::{GateNetwork, GateRule, KvPrefix, LoadedAdapter, LoweredAdapter, NormOverride, SiteId};
 use patchbay::engine::{
     Engine, EngineConfig, EngineHandle, Finish, FinishReason, Forward, ForwardLimits, GenerationEvent,
     GenerationRequest, SamplingParams, SubmitError, TokenLogprob,
@@ -69,6 +69,8 @@ struct Written {
     position: u32,
     adapter: Option<usize>,
     regime: u64,
+    /// Hash of the bare base's context up to here, where the adapter takes its gates from it.
+    gate: u64,
 }
 
 struct FakeModel {
@@ -100,7 +102,32 @@ impl FakeModel {
         adapters
     }
 
-    fn write(&mut self, batch: &Batch, adapters: &[Option<usize>]) {
+    /// Each token's gate, and zero for tokens without one. The base's pass must hold the tokens that need one, in order.
+    fn gates(&mut self, batch: &Batch, adapters: &[Option<usize>]) -> Vec<u64> {
+        let gated: Vec<usize> = (0..adapters.len()).filter(|idx| adapters[*idx] == Some(GATED)).collect();
+        let mut gates = vec![0; adapters.len()];
+        assert_eq!(batch.gate_pass.is_some(), !gated.is_empty(), "there is a pass where it is needed");
+        let Some(pass) = &batch.gate_pass else { return gates };
+        let pick = |values: &[u32]| gated.iter().map(|idx| values[*idx]).collect::<Vec<u32>>();
+        assert_eq!(pass.token_ids, pick(&batch.token_ids));
+        assert_eq!(pass.positions, pick(&batch.positions));
+        assert_eq!(pass.rope_lens, pick(&batch.rope_lens));
+        assert!(pass.slot_mapping.iter().all(|slot| !batch.slot_mapping.contains(slot)), "contexts share no slot");
+        let bare = vec![None; gated.len()];
+        assert_eq!(Self::adapters(pass), bare);
+        self.write(pass, &bare, &vec![0; gated.len()]);
+        let mut next = 0;
+        for span in &pass.spans {
+            for idx in span.start..span.start + span.len {
+                gates[gated[idx]] = self.read(&span.block_table, pass.positions[idx] as usize, None);
+            }
+            next += span.len;
+        }
+        assert_eq!(next, gated.len());
+        gates
+    }
+
+    fn write(&mut self, batch: &Batch, adapters: &[Option<usize>], gates: &[u64]) {
         let copied: Vec<u32> = batch.prefix_writes.iter().flat_map(|write| write.slots.clone()).collect();
         let distinct: HashSet<_> = batch.slot_mapping.iter().chain(&copied).collect();
         assert_eq!(distinct.len(), batch.slot_mapping.len() + copied.len(), "two tokens are written to one slot");
@@ -110,7 +137,8 @@ impl FakeModel {
             assert!(write.first_entry + write.slots.len() <= lead(id).entries);
             for (entry, &slot) in (write.first_entry as u32..).zip(&write.slots) {
                 let token = 2 * VOCAB as u32 + entry;
-                self.slots[slot as usize] = Some(Written { token, position: entry, adapter: Some(id), regime: 0 });
+                self.slots[slot as usize] =
+                    Some(Written { token, position: entry, adapter: Some(id), regime: 0, gate: 0 });
             }
         }
         let mut virtual_rows = HashMap::new();
@@ -127,6 +155,7 @@ impl FakeModel {
                 position: batch.positions[idx],
                 adapter: adapters[idx],
                 regime: self.limits.rope_length_rule.regime(batch.rope_lens[idx] as usize),
+                gate: gates[idx],
             });
         }
     }
@@ -142,7 +171,7 @@ impl FakeModel {
             let was_asleep = written.adapter.is_none() && adapter.is_some_and(|id| !lead(id).invocation.is_empty());
             assert!(written.adapter == adapter || was_asleep, "a slot of another adapter is read");
             let id = written.adapter.map_or(0, |id| id as u64 + 1);
-            hash = mix(hash ^ u64::from(written.token) ^ (written.regime << 32) ^ (id << 16));
+            hash = mix(hash ^ u64::from(written.token) ^ (written.regime << 32) ^ (id << 16) ^ written.gate);
             if (written.token as usize) < 2 * VOCAB {
                 regimes.insert(written.regime);
             }
@@ -161,7 +190,8 @@ impl Forward for FakeModel {
     fn forward(&mut self, batch: &Batch) -> Result<Tensor> {
         self.probe.tokens.fetch_add(batch.token_ids.len(), Ordering::SeqCst);
         let adapters = Self::adapters(batch);
-        self.write(batch, &adapters);
+        let gates = self.gates(batch, &adapters);
+        self.write(batch, &adapters, &gates);
         let fault = self.probe.take_fault(&[Fault::Error, Fault::Panic, Fault::Nan]);
         match fault {
             Fault::Error => candle_core::bail!("injected"),
@@ -235,6 +265,7 @@ const VIRTUAL: usize = 3;
 const PREFIX: usize = 4;
 const BOTH: usize = 5;
 const ASLEEP: usize = 6;
+const GATED: usize = 7;
 
 fn adapter_id(adapter: &DeviceAdapter) -> usize {
     adapter.tensors.norms.keys().next().unwrap().0
@@ -248,6 +279,7 @@ fn adapter(id: usize) -> Arc<LoadedAdapter> {
     lowered.virtual_tokens = (virtual_tokens > 0).then(|| rows(virtual_tokens));
     lowered.kv_prefix = (entries > 0).then(|| KvPrefix { layers: vec![(rows(entries), rows(entries))] });
     lowered.invocation_tokens = invocation.to_vec();
+    lowered.gates = (id == GATED).then(|| GateNetwork { layers: Vec::new(), group: 1, rule: GateRule::default() });
     let digest = [id as u8; 32];
     Arc::new(LoadedAdapter {
         name: format!("adapter-{id}"),
@@ -374,9 +406,10 @@ impl World {
         Box::new(FakeModel::new(self.limits(), self.block_tokens, Arc::clone(probe)))
     }
 
-    /// The longest context that model and cache can hold.
-    fn context(&self) -> usize {
-        self.context_tokens_max.min(self.num_blocks * self.block_tokens)
+    /// The longest context that model and cache can hold of a request.
+    fn context(&self, request: &GenerationRequest) -> usize {
+        let contexts = request.adapter.as_ref().map_or(1, |adapter| adapter.lowered.num_contexts());
+        self.context_tokens_max.min(self.num_blocks / contexts * self.block_tokens)
     }
 }
 
@@ -454,7 +487,7 @@ impl Sim {
 
 /// What a request gets with the machine to itself.
 fn alone(world: &World, request: &GenerationRequest) -> Outcome {
-    let roomy = World { context_tokens_max: world.context(), rope_length_rule: world.rope_length_rule, ..ROOMY };
+    let roomy = World { context_tokens_max: world.context(request), rope_length_rule: world.rope_length_rule, ..ROOMY };
     let mut sim = Sim::new(&roomy);
     sim.submit(request.clone()).unwrap();
     sim.run();
@@ -498,7 +531,7 @@ fn random_request(rng: &mut StdRng) -> GenerationRequest {
         seed: Some(rng.random()),
         ..SamplingParams::default()
     };
-    let id = rng.random_range(0..7_usize);
+    let id = rng.random_range(0..8_usize);
     GenerationRequest {
         adapter: (id > 0).then(|| adapter(id)),
         sampling,
@@ -694,6 +727,43 @@ fn equal_prompts_reuse_all_full_blocks_but_the_last_tokens() {
     assert_eq!(cached(with_adapter(prompt(13), 1, 2)), 0);
     assert_eq!(cached(GenerationRequest { cache_salt: Some(String::new()), ..request(prompt(13), 1) }), 0);
     assert_eq!(cached(GenerationRequest { prompt_logprobs: Some(0), ..request(prompt(13), 1) }), 0);
+}
+
+#[test]
+fn a_context_of_the_base_is_shared_with_the_base() {
+    let world = World { prefix_cache: true, ..ROOMY };
+    let mut sim = Sim::new(&world);
+    let mut cached = |request: GenerationRequest| {
+        let idx = sim.submit(request).unwrap();
+        sim.run();
+        sim.outcomes[idx].finish.unwrap().cached_tokens
+    };
+    let other = || prompt(13).into_iter().rev().collect::<Vec<u32>>();
+    assert_eq!(cached(with_adapter(prompt(13), 1, GATED)), 0);
+    assert_eq!(cached(request(prompt(13), 1)), 12, "the base finds what the gates needed");
+    assert_eq!(cached(with_adapter(prompt(13), 1, GATED)), 12);
+    assert_eq!(cached(request(other(), 1)), 0);
+    assert_eq!(cached(with_adapter(other(), 1, GATED)), 0, "without its own context that of the base gives no gates");
+    assert_eq!(cached(with_adapter(other(), 1, GATED)), 12);
+}
+
+#[test]
+fn two_contexts_fit_the_cache_together() {
+    let world = World { num_blocks: 9, sequences_max: 2, prefix_cache: true, ..ROOMY };
+    let mut sim = Sim::new(&world);
+    assert_eq!(
+        sim.submit(with_adapter(prompt(16), 1, GATED)).unwrap_err(),
+        SubmitError::PromptTooLong { found: 16, limit: 15 }
+    );
+    sim.submit(request(prompt(16), 1)).unwrap();
+    for _ in 0..2 {
+        sim.submit(with_adapter(prompt(9), 20, GATED)).unwrap();
+    }
+    sim.run();
+    assert_eq!(finish(&sim.outcomes[1]), (FinishReason::Length, 7));
+    assert_eq!(sim.outcomes[1].ids(), sim.outcomes[2].ids());
+    let tiny = World { num_blocks: 1, ..ROOMY };
+    assert!(Sim::new(&tiny).submit(with_adapter(prompt(1), 0, GATED)).is_err());
 }
 
 #[test]

@@ -129,8 +129,9 @@ fn logits_of_adapters_beside_the_linears_equal_peft_with_plain_kernels() {
         |runner, cases| {
             for case in cases {
                 let lowered = lower_case(runner, case, false);
-                let LoweredAdapter { invocation_tokens, layers, .. } = &lowered.adapter;
-                if lowered.adapter.num_leading() == 0 && invocation_tokens.is_empty() && layers.is_empty() {
+                let LoweredAdapter { invocation_tokens, layers, gates, .. } = &lowered.adapter;
+                let is_beside = lowered.adapter.num_leading() > 0 || !layers.is_empty() || gates.is_some();
+                if !is_beside && invocation_tokens.is_empty() {
                     continue;
                 }
                 let difference = difference(runner, &lowered, Some(&lowered.adapter));

@@ -15,7 +15,7 @@ use serde_json::{Value as Json, json};
 use tar::{Builder, EntryType, Header};
 
 use crate::http_support::{CONTEXT, Reply, Service, post};
-use crate::store_support::{adapter, files_below, virtual_tokens, write_directory};
+use crate::store_support::{adapter, files_below, mixture, virtual_tokens, write_directory};
 
 const BOUNDARY: &str = "frontier";
 const MULTIPART: &str = "multipart/form-data; boundary=frontier";
@@ -37,6 +37,17 @@ fn multipart_of(files: &AdapterFiles) -> Vec<u8> {
         part(r#"name="file"; filename="README.md""#, b"not kept"),
         part(r#"name="adapter_model.safetensors""#, &files.weights),
     ])
+}
+
+/// Every file with its path in the directory.
+fn named(files: &AdapterFiles) -> Vec<(String, &[u8])> {
+    let parts = files.parts.iter().enumerate().map(|(number, part)| (format!("{number}/"), part));
+    let dirs = [(String::new(), files)].into_iter().chain(parts);
+    dirs.flat_map(|(dir, files)| {
+        [("adapter_config.json", &files.config), ("adapter_model.safetensors", &files.weights)]
+            .map(|(name, content)| (format!("{dir}{name}"), content.as_slice()))
+    })
+    .collect()
 }
 
 fn tar_of(files: &AdapterFiles) -> Vec<u8> {
@@ -109,6 +120,43 @@ async fn an_uploaded_adapter_answers_at_once() {
     );
     let answer = completion(&service, "new").await.json();
     assert_eq!(answer["choices"][0]["text"], "ceg");
+}
+
+#[tokio::test]
+async fn sub_directories_come_along_in_every_form() {
+    let service = Service::start().await;
+    let mixture = mixture(2.0);
+    let parts = |files: &[(String, &[u8])]| {
+        let by_name = |(name, content): &(String, &[u8])| part(&format!(r#"name="{name}""#), content);
+        let by_file = |(name, content): &(String, &[u8])| part(&format!(r#"name="f"; filename="{name}""#), content);
+        let half = files.len() / 2;
+        multipart(
+            &[files[..half].iter().map(by_name).collect(), files[half..].iter().map(by_file).collect::<Vec<_>>()]
+                .concat(),
+        )
+    };
+    let mut builder = Builder::new(Vec::new());
+    for (name, content) in named(&mixture) {
+        let mut header = Header::new_gnu();
+        header.set_size(content.len() as u64);
+        builder.append_data(&mut header, format!("out/{name}"), content).unwrap();
+    }
+    let archive = builder.into_inner().unwrap();
+    let mut digests = Vec::new();
+    for (name, kind, body) in [
+        ("parts", MULTIPART, parts(&named(&mixture))),
+        ("archive", TAR, archive.clone()),
+        ("packed", GZIP, gzip(&archive)),
+    ] {
+        let reply = upload(&service, name, kind, body).await;
+        assert_eq!(reply.status, StatusCode::CREATED, "{name}: {}", reply.text());
+        assert_eq!(reply.json()["report"]["kind"], "XLORA");
+        digests.push(reply.json()["digest"].as_str().unwrap().to_owned());
+        assert_eq!(completion(&service, name).await.status, StatusCode::OK, "{name}");
+    }
+    assert!(digests.iter().all(|digest| *digest == digests[0]), "{digests:?}");
+    let reply = upload(&service, "short", MULTIPART, parts(&named(&mixture)[..4])).await;
+    check_error(&reply, (400, "BadRequestError", None), "1/adapter_config.json");
 }
 
 #[tokio::test]
@@ -281,7 +329,7 @@ async fn malformed_uploads_are_refused_and_leave_nothing() {
         (MULTIPART, multipart(std::slice::from_ref(&config)), 400, "no part adapter_model.safetensors"),
         (MULTIPART, multipart(std::slice::from_ref(&weights)), 400, "no part adapter_config.json"),
         (MULTIPART, multipart(&[config.clone(), config.clone()]), 400, "twice"),
-        (MULTIPART, multipart(&vec![part(r#"name="x""#, b""); 101]), 400, "more than 100 parts"),
+        (MULTIPART, multipart(&vec![part(r#"name="x""#, b""); 201]), 400, "more than 200 parts"),
         (MULTIPART, config.clone(), 400, "multipart"),
         (MULTIPART, b"nonsense".to_vec(), 400, "multipart"),
         (MULTIPART, multipart_of(&zeros), 413, "upload_bytes_max"),

@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 
 use candle_core::{DType, Device, Tensor};
 use patchbay::adapter::{
-    AttentionBranch, BaseShape, BaseWeights, ButterflyFactor, Delta, EmbeddingPatch, KvPrefix, LayerSlots, LinearSlots,
-    LoweredAdapter, Mix, NormOverride, Pre, Scale, SiteKind, StreamFunction, Weight,
+    AttentionBranch, BaseShape, BaseWeights, ButterflyFactor, Delta, EmbeddingPatch, GateNetwork, GateRule, KvPrefix,
+    LayerSlots, LinearSlots, LoweredAdapter, Mix, NormOverride, Pre, Scale, SiteKind, StreamFunction, Weight,
 };
 use patchbay::model::{DeviceChoice, Model};
 use rand::seq::IndexedRandom;
@@ -170,6 +170,35 @@ fn random_function(rng: &mut ChaCha8Rng, hidden: usize) -> StreamFunction {
     }
 }
 
+/// Gates from a network of one to three layers, and terms that they weigh at some of the linears.
+fn add_gates(rng: &mut ChaCha8Rng, adapter: &mut LoweredAdapter, base: &Model) {
+    let (group, mut inputs, mut layers) = (rng.random_range(1..4), base.shape().hidden_size, Vec::new());
+    let gates = group * rng.random_range(1..5);
+    for last in [vec![true], vec![false, true], vec![false, false, true]].choose(rng).unwrap() {
+        let outputs = if *last { gates } else { rng.random_range(1..9) };
+        layers.push((random(rng, &[outputs, inputs], 0.), random(rng, &[outputs], 0.)));
+        inputs = outputs;
+    }
+    let rule = GateRule {
+        temperature: rng.random_bool(0.5).then(|| rng.random_range(0.3..2.)),
+        top_k: rng.random_bool(0.5).then(|| rng.random_range(1..=group)),
+        softmax_of_kept: rng.random_bool(0.3),
+    };
+    adapter.gates = Some(GateNetwork { layers, group, rule });
+    for (id, slots) in &mut adapter.linears {
+        let SiteKind::Linear { in_features, out_features, .. } = base.sites().get(*id).kind else { unreachable!() };
+        if rng.random_bool(0.6) {
+            let r = rng.random_range(1..7);
+            let places: Vec<u32> = (0..r).map(|_| rng.random_range(0..gates as u32)).collect();
+            slots.deltas.push(Delta::Gated {
+                a: random(rng, &[r, in_features], 0.),
+                b: random(rng, &[out_features, r], 0.),
+                places: Tensor::new(places, &Device::Cpu).unwrap(),
+            });
+        }
+    }
+}
+
 fn random_adapter(rng: &mut ChaCha8Rng, base: &Model) -> LoweredAdapter {
     let mut adapter = LoweredAdapter::default();
     for (id, site) in base.sites().iter() {
@@ -213,16 +242,18 @@ fn random_adapter(rng: &mut ChaCha8Rng, base: &Model) -> LoweredAdapter {
     if adapter.num_leading() == 0 && rng.random_bool(0.5) {
         // Each occurs in some prompts, at the start, in the middle or at the end.
         adapter.invocation_tokens = vec![*[5, 17, 42, 74, 52].choose(rng).unwrap()];
+    } else if adapter.num_leading() == 0 && rng.random_bool(0.6) {
+        add_gates(rng, &mut adapter, base);
     }
     adapter
 }
 
 /// The same adapter with every linear and embedding as one dense copy, by the formulas of the normal form. A linear with
-/// a routed term, which is no matrix, stays as it is.
+/// a routed or gated term, which is no matrix, stays as it is.
 fn merged(adapter: &LoweredAdapter, base: &Model) -> LoweredAdapter {
     let mut merged = LoweredAdapter { linears: BTreeMap::new(), embeddings: BTreeMap::new(), ..adapter.clone() };
     for (id, slots) in &adapter.linears {
-        if slots.deltas.iter().any(|delta| matches!(delta, Delta::Routed { .. })) {
+        if slots.deltas.iter().any(|delta| matches!(delta, Delta::Routed { .. } | Delta::Gated { .. })) {
             merged.linears.insert(*id, slots.clone());
             continue;
         }
@@ -323,7 +354,7 @@ fn output_matrix(scale: &Scale, n: usize) -> Tensor {
 fn dense(delta: &Delta, (out_features, in_features): (usize, usize)) -> Tensor {
     match delta {
         Delta::LowRank { a, b } => b.matmul(a).unwrap(),
-        Delta::Routed { .. } => panic!("a routed term is no matrix"),
+        Delta::Routed { .. } | Delta::Gated { .. } => panic!("a routed term is no matrix"),
         Delta::ShardSum { m } => {
             let (r, q) = m.dims2().unwrap();
             let m = m.to_vec2::<f32>().unwrap();

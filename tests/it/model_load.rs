@@ -119,7 +119,7 @@ fn sites_carry_the_checkpoints_module_paths() {
         model.sites().iter().map(|(_, site)| site.path.clone()).filter(|path| !path.contains("layers.1.")).collect()
     };
     insta::assert_snapshot!(paths("qwen3").join(" "), @"model.embed_tokens model.layers.0.input_layernorm model.layers.0.self_attn.q_proj model.layers.0.self_attn.k_proj model.layers.0.self_attn.v_proj model.layers.0.self_attn.q_norm model.layers.0.self_attn.k_norm model.layers.0.self_attn.o_proj model.layers.0.post_attention_layernorm model.layers.0.mlp.gate_proj model.layers.0.mlp.up_proj model.layers.0.mlp.down_proj model.norm lm_head");
-    insta::assert_snapshot!(paths("phi3").join(" "), @"model.embed_tokens model.layers.0.input_layernorm model.layers.0.self_attn.qkv_proj model.layers.0.self_attn.o_proj model.layers.0.post_attention_layernorm model.layers.0.mlp.gate_up_proj model.layers.0.mlp.down_proj model.norm lm_head");
+    insta::assert_snapshot!(paths("phi3").join(" "), @"model.embed_tokens model.layers.0.input_layernorm model.layers.0.self_attn.o_proj model.layers.0.self_attn.qkv_proj model.layers.0.post_attention_layernorm model.layers.0.mlp.gate_up_proj model.layers.0.mlp.down_proj model.norm lm_head");
 }
 
 #[test]

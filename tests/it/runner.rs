@@ -12,7 +12,7 @@ use rand::seq::SliceRandom;
 use rand_chacha::ChaCha8Rng;
 
 /// Blocks of the test cache; enough for most tests.
-const NUM_BLOCKS: usize = 64;
+const NUM_BLOCKS: usize = 128;
 /// Odd, so that no length divides into blocks by accident.
 const BLOCK_TOKENS: usize = 5;
 
@@ -41,6 +41,8 @@ pub(crate) struct Context {
     /// Positions that are cached, the prefix included.
     cached: usize,
     blocks: Vec<u32>,
+    /// Those of the bare base's context, where the adapter takes gates from it.
+    base_blocks: Option<Vec<u32>>,
     /// The adapter on the model's device.
     adapter: Option<Arc<DeviceAdapter>>,
 }
@@ -63,6 +65,7 @@ impl Runner {
         let prefix = adapter.map_or(0, LoweredAdapter::num_prefix_entries);
         let leading = adapter.map_or(0, LoweredAdapter::num_leading);
         let active_from = adapter.map_or(0, |adapter| active_from(prompt, &adapter.invocation_tokens));
+        let base_blocks = adapter.and_then(|adapter| adapter.gates.as_ref()).map(|_| Vec::new());
         let adapter = adapter.map(|adapter| Arc::new(self.model.adapter_to_device(adapter).unwrap()));
         Context {
             tokens: prompt.to_vec(),
@@ -74,6 +77,7 @@ impl Runner {
             rope_prompt_len: leading + prompt.len(),
             cached: prefix,
             blocks: Vec::new(),
+            base_blocks,
             adapter,
         }
     }
@@ -89,6 +93,9 @@ impl Runner {
             rows.push((batch.logit_rows.len(), batch.token_ids.len() - first));
             batch.logit_rows.extend(first as u32..batch.token_ids.len() as u32);
         }
+        if let Some(pass) = &mut batch.gate_pass {
+            pass.segments.push(AdapterSegment::new(0, pass.token_ids.len(), None));
+        }
         let logits = self.model.forward(&batch, &mut self.cache).unwrap().to_device(&candle_core::Device::Cpu).unwrap();
         rows.into_iter().map(|(start, len)| logits.narrow(0, start, len).unwrap()).collect()
     }
@@ -96,6 +103,7 @@ impl Runner {
     /// Ends a context and takes its blocks back.
     pub(crate) fn free(&mut self, context: Context) {
         self.free.extend(context.blocks);
+        self.free.extend(context.base_blocks.unwrap_or_default());
     }
 
     /// Logits of all of the prompt's tokens, fed in chunks of `chunk`.
@@ -150,20 +158,19 @@ impl Runner {
     fn add(&mut self, batch: &mut Batch, context: &mut Context, len: usize) {
         let start = batch.token_ids.len();
         let end = context.cached + len;
-        while context.blocks.len() * BLOCK_TOKENS < end {
-            context.blocks.push(self.free.pop().expect("the test cache is large enough"));
+        let tables = std::iter::once(&mut context.blocks).chain(&mut context.base_blocks);
+        for table in tables {
+            while table.len() * BLOCK_TOKENS < end {
+                table.push(self.free.pop().expect("the test cache is large enough"));
+            }
         }
-        for position in context.cached..end {
-            let token = position.checked_sub(context.leading).map_or(0, |idx| context.tokens[idx]);
-            batch.token_ids.push(token);
-            batch.positions.push(position as u32);
-            batch.rope_lens.push(context.rope_prompt_len.max(position + 1) as u32);
-            batch.slot_mapping.push(context.slot(position));
+        context.add_span(batch, &context.blocks, len);
+        if let Some(blocks) = &context.base_blocks {
+            context.add_span(batch.gate_pass.get_or_insert_default(), blocks, len);
         }
-        batch.spans.push(AttentionSpan { start, len, context_len: end, block_table: context.blocks.clone() });
         if let Some(adapter) = &context.adapter {
             if !std::mem::replace(&mut context.prefix_written, true) {
-                let slots = (0..context.prefix).map(|position| context.slot(position)).collect();
+                let slots = (0..context.prefix).map(|position| slot(&context.blocks, position)).collect();
                 batch.prefix_writes.push(PrefixWrite { first_entry: 0, slots, adapter: Arc::clone(adapter) });
             }
             let virtual_len = context.leading.saturating_sub(context.cached).min(len);
@@ -175,7 +182,7 @@ impl Runner {
         let asleep = context.active_from.saturating_sub(context.cached).min(len);
         for (start, len, adapter) in [(start, asleep, None), (start + asleep, len - asleep, context.adapter.clone())] {
             if len > 0 {
-                batch.segments.push(AdapterSegment { start, len, adapter });
+                batch.segments.push(AdapterSegment::new(start, len, adapter));
             }
         }
         context.cached = end;
@@ -188,9 +195,22 @@ impl Context {
         self.leading + self.tokens.len() - self.cached
     }
 
-    fn slot(&self, position: usize) -> u32 {
-        self.blocks[position / BLOCK_TOKENS] * BLOCK_TOKENS as u32 + (position % BLOCK_TOKENS) as u32
+    /// The next `len` positions, in the context with these blocks.
+    fn add_span(&self, batch: &mut Batch, blocks: &[u32], len: usize) {
+        let (start, end) = (batch.token_ids.len(), self.cached + len);
+        for position in self.cached..end {
+            let token = position.checked_sub(self.leading).map_or(0, |idx| self.tokens[idx]);
+            batch.token_ids.push(token);
+            batch.positions.push(position as u32);
+            batch.rope_lens.push(self.rope_prompt_len.max(position + 1) as u32);
+            batch.slot_mapping.push(slot(blocks, position));
+        }
+        batch.spans.push(AttentionSpan { start, len, context_len: end, block_table: blocks.to_vec() });
     }
+}
+
+fn slot(blocks: &[u32], position: usize) -> u32 {
+    blocks[position / BLOCK_TOKENS] * BLOCK_TOKENS as u32 + (position % BLOCK_TOKENS) as u32
 }
 
 /// Where the last occurrence of `invocation` in a prompt begins; 0 when there is nothing to wait for.

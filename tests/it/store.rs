@@ -11,7 +11,8 @@ use tempfile::tempdir;
 use tokio::task::JoinSet;
 
 use crate::store_support::{
-    DENSE_BYTES, LOW_RANK_BYTES, Opened, adapter, files_below, merged, open, open_with, plain, value, write_directory,
+    DENSE_BYTES, LOW_RANK_BYTES, Opened, adapter, files_below, merged, mixed_value, mixture, open, open_with, plain,
+    value, write_directory,
 };
 
 async fn served(store: &Store, reference: &str) -> f32 {
@@ -390,6 +391,86 @@ async fn a_path_is_copied_and_survives_its_source() {
     assert_eq!(served(&open(root.path()).await.store, "a").await, 1.0);
 }
 
+// Adapters in sub-directories
+
+#[tokio::test]
+async fn adapters_in_sub_directories_survive_a_restart() {
+    let root = tempdir().unwrap();
+    let Opened { store, .. } = open(root.path()).await;
+    let first = store.publish("a", mixture(2.0), &plain()).await.unwrap();
+    let second = store.publish("b", mixture(3.0), &plain()).await.unwrap();
+    assert_ne!(first.digest, second.digest, "they differ in one of the sub-directories only");
+    let below = files_below(root.path());
+    let blob = |rest: &str| format!("blobs/sha256/{}/{rest}", first.digest);
+    for file in ["adapter_model.safetensors", "0/adapter_config.json", "1/adapter_model.safetensors"].map(blob) {
+        assert!(below.contains(&file), "{file} in {below:?}");
+    }
+    let Opened { store, .. } = open(root.path()).await;
+    for (name, value) in [("a", 2.0), ("b", 3.0)] {
+        assert_eq!(mixed_value(&store.resolve(name).await.unwrap()), value);
+    }
+    fs::remove_file(root.path().join(blob("1/adapter_config.json"))).unwrap();
+    let Opened { store, .. } = open(root.path()).await;
+    assert!(matches!(store.resolve("a").await, Err(StoreError::Storage(_))));
+}
+
+#[tokio::test]
+async fn the_files_of_sub_directories_count_against_the_bounds() {
+    let root = tempdir().unwrap();
+    let limit = mixture(2.0).num_bytes() - 1;
+    let config = StoreConfig { root: root.path().to_owned(), upload_bytes_max: limit, ..StoreConfig::default() };
+    let Opened { store, .. } = open_with(config).await;
+    assert!(matches!(store.publish("a", mixture(2.0), &plain()).await, Err(StoreError::TooLarge { .. })));
+    write_directory(&root.path().join("plain"), &mixture(2.0));
+    assert!(matches!(store.resolve("plain").await, Err(StoreError::TooLarge { .. })));
+}
+
+#[tokio::test]
+async fn a_changed_sub_directory_is_a_new_generation() {
+    let root = tempdir().unwrap();
+    let dir = root.path().join("plain");
+    write_directory(&dir, &mixture(2.0));
+    let Opened { store, .. } = open(root.path()).await;
+    let old = store.resolve("plain").await.unwrap();
+    assert!(Arc::ptr_eq(&old, &store.resolve("plain").await.unwrap()));
+    write_directory(&dir.join("1"), &adapter(3.0));
+    let new = store.resolve("plain").await.unwrap();
+    assert_eq!((mixed_value(&new), new.generation), (3.0, 2));
+    // Without one of them it is not served; with a config that names none it is another adapter.
+    fs::remove_dir_all(dir.join("1")).unwrap();
+    let error = store.resolve("plain").await.unwrap_err();
+    assert!(error.to_string().contains("1/adapter_config.json"), "{error}");
+    write_directory(&dir, &adapter(4.0));
+    assert_eq!(served(&store, "plain").await, 4.0);
+}
+
+#[tokio::test]
+async fn an_old_directory_with_sub_directories_is_recognised_without_reading_it() {
+    let root = tempdir().unwrap();
+    let dir = root.path().join("plain");
+    write_directory(&dir, &mixture(2.0));
+    for file in files_below(&dir) {
+        let file = fs::File::options().write(true).open(dir.join(file)).unwrap();
+        file.set_modified(std::time::UNIX_EPOCH + std::time::Duration::from_secs(1_000_000)).unwrap();
+    }
+    let Opened { store, metrics, .. } = open(root.path()).await;
+    let first = store.resolve("plain").await.unwrap();
+    assert!(Arc::ptr_eq(&first, &store.resolve("plain").await.unwrap()));
+    assert_eq!(metrics.adapter_load_seconds.with_label_values(&["plain"]).get_sample_count(), 1);
+}
+
+#[tokio::test]
+async fn a_sub_directory_that_leads_out_of_the_root_is_not_opened() {
+    let (root, outside) = (tempdir().unwrap(), tempdir().unwrap());
+    let dir = root.path().join("plain");
+    write_directory(&dir, &mixture(2.0));
+    fs::remove_dir_all(dir.join("1")).unwrap();
+    write_directory(outside.path(), &adapter(5.0));
+    std::os::unix::fs::symlink(outside.path(), dir.join("1")).unwrap();
+    let Opened { store, .. } = open(root.path()).await;
+    assert!(matches!(store.resolve("plain").await, Err(StoreError::OutsideRoots)));
+}
+
 // Several at once
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
@@ -726,7 +807,7 @@ proptest! {
             let root = tempdir().unwrap();
             let Opened { store, .. } = open(root.path()).await;
             let config = if good_config { adapter(1.0).config } else { config };
-            assert!(store.publish("a", AdapterFiles { config, weights: weights.clone() }, &plain()).await.is_err());
+            assert!(store.publish("a", AdapterFiles::new(config, weights.clone()), &plain()).await.is_err());
             assert!(store.publish_archive("a", weights.into(), &plain()).await.is_err());
             assert!(files_below(root.path()).is_empty());
         });

@@ -110,7 +110,7 @@ pub(crate) fn adapter(value: f32) -> AdapterFiles {
     let tensors =
         HashMap::from([(key("lora_A"), filled(1.0, (1, FEATURES))), (key("lora_B"), filled(value, (FEATURES, 1)))]);
     let weights = safetensors::serialize(&tensors, None).unwrap();
-    AdapterFiles { config: config.to_string().into_bytes(), weights }
+    AdapterFiles::new(config.to_string().into_bytes(), weights)
 }
 
 /// An adapter that puts `number` virtual tokens before every prompt.
@@ -118,7 +118,32 @@ pub(crate) fn virtual_tokens(number: usize) -> AdapterFiles {
     let config = json!({"peft_type": "PROMPT_TUNING", "task_type": "CAUSAL_LM", "num_virtual_tokens": number});
     let rows = Tensor::zeros((number, FEATURES), DType::F32, &Device::Cpu).unwrap();
     let weights = safetensors::serialize([("prompt_embeddings", &rows)], None).unwrap();
-    AdapterFiles { config: config.to_string().into_bytes(), weights }
+    AdapterFiles::new(config.to_string().into_bytes(), weights)
+}
+
+/// Two adapters in sub-directories, of which the second carries `value`, mixed by gates that are all one.
+pub(crate) fn mixture(value: f32) -> AdapterFiles {
+    let config = json!({"peft_type": "XLORA", "task_type": "CAUSAL_LM", "hidden_size": FEATURES,
+        "enable_softmax": false, "adapters": {"0": "elsewhere/first", "1": "elsewhere/second"}});
+    let key = |part: &str| format!("base_model.internal_xlora_classifier.layers.0.{part}");
+    let tensors = HashMap::from([
+        (key("weight"), Tensor::zeros((2, FEATURES), DType::F32, &Device::Cpu).unwrap()),
+        (key("bias"), Tensor::ones(2, DType::F32, &Device::Cpu).unwrap()),
+    ]);
+    AdapterFiles {
+        config: config.to_string().into_bytes(),
+        weights: safetensors::serialize(&tensors, None).unwrap(),
+        parts: vec![adapter(1.0), adapter(value)],
+    }
+}
+
+/// What the second adapter of a [`mixture`] carries.
+pub(crate) fn mixed_value(adapter: &LoadedAdapter) -> f32 {
+    let slots = adapter.lowered.linears.values().next().expect("one linear");
+    let [Delta::Gated { b, .. }] = slots.deltas.as_slice() else { panic!("unexpected form {:?}", slots.deltas) };
+    let b = b.to_vec2::<f32>().unwrap(); // [out, experts]
+    assert!(b.iter().all(|row| *row == [1.0, b[0][1]]), "a torn adapter: {b:?}");
+    b[0][1]
 }
 
 /// Writes an adapter directory as PEFT does.
@@ -126,6 +151,9 @@ pub(crate) fn write_directory(dir: &Path, files: &AdapterFiles) {
     std::fs::create_dir_all(dir).unwrap();
     std::fs::write(dir.join("adapter_config.json"), &files.config).unwrap();
     std::fs::write(dir.join("adapter_model.safetensors"), &files.weights).unwrap();
+    for (number, part) in files.parts.iter().enumerate() {
+        write_directory(&dir.join(number.to_string()), part);
+    }
 }
 
 /// The number that a loaded adapter carries, in whatever form it was lowered to.

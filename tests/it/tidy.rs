@@ -184,6 +184,7 @@ const KINDS: &[&str] = &[
     "boft",
     "bottleneck",
     "arrow",
+    "xlora",
 ];
 /// Names of model families, lower case.
 const FAMILIES: &[&str] = &["llama", "mistral", "qwen2", "qwen3", "phi3"];

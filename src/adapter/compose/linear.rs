@@ -163,6 +163,7 @@ impl Composer<'_> {
                 top_k: *top_k,
                 temperature: *temperature,
             },
+            Delta::Gated { a, b, places } => Delta::Gated { a: a.clone(), b: times(b)?, places: places.clone() },
             Delta::Circulant { kernel } if plain => {
                 let kernel = (kernel.to_dtype(DType::F32)? * f64::from(step.strength))?;
                 Delta::Circulant { kernel: self.store(&kernel)? }

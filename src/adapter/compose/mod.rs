@@ -120,6 +120,7 @@ impl Composer<'_> {
             return refused("they begin to act at different tokens (`alora_invocation_tokens`)");
         }
         out.invocation_tokens = first;
+        self.gates(out)?;
         let leads: Vec<_> = self.parts.iter().filter(|part| part.adapter.num_leading() > 0).collect();
         let Some(lead) = leads.first() else { return Ok(()) };
         if leads.len() > 1 {
@@ -134,6 +135,26 @@ impl Composer<'_> {
         }
         out.virtual_tokens.clone_from(&lead.adapter.virtual_tokens);
         out.kv_prefix.clone_from(&lead.adapter.kv_prefix);
+        Ok(())
+    }
+
+    /// What gives the gates: one adapter's network, at any strength, since its terms alone are weighed by them.
+    fn gates(&self, out: &mut LoweredAdapter) -> Result<(), Fault> {
+        let mut gated = self.parts.iter().filter(|part| part.adapter.gates.is_some());
+        let Some(only) = gated.next() else { return Ok(()) };
+        if let Some(other) = gated.next() {
+            return refused(format!("`{}` and `{}` both bring a network that gives gates", only.name, other.name));
+        }
+        if let Some(other) = self.parts.iter().find(|part| part.adapter.num_leading() > 0) {
+            let (only, other) = (only.name, other.name);
+            return refused(format!(
+                "`{only}` takes gates from the bare base, which knows nothing of what `{other}` puts before the prompt"
+            ));
+        }
+        if !out.invocation_tokens.is_empty() {
+            return refused(format!("`{}` always acts, and the others wait for tokens", only.name));
+        }
+        out.gates.clone_from(&only.adapter.gates);
         Ok(())
     }
 

@@ -3,8 +3,8 @@ use candle_core::{DType, Device, Tensor};
 use super::super::fake_base::{FakeBase, VOCAB, close, random};
 use super::super::merge::{effective_weight, scaled};
 use super::super::{
-    BaseWeights, ButterflyFactor, Delta, EmbeddingPatch, KvPrefix, LinearSlots, LoweredAdapter, NormOverride, Pre,
-    Scale, Weight,
+    BaseWeights, ButterflyFactor, Delta, EmbeddingPatch, GateNetwork, GateRule, KvPrefix, LinearSlots, LoweredAdapter,
+    NormOverride, Pre, Scale, Weight,
 };
 use super::{Part, compose, own_bytes_of};
 
@@ -314,4 +314,29 @@ fn one_may_stand_before_the_prompt_and_all_must_wake_together() {
     let waiting = LoweredAdapter { invocation_tokens: vec![1, 2], ..low_rank.clone() };
     check_refused(&[(&waiting, 1.0), (&low_rank, 1.0)], "alora_invocation_tokens");
     assert_eq!(composed(&base, &[(&waiting, 1.0), (&waiting, 0.5)]).unwrap().invocation_tokens, [1, 2]);
+}
+
+#[test]
+fn one_may_bring_gates_and_its_terms_have_a_strength() {
+    let base = FakeBase::new(false);
+    let low_rank = one(&base, sorts().low_rank);
+    let places = Tensor::new(&[0u32, 1], &Device::Cpu).unwrap();
+    let (out_features, in_features) = sizes(&base);
+    let delta = Delta::Gated { a: random(1, (2, in_features)), b: random(2, (out_features, 2)), places };
+    let network = GateNetwork { layers: vec![(random(3, (2, 12)), random(4, 2))], group: 2, rule: GateRule::default() };
+    let gated = LoweredAdapter {
+        gates: Some(network),
+        ..one(&base, LinearSlots { deltas: vec![delta.clone()], ..LinearSlots::default() })
+    };
+    let both = composed(&base, &[(&low_rank, 1.0), (&gated, 0.5)]).unwrap();
+    assert_eq!((both.num_contexts(), both.gates.unwrap().layers.len()), (2, 1));
+    let (Delta::Gated { b, .. }, Some(Delta::Gated { b: half, .. })) =
+        (&delta, both.linears[&base.id(SITE)].deltas.last())
+    else {
+        panic!("the gated term is the last")
+    };
+    assert!(close(&(b * 0.5).unwrap(), half, TOLERANCE));
+    check_refused(&[(&gated, 1.0), (&gated, 1.0)], "both bring a network that gives gates");
+    let virtual_tokens = LoweredAdapter { virtual_tokens: Some(random(1, (2, 12))), ..LoweredAdapter::default() };
+    check_refused(&[(&gated, 1.0), (&virtual_tokens, 1.0)], "knows nothing of what `part1` puts before the prompt");
 }

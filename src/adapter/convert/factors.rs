@@ -29,8 +29,16 @@ struct Writer<'a> {
 /// The files of a LoRA that does what `lowering` found, which has kept its terms apart.
 pub(super) fn to_lora(lowering: &Lowering<'_>) -> std::result::Result<AdapterFiles, AdapterError> {
     // Taken apart in full, so that a further slot cannot be forgotten here.
-    let LoweredAdapter { linears, norms, embeddings, layers, virtual_tokens, kv_prefix, invocation_tokens: _ } =
-        &lowering.out;
+    let LoweredAdapter {
+        linears,
+        norms,
+        embeddings,
+        layers,
+        virtual_tokens,
+        kv_prefix,
+        invocation_tokens: _,
+        gates: _,
+    } = &lowering.out;
     if !layers.is_empty() {
         return refuse("layers", "functions inside a layer are not linear, so no low-rank term says the same");
     }
@@ -244,7 +252,7 @@ impl<'a> Writer<'a> {
             "lora_dropout": 0.0,
             "fan_in_fan_out": false,
         });
-        Ok(AdapterFiles { config: config::write(&config)?, weights: tensor_file::write(&self.tensors)? })
+        Ok(AdapterFiles::new(config::write(&config)?, tensor_file::write(&self.tensors)?))
     }
 
     /// Names of the adapted modules: their last components where these mean no other module, else whole paths.
@@ -300,7 +308,9 @@ fn stacked(deltas: &[Delta], in_features: usize, out_features: usize) -> Result<
 fn without_factors(delta: &Delta) -> Option<&'static str> {
     match delta {
         Delta::LowRank { .. } | Delta::ShardSum { .. } | Delta::Sparse { .. } => None,
-        Delta::Routed { .. } => Some("every token chooses among experts, which no low-rank term can do"),
+        Delta::Routed { .. } | Delta::Gated { .. } => {
+            Some("every token chooses among experts, which no low-rank term can do")
+        }
         Delta::Circulant { .. } => Some("circulant blocks have full rank, so no low-rank term says the same"),
     }
 }
@@ -321,7 +331,7 @@ fn factors(delta: &Delta, in_features: usize, out_features: usize) -> Result<(Te
             let values = values.to_dtype(DType::F32)?.to_vec1::<f32>()?;
             sparse_factors((&rows, &columns, &values), in_features, out_features)
         }
-        Delta::Circulant { .. } | Delta::Routed { .. } => unreachable!("it was refused"),
+        Delta::Circulant { .. } | Delta::Routed { .. } | Delta::Gated { .. } => unreachable!("it was refused"),
     }
 }
 

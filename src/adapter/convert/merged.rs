@@ -26,7 +26,8 @@ pub(super) fn merged_model(
     base: &dyn BaseWeights,
 ) -> std::result::Result<MergedModel, AdapterError> {
     // Taken apart in full, so that a further slot cannot be forgotten here.
-    let LoweredAdapter { linears, norms, embeddings, layers, virtual_tokens, kv_prefix, invocation_tokens } = adapter;
+    let LoweredAdapter { linears, norms, embeddings, layers, virtual_tokens, kv_prefix, invocation_tokens, gates: _ } =
+        adapter;
     if !layers.is_empty() {
         return refuse("layers", "functions inside a layer are no part of a model");
     }

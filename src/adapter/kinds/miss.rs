@@ -166,7 +166,7 @@ pub(in crate::adapter) fn to_miss(lowering: &mut Lowering<'_>) -> Result<Adapter
     if lowering.config.string("bias")? == Some("bone_only") {
         changes.push(("bias", "miss_only".into()));
     }
-    Ok(AdapterFiles { config: lowering.config.edited(&changes)?, weights: tensor_file::write(&tensors)? })
+    Ok(AdapterFiles::new(lowering.config.edited(&changes)?, tensor_file::write(&tensors)?))
 }
 
 /// The form that a block's shape shows, checked against `r`, `init_weights` and `mini_r`.

@@ -43,6 +43,7 @@ mod unilora;
 mod vblora;
 mod vera;
 mod waveft;
+mod xlora;
 
 pub use lora::{CombineInput, CombineMode, CombineOptions, combine};
 pub(super) use miss::to_miss;
@@ -77,6 +78,8 @@ pub struct Kind {
     pub(super) may_be_empty: bool,
     /// Suffixes that occur only together.
     pub(super) pairs: &'static [(&'static str, &'static str)],
+    /// How many adapters a config names that lie in sub-directories beside it, with numbers for names.
+    pub(super) parts: fn(&Config) -> Result<usize, AdapterError>,
     /// Config fields beyond the common ones.
     pub(super) fields: &'static [(&'static str, Rule)],
     /// Rank that a tensor shows, from its suffix and shape.
@@ -102,6 +105,7 @@ impl Kind {
         integers: &[],
         may_be_empty: false,
         pairs: &[],
+        parts: |_| Ok(0),
         fields: &[],
         rank: |_, _| None,
         shows_parts: |_| false,
@@ -157,6 +161,7 @@ pub static KINDS: &[Kind] = &[
     prefix::PREFIX_TUNING,
     prefix::CARTRIDGE,
     arrow::ARROW,
+    xlora::XLORA,
     adaption_prompt::ADAPTION_PROMPT,
     bottleneck::BOTTLENECK,
 ];

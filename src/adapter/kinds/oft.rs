@@ -284,5 +284,5 @@ pub(in crate::adapter) fn to_current(lowering: &mut Lowering<'_>) -> Result<Adap
         ("alpha_pattern", Value::Null),
         ("peft_version", Value::Null),
     ])?;
-    Ok(AdapterFiles { config, weights: tensor_file::write(&tensors)? })
+    Ok(AdapterFiles::new(config, tensor_file::write(&tensors)?))
 }

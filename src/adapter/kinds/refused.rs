@@ -27,12 +27,6 @@ pub static REFUSED: &[Refused] = &[
                  on the machine; convert it with PEFT (`save_as_lora`), which gives an exact LoRA of the same rank",
     },
     Refused {
-        peft_type: "XLORA",
-        reason: "its gates come from a pass of the bare base over the same tokens, which would need a second context beside \
-                 every request's; serve its LoRA experts one by one, or collect them with tools/arrow.py into an ARROW \
-                 adapter, which needs no classifier",
-    },
-    Refused {
         peft_type: "SHADOW",
         reason: "a second, smaller transformer runs beside the base and changes the input of every block, so nothing can \
                  be merged or added to a weight; train another kind of adapter",

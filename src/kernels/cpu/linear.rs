@@ -377,7 +377,7 @@ mod tests {
     use super::super::route::Router;
     use super::super::rows::RowMatrix;
     use super::super::scale::PackedScale;
-    use super::super::slots::{PackedDelta, PackedSlots};
+    use super::super::slots::{PackedDelta, PackedSlots, RowGates};
     use super::super::sparse::SparseRows;
 
     use super::*;
@@ -397,7 +397,19 @@ mod tests {
         scale: Option<PackedScale>,
         /// Experts, how many are chosen, and prototypes.
         router: Option<(usize, usize, Vec<f32>)>,
+        /// Rank of a term that the gates of [`row_gates`] weigh, in turn.
+        gated: Option<usize>,
         c: Option<Vec<f32>>,
+    }
+
+    /// Two gates for each row of `x`: two of its own values.
+    fn row_gates(x: &[f32], k: usize) -> Vec<f32> {
+        x.chunks_exact(k).flat_map(|row| [row[0], row[k / 2]]).collect()
+    }
+
+    /// The gates of a run's rows.
+    fn gates_of(gates: &[f32], rows: Range<usize>) -> Option<RowGates<'_>> {
+        Some(RowGates { values: &gates[2 * rows.start..2 * rows.end], width: 2 })
     }
 
     impl Plain {
@@ -442,6 +454,7 @@ mod tests {
                     let experts = 1 + (seed >> 16) as usize % 4;
                     (experts, 1 + (seed >> 20) as usize % experts, random(experts * k, seed ^ 12))
                 }),
+                gated: has(22).then(|| 1 + (seed >> 23) as usize % 9),
                 // Pairs and blocks within a panel, and across.
                 scale: some(3, n).map(|p| {
                     if has(14) {
@@ -474,6 +487,12 @@ mod tests {
                 let b = PackedMatrix::from_f32(n, 2 * experts, |i| &b[i * 2 * experts..][..2 * experts]).expect("b");
                 let a = RowMatrix::new(WeightFormat::F32, &a, 2 * experts, k);
                 deltas.push(PackedDelta::Routed { a, b, router: Router::new(prototypes.clone(), k, *top_k, 0.7) });
+            }
+            if let Some(r) = self.gated {
+                let (a, b) = (random(r * k, 79), random(n * r, 80));
+                let b = PackedMatrix::from_f32(n, r, |i| &b[i * r..][..r]).expect("b");
+                let places = (0..r as u32).map(|j| j % 2).collect();
+                deltas.push(PackedDelta::Gated { a: RowMatrix::new(WeightFormat::F32, &a, r, k), b, places });
             }
             if let Some((rows, columns, values)) = &self.sparse {
                 deltas.push(PackedDelta::Sparse(SparseRows::new(rows, columns.clone(), values.clone())));
@@ -541,6 +560,11 @@ mod tests {
                     y += gate * (part(2 * expert) + part(2 * expert + 1));
                 }
             }
+            if let Some(r) = self.gated {
+                let (a, b) = (random(r * k, 79), random(w.len() / k * r, 80));
+                let gate = |j: usize| f64::from(if j.is_multiple_of(2) { x[0] } else { x[k / 2] });
+                y += (0..r).map(|j| gate(j) * f64::from(b[o * r + j]) * dot(x, &a[j * k..][..k])).sum::<f64>();
+            }
             if let Some((r, q, m)) = &self.shard_sum {
                 y += x.iter().enumerate().map(|(i, x)| f64::from(*x) * f64::from(m[i % r * q + o % q])).sum::<f64>();
             }
@@ -590,10 +614,11 @@ mod tests {
             let linear = |runs| SweepLinear { weight: (&packed).into(), bias: Some(&bias), runs };
             let adapters: Vec<Plain> = (0..lens.len()).map(|i| Plain::random((n, k), seed.rotate_left(11 * i as u32))).collect();
             let slots: Vec<PackedSlots> = adapters.iter().map(|a| a.pack((n, k))).collect();
+            let gates = row_gates(&x, k);
             let mut from = 0;
             let runs: Vec<SlotRun<'_>> = lens.iter().zip(&slots).map(|(len, slots)| {
                 from += len;
-                SlotRun { rows: from - len..from, slots: Some(slots) }
+                SlotRun { rows: from - len..from, slots: Some(slots), gates: gates_of(&gates, from - len..from) }
             }).collect();
             let mut y = vec![f32::NAN; m * n];
             sweep(&x, &[linear(runs.clone())], Finish::Join, &mut y);
@@ -601,7 +626,7 @@ mod tests {
                 for row in run.rows.clone() {
                     let x = &x[row * k..][..k];
                     let mut alone = vec![f32::NAN; n];
-                    let runs = vec![SlotRun { rows: 0..1, slots: run.slots }];
+                    let runs = vec![SlotRun { rows: 0..1, slots: run.slots, gates: gates_of(&gates, row..row + 1) }];
                     sweep(x, &[linear(runs)], Finish::Join, &mut alone);
                     prop_assert_eq!(&alone[..], &y[row * n..][..n]);
                     for (o, found) in alone.iter().enumerate() {
@@ -633,10 +658,15 @@ mod tests {
             let linear = |runs| SweepLinear { weight: (&packed).into(), bias: Some(&bias), runs };
             let adapters: Vec<Plain> = (0..lens.len()).map(|i| Plain::random((n, k), seed.rotate_left(11 * i as u32))).collect();
             let slots: Vec<PackedSlots> = adapters.iter().map(|a| a.pack((n, k))).collect();
+            let gates = row_gates(&x, k);
             let mut from = 0;
             let runs: Vec<SlotRun<'_>> = lens.iter().zip(&slots).enumerate().map(|(i, (len, slots))| {
                 from += len;
-                SlotRun { rows: from - len..from, slots: (i != 1).then_some(slots) }
+                SlotRun {
+                    rows: from - len..from,
+                    slots: (i != 1).then_some(slots),
+                    gates: gates_of(&gates, from - len..from),
+                }
             }).collect();
             let mut y = vec![f32::NAN; m * n];
             sweep(&x, &[linear(runs.clone())], Finish::Join, &mut y);
@@ -644,7 +674,8 @@ mod tests {
                 for row in run.rows.clone() {
                     let x = &x[row * k..][..k];
                     let mut alone = vec![f32::NAN; n];
-                    sweep(x, &[linear(vec![SlotRun { rows: 0..1, slots: run.slots }])], Finish::Join, &mut alone);
+                    let runs = vec![SlotRun { rows: 0..1, slots: run.slots, gates: gates_of(&gates, row..row + 1) }];
+                    sweep(x, &[linear(runs)], Finish::Join, &mut alone);
                     prop_assert_eq!(&alone[..], &y[row * n..][..n]);
                     let bare = Plain::default();
                     let plain = if run.slots.is_some() { plain } else { &bare };
@@ -690,7 +721,7 @@ mod tests {
             let deltas = vec![PackedDelta::LowRank { a: RowMatrix::new(format, &a, r, k), b }];
             let slots = PackedSlots { deltas, ..PackedSlots::default() };
             let mut y = vec![0.0; 2 * n];
-            let runs = vec![SlotRun { rows: 0..2, slots: Some(&slots) }];
+            let runs = vec![SlotRun { rows: 0..2, slots: Some(&slots), gates: None }];
             sweep(&x, &[SweepLinear { weight: (&weight).into(), bias: None, runs }], Finish::Join, &mut y);
             y
         };
@@ -713,10 +744,14 @@ mod tests {
         let mut plain: Vec<Plain> = (0..3).map(|i| Plain::random((widths[i], k), 0x1234_5678_9abc_0f1b << i)).collect();
         plain[1].scale = Some(PackedScale::PairRot { p: random(130, 3), q: random(130, 4), half: 65 });
         let slots: Vec<PackedSlots> = (0..3).map(|i| plain[i].pack((widths[i], k))).collect();
+        let gates = row_gates(&x, k);
         let linear = |i: usize| SweepLinear {
             weight: (&weights[i]).into(),
             bias: None,
-            runs: vec![SlotRun { rows: 0..2, slots: None }, SlotRun { rows: 2..5, slots: Some(&slots[i]) }],
+            runs: vec![
+                SlotRun::bare(0..2),
+                SlotRun { rows: 2..5, slots: Some(&slots[i]), gates: gates_of(&gates, 2..5) },
+            ],
         };
         let alone: Vec<Vec<f32>> = (0..3)
             .map(|i| {

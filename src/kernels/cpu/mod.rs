@@ -51,5 +51,5 @@ pub use rotate::QkPrepare;
 pub use route::Router;
 pub use rows::RowMatrix;
 pub use scale::PackedScale;
-pub use slots::{PackedDelta, PackedSlots, SlotRun};
+pub use slots::{PackedDelta, PackedSlots, RowGates, SlotRun};
 pub use sparse::SparseRows;

@@ -10,7 +10,7 @@ use super::linear::SweepLinear;
 use super::pool::for_each;
 use super::rows::{RowMatrix, dot_rows};
 use super::shared::Shared;
-use super::slots::{PackedDelta, SlotRun, short_len};
+use super::slots::{PackedDelta, RowGates, SlotRun, short_len};
 
 /// Rows of one shrinking task.
 const SHRINK_ROWS: usize = 16;
@@ -118,6 +118,14 @@ pub(super) fn shrink(
                 PackedDelta::Routed { a, router, .. } => {
                     dot(plain, a, h);
                     x.chunks_exact(k).zip(h.chunks_exact_mut(a.r())).for_each(|(row, h)| router.gate(row, h));
+                }
+                PackedDelta::Gated { a, places, .. } => {
+                    dot(plain, a, h);
+                    let RowGates { values, width } = run.gates.expect("rows with a gated term bring their gates");
+                    let gates = values.chunks_exact(width).skip(rows.start - run.rows.start);
+                    for (h, gates) in h.chunks_exact_mut(a.r()).zip(gates) {
+                        h.iter_mut().zip(places).for_each(|(h, place)| *h *= gates[*place as usize]);
+                    }
                 }
                 PackedDelta::ShardSum { m } => {
                     x.chunks_exact(k).zip(h.chunks_exact_mut(m.k())).for_each(|(row, h)| shard_sum(row, h));

@@ -58,6 +58,15 @@ pub enum PackedDelta {
         /// Weighs the experts. It reads the row itself, which no format has rounded.
         router: Router,
     },
+    /// As `LowRank`, where every number of `a x` is weighed by one of the gates that the row brings.
+    Gated {
+        /// Down projection.
+        a: RowMatrix,
+        /// Up projection.
+        b: PackedMatrix,
+        /// Which of a row's gates goes with each number (r).
+        places: Vec<u32>,
+    },
     /// `S x`, S: (n, k) in f32. It reads the row itself, which no format has rounded.
     Sparse(SparseRows),
     /// `C x`, C: (n, k) in f32. It reads the row itself too.
@@ -71,6 +80,24 @@ pub struct SlotRun<'a> {
     pub rows: Range<usize>,
     /// The adapter's slots; `None` is the bare base.
     pub slots: Option<&'a PackedSlots>,
+    /// The rows' gates, where terms of the slots are weighed by them.
+    pub gates: Option<RowGates<'a>>,
+}
+
+/// Gates of consecutive rows.
+#[derive(Clone, Copy, Debug)]
+pub struct RowGates<'a> {
+    /// Row-major, (rows, width).
+    pub values: &'a [f32],
+    /// Gates of a row.
+    pub width: usize,
+}
+
+impl SlotRun<'_> {
+    /// Rows of the bare base.
+    pub fn bare(rows: Range<usize>) -> Self {
+        Self { rows, slots: None, gates: None }
+    }
 }
 
 /// Elements per row of a run's short vectors: those of the terms in order, then the outputs of the replaced rows.
@@ -90,7 +117,7 @@ impl PackedDelta {
     /// The up projection; terms that are not a product of two matrices have none.
     pub(super) fn up(&self) -> Option<&PackedMatrix> {
         match self {
-            Self::LowRank { b, .. } | Self::Routed { b, .. } => Some(b),
+            Self::LowRank { b, .. } | Self::Routed { b, .. } | Self::Gated { b, .. } => Some(b),
             Self::ShardSum { m } => Some(m),
             Self::Sparse(_) | Self::Circulant(_) => None,
         }
@@ -99,7 +126,10 @@ impl PackedDelta {
     /// Elements per row of its short vectors: a sparse term has none, a circulant one has its outputs there.
     pub(super) fn short_len(&self) -> usize {
         match self {
-            Self::LowRank { b: up, .. } | Self::Routed { b: up, .. } | Self::ShardSum { m: up } => up.k(),
+            Self::LowRank { b: up, .. }
+            | Self::Routed { b: up, .. }
+            | Self::Gated { b: up, .. }
+            | Self::ShardSum { m: up } => up.k(),
             Self::Sparse(_) => 0,
             Self::Circulant(c) => c.num_outputs(),
         }
@@ -172,6 +202,7 @@ pub(super) unsafe fn apply_slots(
         match delta {
             PackedDelta::LowRank { b: up, .. }
             | PackedDelta::Routed { b: up, .. }
+            | PackedDelta::Gated { b: up, .. }
             | PackedDelta::ShardSum { m: up } => {
                 // SAFETY: the caller's contract.
                 unsafe { expand_rows(h, up, outputs) };

@@ -66,11 +66,13 @@ fn layer(
     let (hidden, intermediate) = (config.hidden_size, config.intermediate_size);
     let input_layernorm = loader.rms_norm(&format!("{path}.input_layernorm"), hidden, config.rms_norm_eps)?;
     let qkv_size = heads.q_size() + 2 * heads.kv_size();
+    // The order of sites is that in which transformers declares the modules.
+    let o_proj = loader.linear(&format!("{path}.self_attn.o_proj"), heads.q_size(), hidden, false)?;
     let self_attn = Attention {
         qkv: Qkv::Fused(loader.linear(&format!("{path}.self_attn.qkv_proj"), hidden, qkv_size, false)?),
         q_norm: None,
         k_norm: None,
-        o_proj: loader.linear(&format!("{path}.self_attn.o_proj"), heads.q_size(), hidden, false)?,
+        o_proj,
         heads,
         window,
     };

@@ -1,5 +1,8 @@
 //! The decoder: embedding, layers, norm, head.
 
+use std::borrow::Cow;
+use std::sync::Arc;
+
 use candle_core::{DType, Result, Tensor};
 
 use super::stream::{Sublayer, close};
@@ -45,28 +48,52 @@ impl Decoder {
 
     /// Runs one step; see `Model::forward`.
     pub(in crate::model) fn forward(&self, batch: &Batch, cache: &KvCache) -> Result<Tensor> {
+        let segments = self.with_gates(batch, cache)?;
+        let x = self.hidden(batch, &segments, cache)?;
+        self.logits(&x, batch, &segments)
+    }
+
+    /// The batch's segments, with the gates of tokens whose adapter has a gate network.
+    fn with_gates<'a>(&self, batch: &'a Batch, cache: &KvCache) -> Result<Cow<'a, [AdapterSegment]>> {
+        let Some(pass) = &batch.gate_pass else { return Ok(Cow::Borrowed(&batch.segments)) };
+        let x = self.hidden(pass, &pass.segments, cache)?;
+        let x = self.norm.forward(&x, &pass.segments)?; // [tokens of the pass, hidden]
+        let mut segments = batch.segments.clone();
+        let mut next = 0;
+        for segment in &mut segments {
+            if let Some(network) = segment.adapter.as_ref().and_then(|adapter| adapter.gates.as_ref()) {
+                segment.gates = Some(Arc::new(network.of(&x.narrow(0, next, segment.len)?)?));
+                next += segment.len;
+            }
+        }
+        assert_eq!(next, pass.token_ids.len(), "the pass has the tokens that need gates");
+        Ok(Cow::Owned(segments))
+    }
+
+    /// What leaves the last layer, (tokens, hidden).
+    fn hidden(&self, batch: &Batch, segments: &[AdapterSegment], cache: &KvCache) -> Result<Tensor> {
         assert_eq!(cache.layers.len(), self.layers.len(), "the cache was made for this model");
         let mut windows: Vec<Option<usize>> = self.layers.iter().map(|layer| layer.self_attn.window).collect();
         windows.sort_unstable();
         windows.dedup();
-        let step = Step::new(batch, cache, &self.rope, &windows)?;
+        let step = Step::new((batch, segments), cache, &self.rope, &windows)?;
         cache.write_prefixes(&batch.prefix_writes)?;
         let mut x = self.embed_tokens.forward(batch)?; // [tokens, hidden]
         for (number, (layer, cache)) in self.layers.iter().zip(&cache.layers).enumerate() {
             x = layer.forward(number, &x, &step, cache)?;
         }
-        self.logits(&x, batch)
+        Ok(x)
     }
 
     /// Norm and head of the wanted rows only, (rows, vocab) in f32.
-    fn logits(&self, x: &Tensor, batch: &Batch) -> Result<Tensor> {
+    fn logits(&self, x: &Tensor, batch: &Batch, segments: &[AdapterSegment]) -> Result<Tensor> {
         let (vocab, _) = self.embed_tokens.table.dims()?;
         if batch.logit_rows.is_empty() {
             return Tensor::zeros((0, vocab), DType::F32, x.device());
         }
         let rows = Tensor::new(batch.logit_rows.as_slice(), x.device())?;
         let x = x.index_select(&rows, 0)?; // [rows, hidden]
-        let segments = row_segments(&batch.segments, &batch.logit_rows);
+        let segments = row_segments(segments, &batch.logit_rows)?;
         let x = self.norm.forward(&x, &segments)?;
         self.lm_head.forward(&x, &segments)?.to_dtype(DType::F32)
     }
@@ -84,15 +111,20 @@ impl DecoderLayer {
 }
 
 /// The segments as they lie over the selected rows (ascending).
-fn row_segments(segments: &[AdapterSegment], rows: &[u32]) -> Vec<AdapterSegment> {
+fn row_segments(segments: &[AdapterSegment], rows: &[u32]) -> Result<Vec<AdapterSegment>> {
     let mut selected = Vec::with_capacity(segments.len());
     let mut start = 0;
     for segment in segments {
         let end = rows.partition_point(|row| (*row as usize) < segment.start + segment.len);
         if end > start {
-            selected.push(AdapterSegment { start, len: end - start, adapter: segment.adapter.clone() });
+            let mut of_rows = AdapterSegment::new(start, end - start, segment.adapter.clone());
+            if let Some(gates) = &segment.gates {
+                let tokens: Vec<u32> = rows[start..end].iter().map(|row| row - segment.start as u32).collect();
+                of_rows.gates = Some(Arc::new(gates.select(&tokens)?));
+            }
+            selected.push(of_rows);
         }
         start = end;
     }
-    selected
+    Ok(selected)
 }

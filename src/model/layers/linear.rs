@@ -51,7 +51,7 @@ impl Matrix {
             Self::Dense(w) => kernels::linear(x, w),
             Self::Packed(_) | Self::Int8(_) => {
                 let weight = self.packed().expect("the kernels' own form");
-                let runs = vec![SlotRun { rows: 0..x.dim(0)?, slots: None }];
+                let runs = vec![SlotRun::bare(0..x.dim(0)?)];
                 join_op(x, &[SweepLinear { weight, bias: None, runs }])
             }
             Self::Quantized { product, .. } => product.forward_autocast(x),
@@ -196,7 +196,10 @@ impl Linear {
             let slots = segment.adapter.as_ref().and_then(|adapter| adapter.packed.get(&self.site));
             match runs.last_mut() {
                 Some(last) if last.slots.is_none() && slots.is_none() => last.rows.end += segment.len,
-                _ => runs.push(SlotRun { rows: segment.start..segment.start + segment.len, slots }),
+                _ => {
+                    let gates = segment.gates.as_ref().and_then(|gates| gates.for_kernels());
+                    runs.push(SlotRun { rows: segment.start..segment.start + segment.len, slots, gates });
+                }
             }
         }
         Some(SweepLinear { weight, bias: self.bias_values.as_deref(), runs })
@@ -223,12 +226,13 @@ impl Linear {
         all
     }
 
-    fn slot_terms<'a>(&'a self, segment: &AdapterSegment, slots: &'a LinearSlots) -> SegmentTerms<'a> {
+    fn slot_terms<'a>(&'a self, segment: &'a AdapterSegment, slots: &'a LinearSlots) -> SegmentTerms<'a> {
         let terms = slots.deltas.iter().map(|delta| match delta {
             Delta::LowRank { a, b } => Term::LowRank { a, b },
             Delta::Routed { a, b, prototypes, top_k, temperature } => {
                 Term::Routed { a, b, prototypes, top_k: *top_k, temperature: f64::from(*temperature) }
             }
+            Delta::Gated { a, b, places } => Term::Gated { a, b, places },
             Delta::ShardSum { m } => Term::ShardSum { m },
             Delta::Sparse { rows, columns, values } => Term::Sparse { rows, columns, values },
             Delta::Circulant { kernel } => Term::Circulant { kernel },
@@ -255,6 +259,7 @@ impl Linear {
                 Scale::BlockDiag(blocks) => Some(OutputTerm::BlockDiag { blocks }),
             },
             c: slots.c.as_ref().or(self.bias.as_ref()),
+            gates: segment.gates.as_ref().map(|gates| &gates.rows),
         }
     }
 }

@@ -1,5 +1,7 @@
 //! Receiving what adapter routes are sent, into memory once and within a bound.
 
+use std::collections::BTreeMap;
+
 use axum::RequestExt;
 use axum::body::{Body, Bytes};
 use axum::extract::multipart::{Field, MultipartError};
@@ -8,19 +10,19 @@ use axum::http::{StatusCode, header};
 use futures::StreamExt;
 
 use super::super::ApiError;
-use crate::adapter::AdapterFiles;
+use crate::adapter::{self, AdapterFiles};
 use crate::store::{StoreError, WEIGHTS_FILES};
 
 /// What multipart framing or archive headers may add to the files' own bytes.
 const OVERHEAD_BYTES_MAX: usize = 4 << 20;
 /// Parts of a multipart body at most.
-const PARTS_MAX: usize = 100;
+const PARTS_MAX: usize = 200;
 const CONFIG_FILE: &str = "adapter_config.json";
 const WEIGHTS_FILE: &str = WEIGHTS_FILES[0];
 
 /// An upload's body.
 pub(super) enum Upload {
-    /// The two files, from a multipart body.
+    /// The files, from a multipart body.
     Files(AdapterFiles),
     /// An archive, still packed.
     Archive(Bytes),
@@ -101,20 +103,21 @@ async fn receive_multipart(mut request: Request<Body>, bytes_max: usize) -> Resu
     DefaultBodyLimit::max(bytes_max.saturating_add(OVERHEAD_BYTES_MAX)).apply(&mut request);
     let mut multipart: Multipart =
         request.extract().await.map_err(|e| ApiError::new(StatusCode::BAD_REQUEST, multipart_message(&e)))?;
-    let (mut config, mut weights) = (None, [None, None]);
+    let mut received: BTreeMap<Option<usize>, Received> = BTreeMap::new();
     let mut left = bytes_max;
     for idx in 0.. {
         let Some(mut field) = multipart.next_field().await.map_err(|e| part_error(&e, bytes_max))? else { break };
         if idx >= PARTS_MAX {
             return Err(bad_upload(format!("the upload has more than {PARTS_MAX} parts")));
         }
-        let Some(file) = part_file(&field) else {
+        let Some((dir, file)) = part_file(&field) else {
             // Further files of the directory are harmless and not kept.
             continue;
         };
+        let of_dir = received.entry(dir).or_default();
         let wanted = match WEIGHTS_FILES.iter().position(|name| *name == file) {
-            Some(idx) => &mut weights[idx],
-            None => &mut config,
+            Some(idx) => &mut of_dir.weights[idx],
+            None => &mut of_dir.config,
         };
         if wanted.is_some() {
             return Err(bad_upload(format!("the upload has {file} twice")));
@@ -126,17 +129,43 @@ async fn receive_multipart(mut request: Request<Body>, bytes_max: usize) -> Resu
         }
         *wanted = Some(bytes);
     }
-    let missing = |file: &str| bad_upload(format!("the upload has no part {file}"));
-    Ok(AdapterFiles {
-        config: config.ok_or_else(|| missing(CONFIG_FILE))?,
-        weights: weights.into_iter().flatten().next().ok_or_else(|| missing(WEIGHTS_FILE))?,
-    })
+    let mut files = received.remove(&None).unwrap_or_default().complete("")?;
+    for number in 0..adapter::num_parts(&files.config) {
+        let part = received.remove(&Some(number)).unwrap_or_default();
+        files.parts.push(part.complete(&format!("{number}/"))?);
+    }
+    Ok(files)
 }
 
-/// Which of an adapter's files a part is, by its own name or by its file name.
-fn part_file(field: &Field<'_>) -> Option<&'static str> {
-    let is = |file: &str| field.name() == Some(file) || field.file_name() == Some(file);
-    [CONFIG_FILE].into_iter().chain(WEIGHTS_FILES).find(|file| is(file))
+/// What was received of one directory.
+#[derive(Default)]
+struct Received {
+    config: Option<Vec<u8>>,
+    /// By the names of [`WEIGHTS_FILES`].
+    weights: [Option<Vec<u8>>; 2],
+}
+
+impl Received {
+    /// The two files; `dir` is for the message.
+    fn complete(self, dir: &str) -> Result<AdapterFiles, ApiError> {
+        let missing = |file: &str| bad_upload(format!("the upload has no part {dir}{file}"));
+        let config = self.config.ok_or_else(|| missing(CONFIG_FILE))?;
+        let weights = self.weights.into_iter().flatten().next().ok_or_else(|| missing(WEIGHTS_FILE))?;
+        Ok(AdapterFiles::new(config, weights))
+    }
+}
+
+/// Which of an adapter's files a part is, by its own name or by its file name, and in which numbered sub-directory.
+fn part_file(field: &Field<'_>) -> Option<(Option<usize>, &'static str)> {
+    let named = |text: &str| {
+        let (dir, name) = match text.split_once('/') {
+            Some((dir, name)) => (Some(dir.parse().ok().filter(|number: &usize| number.to_string() == dir)?), name),
+            None => (None, text),
+        };
+        let file = [CONFIG_FILE].into_iter().chain(WEIGHTS_FILES).find(|file| *file == name)?;
+        Some((dir, file))
+    };
+    field.name().and_then(named).or_else(|| field.file_name().and_then(named))
 }
 
 fn part_error(error: &MultipartError, bytes_max: usize) -> ApiError {

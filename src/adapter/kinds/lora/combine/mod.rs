@@ -117,7 +117,7 @@ pub fn combine(inputs: &[CombineInput<'_>], options: &CombineOptions) -> Result<
     let format = Some([("format".to_owned(), "pt".to_owned())].into());
     let weights = safetensors::serialize(&tensors, format)
         .map_err(|error| AdapterError::Malformed { file: "adapter_model.safetensors", reason: error.to_string() })?;
-    Ok(AdapterFiles { config: format!("{config:#}\n").into_bytes(), weights })
+    Ok(AdapterFiles::new(format!("{config:#}\n").into_bytes(), weights))
 }
 
 /// What one adapter brings to a module.

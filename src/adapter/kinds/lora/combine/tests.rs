@@ -25,7 +25,7 @@ fn files(modules: &[(&str, usize, u64)], alpha: f64, more: &Value) -> AdapterFil
     let mut config = json!({"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": "x/y", "r": 4,
         "lora_alpha": alpha, "rank_pattern": ranks, "target_modules": paths});
     config.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
-    AdapterFiles { config: config.to_string().into_bytes(), weights: safetensors::serialize(&tensors, None).unwrap() }
+    AdapterFiles::new(config.to_string().into_bytes(), safetensors::serialize(&tensors, None).unwrap())
 }
 
 fn plain(modules: &[(&str, usize, u64)]) -> AdapterFiles {
@@ -212,9 +212,9 @@ fn what_is_no_pair_of_factors_is_refused_by_name() {
     let key = format!("base_model.model.{Q}.lora_A.weight");
     let half = [(key.clone(), random(1, (4, 12)))];
     let config = sound.config.clone();
-    check(&AdapterFiles { config: config.clone(), weights: safetensors::serialize(half, None).unwrap() }, "lora_B");
+    check(&AdapterFiles::new(config.clone(), safetensors::serialize(half, None).unwrap()), "lora_B");
     let saved = [("base_model.model.lm_head.weight", random(1, (4, 12)))];
-    check(&AdapterFiles { config, weights: safetensors::serialize(saved, None).unwrap() }, "lm_head.weight");
+    check(&AdapterFiles::new(config, safetensors::serialize(saved, None).unwrap()), "lm_head.weight");
     check(&AdapterFiles::default(), "adapter_config.json");
 }
 
