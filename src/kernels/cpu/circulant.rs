@@ -16,9 +16,6 @@ use super::dispatch::{dispatch, fma};
 use super::isa::Isa;
 use super::words::LANES;
 
-/// Blocks that are transformed together.
-const TILE_BLOCKS: usize = 4;
-
 /// A matrix (m b, n b) of circulant blocks.
 #[derive(Debug)]
 pub struct Circulant {
@@ -143,9 +140,11 @@ fn mix<const FMA: bool>(spectra: &[f32], (even, odd): (&[f32], &[f32]), (plus, m
         let (mut sums, mut differences) = ([0.0_f32; LANES], [0.0_f32; LANES]);
         let parts = even.iter().zip(odd).zip(spectra).skip(at).step_by(vectors);
         for ((even, odd), spectrum) in parts {
-            for lane in 0..LANES {
-                sums[lane] = fma::<FMA>(spectrum[lane], even[lane], sums[lane]);
-                differences[lane] = fma::<FMA>(spectrum[lane], odd[lane], differences[lane]);
+            for ((sum, spectrum), even) in sums.iter_mut().zip(spectrum).zip(even) {
+                *sum = fma::<FMA>(*spectrum, *even, *sum);
+            }
+            for ((difference, spectrum), odd) in differences.iter_mut().zip(spectrum).zip(odd) {
+                *difference = fma::<FMA>(*spectrum, *odd, *difference);
             }
         }
         (*plus, *minus) = (sums, differences);
@@ -153,42 +152,28 @@ fn mix<const FMA: bool>(spectra: &[f32], (even, odd): (&[f32], &[f32]), (plus, m
 }
 
 /// The Hartley transforms of blocks that lie a stride apart, likewise in `spectra`, whose stride decides how much of a
-/// padded block is kept.
+/// padded block is kept. One chain over ascending `j` per output.
 #[inline(always)]
 fn transform<const FMA: bool>(c: &Circulant, (x, from): (&[f32], usize), (spectra, to): (&mut [f32], usize)) {
-    for (x, spectra) in x.chunks(TILE_BLOCKS * from).zip(spectra.chunks_mut(TILE_BLOCKS * to)) {
-        match x.len() / from {
-            TILE_BLOCKS => transform_some::<TILE_BLOCKS, FMA>(c, (x, from), (spectra, to)),
-            count => {
-                for (x, spectrum) in x.chunks(from).zip(spectra.chunks_mut(to)).take(count) {
-                    transform_some::<1, FMA>(c, (x, from), (spectrum, to));
-                }
+    for (x, spectrum) in x.chunks_exact(from).zip(spectra.chunks_exact_mut(to)) {
+        spectrum.fill(0.0);
+        let (fours, rest) = x[..c.b].as_chunks::<4>();
+        let (four_rows, rest_rows) = c.table.split_at(fours.len() * 4 * c.padded);
+        for (x, rows) in fours.iter().zip(four_rows.chunks_exact(4 * c.padded)) {
+            // Four at a time spare most of the sums' way through memory.
+            let (first, others) = rows.split_at(c.padded);
+            let (second, others) = others.split_at(c.padded);
+            let (third, fourth) = others.split_at(c.padded);
+            let rows = first.iter().zip(second).zip(third.iter().zip(fourth));
+            for (sum, ((first, second), (third, fourth))) in spectrum.iter_mut().zip(rows) {
+                let half = fma::<FMA>(x[1], *second, fma::<FMA>(x[0], *first, *sum));
+                *sum = fma::<FMA>(x[3], *fourth, fma::<FMA>(x[2], *third, half));
             }
         }
-    }
-}
-
-/// `M` blocks, one chain over ascending `j` per output.
-#[inline(always)]
-fn transform_some<const M: usize, const FMA: bool>(
-    c: &Circulant,
-    (x, from): (&[f32], usize),
-    (spectra, to): (&mut [f32], usize),
-) {
-    for column in (0..c.padded).step_by(LANES) {
-        let mut acc = [[0.0_f32; LANES]; M];
-        for (j, row) in c.table.chunks_exact(c.padded).enumerate() {
-            let cas: &[f32; LANES] = row[column..column + LANES].try_into().expect("whole vectors");
-            for (m, acc) in acc.iter_mut().enumerate() {
-                let factor = x[m * from + j];
-                for lane in 0..LANES {
-                    acc[lane] = fma::<FMA>(factor, cas[lane], acc[lane]);
-                }
+        for (x, row) in rest.iter().zip(rest_rows.chunks_exact(c.padded)) {
+            for (sum, cas) in spectrum.iter_mut().zip(row) {
+                *sum = fma::<FMA>(*x, *cas, *sum);
             }
-        }
-        let kept = LANES.min(to.saturating_sub(column));
-        for (m, acc) in acc.iter().enumerate() {
-            spectra[m * to + column.min(to)..][..kept].copy_from_slice(&acc[..kept]);
         }
     }
 }

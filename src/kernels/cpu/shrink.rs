@@ -61,8 +61,10 @@ impl<'a> ShrinkPlan<'a> {
             self.word_rows += run.rows.len();
         }
         if short > 0 || slots.pre.is_some() {
-            for from in run.rows.clone().step_by(SHRINK_ROWS) {
-                self.tasks.push((run, from..run.rows.end.min(from + SHRINK_ROWS), place));
+            // Rows that share what is read from memory go together, others to whoever is free.
+            let rows = if slots.computes_by_row() { 1 } else { SHRINK_ROWS };
+            for from in run.rows.clone().step_by(rows) {
+                self.tasks.push((run, from..run.rows.end.min(from + rows), place));
             }
         }
         place

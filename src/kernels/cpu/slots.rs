@@ -111,6 +111,11 @@ impl PackedSlots {
     pub(super) fn needs_whole_rows(&self) -> bool {
         self.scale.as_ref().is_some_and(PackedScale::needs_whole_rows)
     }
+
+    /// Whether a row is so much work before the sweep that it is a task by itself.
+    pub(super) fn computes_by_row(&self) -> bool {
+        self.deltas.iter().any(|delta| matches!(delta, PackedDelta::Circulant(_)))
+    }
 }
 
 impl PackedDelta {
