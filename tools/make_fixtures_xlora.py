@@ -3,12 +3,10 @@
 Run after make_fixtures.py, in the same environment, from the repository root.
 """
 
-import argparse
 import json
 import os
 import shutil
 import tempfile
-import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,7 +14,6 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 import torch
-import transformers
 from peft import LoraConfig, PeftModel, XLoraConfig, get_peft_model
 from safetensors.torch import load_file
 
@@ -26,6 +23,7 @@ from fixture_common import (
     EFFECT_MIN,
     MARGIN_MIN,
     Bases,
+    begin,
     expected_outputs,
     forward_logits,
     fresh_dir,
@@ -264,15 +262,7 @@ def write_case(case: Case, bases: Bases, prompts: list) -> dict:
 
 def main() -> None:
     """Makes the adapters and puts them into the manifest."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("tests/fixtures"))
-    args = parser.parse_args()
-    torch.set_num_threads(1)
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    warnings.filterwarnings("ignore")
-    prompts = json.loads((args.out / "prompts.json").read_text())
-    bases = Bases(args.out)
+    args, bases, prompts = begin(__doc__)
     made = [write_case(case, bases, prompts) for case in CASES]
     put_cases(args.out, "XLORA", made)
 
