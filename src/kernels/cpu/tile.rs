@@ -63,40 +63,35 @@ impl Fetch {
         Self { at: words.as_ptr(), lines: words.len().div_ceil(LINE_WORDS) }
     }
 
-    /// Asks for the next `lines` lines, into a cache further away than the one that [`Self::next`] fills.
-    pub(super) fn next_far(&mut self, lines: usize) {
-        #[cfg(target_arch = "x86_64")]
-        for line in 0..lines {
-            use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
-            #[expect(unsafe_code, reason = "an instruction without effect but on the caches")]
-            // SAFETY: SSE is part of the architecture, and any address may be asked for.
-            unsafe {
-                _mm_prefetch::<_MM_HINT_T1>(self.at.wrapping_add(line * LINE_WORDS).cast());
-            }
-        }
-        self.at = self.at.wrapping_add(lines * LINE_WORDS);
-        self.lines -= lines;
-    }
-
     /// Share `idx` of `count` even ones.
     pub(super) fn share(self, idx: usize, count: usize) -> Self {
         let lines = self.lines.div_ceil(count);
         Self { at: self.at.wrapping_add(idx * lines * LINE_WORDS), lines }
     }
 
-    /// Asks for the next up to `lines` lines.
+    /// Asks for the next up to `lines` lines, for the nearest cache.
     #[inline(always)]
     pub(super) fn next(&mut self, lines: usize) {
-        if self.lines == 0 {
-            return;
+        if self.lines > 0 {
+            self.ask::<true>(lines);
         }
+    }
+
+    /// The same for a cache further away; there are as many lines.
+    pub(super) fn next_far(&mut self, lines: usize) {
+        self.ask::<false>(lines);
+    }
+
+    #[inline(always)]
+    fn ask<const NEAR: bool>(&mut self, lines: usize) {
         #[cfg(target_arch = "x86_64")]
         for line in 0..lines {
-            use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+            use std::arch::x86_64::{_MM_HINT_T0, _MM_HINT_T1, _mm_prefetch};
+            let at = self.at.wrapping_add(line * LINE_WORDS).cast();
             #[expect(unsafe_code, reason = "an instruction without effect but on the caches")]
             // SAFETY: SSE is part of the architecture, and any address may be asked for.
             unsafe {
-                _mm_prefetch::<_MM_HINT_T0>(self.at.wrapping_add(line * LINE_WORDS).cast());
+                if NEAR { _mm_prefetch::<_MM_HINT_T0>(at) } else { _mm_prefetch::<_MM_HINT_T1>(at) }
             }
         }
         self.at = self.at.wrapping_add(lines * LINE_WORDS);
