@@ -105,13 +105,13 @@ pub(super) struct Prepared {
 }
 
 impl Loader {
-    /// Lowers the files, whose reading began at `started`, within the budgets; they must have the `expected` content where
-    /// that is known. Blocks.
+    /// Lowers the files, whose reading began at `started`, within the budgets. `content` gives the digest
+    /// that names them, or refuses them; it runs meanwhile. Blocks.
     pub(super) fn prepare(
         &self,
         files: AdapterFiles,
         merge: bool,
-        expected: Option<ContentDigest>,
+        content: impl FnOnce(&AdapterFiles) -> Result<ContentDigest, StoreError> + Send,
         started: Instant,
     ) -> Result<Prepared, StoreError> {
         let mut reservation = self.memory.reservation();
@@ -130,12 +130,10 @@ impl Loader {
         };
         // Hashing takes about half as long as lowering, and does not wait for it.
         let (lowered, (content, digest)) = std::thread::scope(|scope| {
-            let digests = scope.spawn(|| (ContentDigest::of(&files), digest(&files, &hashed)));
+            let digests = scope.spawn(|| (content(&files), digest(&files, &hashed)));
             (lower(), digests.join().expect("hashing bytes does not panic"))
         });
-        if let Some(expected) = expected.filter(|expected| *expected != content) {
-            return Err(StoreError::storage(format!("blob {expected} holds content {content}")));
-        }
+        let content = content?;
         let (lowered, report) = lowered?;
         reservation.resize(Bytes { host: lowered.bytes(), own: report.own_weight_bytes })?;
         let load_seconds = started.elapsed().as_secs_f64();
@@ -201,7 +199,12 @@ impl Shared {
     async fn load_published(&self, generation: &Generation, permit: Permit, started: Instant) -> Answer {
         let files = self.objects.blob(&generation.digest).await?;
         let (loader, expected) = (self.loader.clone(), generation.clone());
-        let prepared = blocking(permit, move || loader.prepare(files, expected.merge, Some(expected.digest), started));
+        let check = move |files: &AdapterFiles| match ContentDigest::of(files) {
+            found if found == expected.digest => Ok(found),
+            found => Err(StoreError::storage(format!("blob {} holds content {found}", expected.digest))),
+        };
+        let merge = generation.merge;
+        let prepared = blocking(permit, move || loader.prepare(files, merge, check, started));
         Ok(self.install(generation, prepared.await?))
     }
 
@@ -221,7 +224,7 @@ impl Shared {
             // A file that was touched and not changed is still the same generation.
             match memory.get(&generation) {
                 Some(adapter) => Ok((generation, Ok(adapter))),
-                None => Ok((generation, Err(loader.prepare(files, false, None, started)?))),
+                None => Ok((generation, Err(loader.prepare(files, false, |_| Ok(digest), started)?))),
             }
         });
         let (generation, loaded) = loaded.await?;

@@ -7,7 +7,7 @@ use super::catalog::{AdapterStatus, PublishOptions, Shared, Target};
 use super::load::{Flight, blocking};
 use super::memory::Generation;
 use super::objects::unix_now;
-use super::record::{Current, Record, RecordedOptions, Source};
+use super::record::{ContentDigest, Current, Record, RecordedOptions, Source};
 use crate::adapter::AdapterFiles;
 
 /// Times a record is written again because another process took its number.
@@ -40,7 +40,8 @@ impl Shared {
         let permit = self.loads.admit().await?;
         let started = Instant::now();
         let (loader, merge) = (self.loader.clone(), options.merge);
-        let prepared = blocking(permit, move || loader.prepare(files, merge, None, started));
+        let prepared =
+            blocking(permit, move || loader.prepare(files, merge, |files| Ok(ContentDigest::of(files)), started));
         let mut prepared = prepared.await.inspect_err(|_| self.count_error(name))?;
         let digest = prepared.content;
         self.objects.put_blob(&digest, std::mem::take(&mut prepared.files)).await?;
