@@ -70,7 +70,7 @@ impl App {
         let metrics = Arc::new(Metrics::new(&served.name, &config.metrics));
         let engine = EngineHandle::start(Box::new(runner), config.engine.clone(), metrics.clone());
         let base: Arc<dyn BaseWeights> = model;
-        let store = Store::open(config.adapters.clone(), base, info.dtype, metrics.clone())
+        let store = Store::open(config.adapters.clone(), base, info.adapter_formats, metrics.clone())
             .await
             .with_context(|| format!("opening the adapter store {}", config.adapters.root.display()))?;
         for name in &config.adapters.preload {

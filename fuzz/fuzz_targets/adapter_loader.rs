@@ -12,7 +12,7 @@ use std::sync::LazyLock;
 use candle_core::{DType, Device, Result, Tensor};
 use libfuzzer_sys::fuzz_target;
 use patchbay::adapter::{
-    AdapterFiles, BaseShape, BaseWeights, LowerOptions, Site, SiteId, SiteKind, SiteTable, digest, inspect, lower,
+    AdapterFiles, BaseShape, BaseWeights, Formats, LowerOptions, Site, SiteId, SiteKind, SiteTable, digest, inspect, lower,
 };
 
 static BASE: LazyLock<Base> = LazyLock::new(Base::new);
@@ -23,7 +23,7 @@ fuzz_target!(|data: &[u8]| {
     let files = AdapterFiles::new(config.to_vec(), weights.to_vec());
     let _ = inspect(&files);
     for merge in [false, true] {
-        let options = LowerOptions { merge, dtype: DType::BF16, own_bytes_max: 1 << 16 };
+        let options = LowerOptions { merge, formats: Formats::uniform(DType::BF16), own_bytes_max: 1 << 16 };
         let _ = digest(&files, &options);
         let _ = lower(&files, &*BASE, &options);
     }

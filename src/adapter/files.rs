@@ -1,5 +1,7 @@
 //! What goes into lowering and what comes out beside the normal form.
 
+use std::fmt;
+
 use candle_core::DType;
 use serde::Serialize;
 
@@ -32,13 +34,37 @@ impl AdapterFiles {
     }
 }
 
+/// Number formats of a lowered adapter's tensors.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Formats {
+    /// Of matrices that activations meet beside a linear's weight or instead of it, and of tables of embeddings: the format
+    /// in which a step reads them, so that keeping them in it loses nothing.
+    pub matrices: DType,
+    /// Of everything else.
+    pub values: DType,
+}
+
+impl Formats {
+    /// One format for all.
+    pub const fn uniform(dtype: DType) -> Self {
+        Self { matrices: dtype, values: dtype }
+    }
+}
+
+impl fmt::Display for Formats {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (matrices, values) = (self.matrices.as_str(), self.values.as_str());
+        if matrices == values { f.write_str(values) } else { write!(f, "{matrices} (matrices) and {values}") }
+    }
+}
+
 /// How to lower.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct LowerOptions {
     /// Merge into dense weights instead of keeping low-rank and diagonal terms apart.
     pub merge: bool,
-    /// Format the lowered tensors are stored in. Lowering itself computes in f32.
-    pub dtype: DType,
+    /// Formats the lowered tensors are stored in. Lowering itself computes in f32.
+    pub formats: Formats,
     /// Dense weight copies may take this many bytes; more is refused before they are made.
     pub own_bytes_max: usize,
 }

@@ -14,7 +14,7 @@ use super::{
 
 /// Checks an adapter's files against the base model and lowers them to the normal form.
 ///
-/// The result lies in host memory. Lowering computes in f32; the tensors are stored in `options.dtype`.
+/// The result lies in host memory. Lowering computes in f32; the tensors are stored in `options.formats`.
 ///
 /// # Errors
 /// Refuses whatever is not fully understood: see [`AdapterError`].
@@ -72,13 +72,15 @@ pub fn digest(files: &AdapterFiles, options: &LowerOptions) -> [u8; 32] {
         hasher.update(bytes);
     }
     hasher.update([u8::from(options.merge)]);
-    hasher.update(options.dtype.as_str());
+    for format in [options.formats.matrices, options.formats.values] {
+        hasher.update(format.as_str());
+    }
     hasher.finalize().into()
 }
 
 fn finish(mut lowering: Lowering<'_>) -> Result<(LoweredAdapter, LowerReport), AdapterError> {
     let (modules, leading_tokens) = (lowering.num_modules(), lowering.out.num_leading());
-    if effect::is_neutral(&lowering.out, lowering.base, lowering.options.dtype)? {
+    if effect::is_neutral(&lowering.out, lowering.base, lowering.options.formats.matrices)? {
         lowering.warnings.push("the adapter has no effect: it equals the base model".to_owned());
     }
     if lowering.options.merge {
@@ -109,14 +111,15 @@ fn finish(mut lowering: Lowering<'_>) -> Result<(LoweredAdapter, LowerReport), A
     Ok((lowering.out, report))
 }
 
-/// Converts every tensor to the serving format; refuses what does not fit into it.
+/// Converts every tensor to its serving format; refuses what does not fit into it.
 fn store(lowering: &mut Lowering<'_>) -> Result<(), AdapterError> {
-    let dtype = lowering.options.dtype;
-    for tensor in lowering.out.tensors_mut() {
-        *tensor = tensor.to_dtype(dtype)?.contiguous()?;
+    let formats = lowering.options.formats;
+    for (tensor, is_matrix) in lowering.out.tensors_mut() {
+        let format = if is_matrix { formats.matrices } else { formats.values };
+        *tensor = tensor.to_dtype(format)?.contiguous()?;
     }
     let refuse = |tensor: &str| {
-        let reason = format!("the lowered values are not finite in {}", dtype.as_str());
+        let reason = format!("the lowered values are not finite in {formats}");
         Err(AdapterError::Tensor { tensor: tensor.to_owned(), reason })
     };
     if let Some(site) = first_infinite(&lowering.out)? {

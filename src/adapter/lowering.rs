@@ -247,7 +247,7 @@ impl<'a> Lowering<'a> {
 
     /// Counts bytes of dense copies against the budget, before they are made.
     pub(super) fn reserve_own(&mut self, elements: usize) -> Result<(), AdapterError> {
-        let bytes = elements.saturating_mul(self.options.dtype.size_in_bytes());
+        let bytes = elements.saturating_mul(self.options.formats.matrices.size_in_bytes());
         self.own_bytes = self.own_bytes.saturating_add(bytes);
         let (needed, limit) = (self.own_bytes, self.options.own_bytes_max);
         if needed > limit { Err(AdapterError::OverBudget { needed, limit }) } else { Ok(()) }
@@ -377,7 +377,7 @@ impl<'a> Lowering<'a> {
         if self.keep_terms {
             return false;
         }
-        let bytes = self.site(site).kind.num_elements().saturating_mul(self.options.dtype.size_in_bytes());
+        let bytes = self.site(site).kind.num_elements().saturating_mul(self.options.formats.matrices.size_in_bytes());
         let fits = self.has_own(site) || self.own_bytes.saturating_add(bytes) <= self.options.own_bytes_max;
         if !fits {
             self.without_room.insert(site);
@@ -430,7 +430,7 @@ impl<'a> Lowering<'a> {
 
     /// A dense weight or table in its final format. The caller has reserved its bytes.
     pub(super) fn own(&self, tensor: &Tensor) -> Result<Tensor, AdapterError> {
-        Ok(tensor.to_dtype(self.options.dtype)?.contiguous()?)
+        Ok(tensor.to_dtype(self.options.formats.matrices)?.contiguous()?)
     }
 
     /// The weight that a linear's deltas belong to, in f32: the adapter's own where it has one.

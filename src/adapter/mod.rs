@@ -39,7 +39,7 @@ mod wavelets;
 pub use compose::{Part, compose, own_bytes_of};
 pub use convert::{Converted, Form, MergedModel, convert};
 pub use error::AdapterError;
-pub use files::{AdapterFiles, LowerOptions, LowerReport, OwnWeights};
+pub use files::{AdapterFiles, Formats, LowerOptions, LowerReport, OwnWeights};
 pub use gate_network::{GateNetwork, GateRule};
 pub use inspect::{Inspection, inspect, num_parts};
 pub use kinds::{CombineInput, CombineMode, CombineOptions, KINDS, Kind, REFUSED, Refused, combine};

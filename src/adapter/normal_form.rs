@@ -365,47 +365,50 @@ impl LoweredAdapter {
         self.virtual_tokens.iter().chain(prefix)
     }
 
-    /// Every tensor of the adapter, but for indexes, to be replaced in place.
-    pub fn tensors_mut(&mut self) -> Vec<&mut Tensor> {
-        let mut tensors = Vec::new();
+    /// Every tensor of the adapter, but for indexes, to be replaced in place, and whether it is one of the
+    /// [`Formats::matrices`](super::Formats::matrices).
+    pub fn tensors_mut(&mut self) -> Vec<(&mut Tensor, bool)> {
+        let (mut matrices, mut values) = (Vec::new(), Vec::new());
         for slots in self.linears.values_mut() {
-            tensors.extend(slots.pre.tensors_mut());
+            values.extend(slots.pre.tensors_mut());
             if let Weight::Own(w) = &mut slots.weight {
-                tensors.push(w);
+                matrices.push(w);
             }
-            tensors.extend(slots.rows.iter_mut().map(|(_, rows)| rows));
+            matrices.extend(slots.rows.iter_mut().map(|(_, rows)| rows));
             for delta in &mut slots.deltas {
                 match delta {
                     Delta::LowRank { a, b } | Delta::Routed { a, b, .. } | Delta::Gated { a, b, .. } => {
-                        tensors.extend([a, b]);
+                        matrices.extend([a, b]);
                     }
-                    Delta::ShardSum { m } => tensors.push(m),
-                    Delta::Sparse { values, .. } => tensors.push(values),
-                    Delta::Circulant { kernel } => tensors.push(kernel),
+                    Delta::ShardSum { m } => matrices.push(m),
+                    Delta::Sparse { values: entries, .. } => values.push(entries),
+                    Delta::Circulant { kernel } => values.push(kernel),
                 }
             }
             match &mut slots.scale {
                 Scale::One => {}
-                Scale::Diag(g) | Scale::BlockDiag(g) => tensors.push(g),
-                Scale::PairRot { p, q, .. } => tensors.extend([p, q]),
+                Scale::Diag(g) | Scale::BlockDiag(g) => values.push(g),
+                Scale::PairRot { p, q, .. } => values.extend([p, q]),
             }
-            tensors.extend(&mut slots.c);
+            values.extend(&mut slots.c);
         }
         for norm in self.norms.values_mut() {
-            tensors.extend(norm.weight.iter_mut().chain(&mut norm.shift));
+            values.extend(norm.weight.iter_mut().chain(&mut norm.shift));
         }
         for patch in self.embeddings.values_mut() {
-            tensors.extend(patch.table.iter_mut().chain(&mut patch.scale).chain(&mut patch.shift));
-            tensors.extend(patch.rows.iter_mut().map(|(_, rows)| rows));
-            tensors.extend(patch.low_rank.iter_mut().flat_map(|(a, b)| [a, b]));
+            matrices.extend(&mut patch.table);
+            values.extend(patch.scale.iter_mut().chain(&mut patch.shift));
+            values.extend(patch.rows.iter_mut().map(|(_, rows)| rows));
+            values.extend(patch.low_rank.iter_mut().flat_map(|(a, b)| [a, b]));
         }
-        tensors.extend(self.layers.values_mut().flat_map(LayerSlots::tensors_mut));
-        tensors.extend(self.gates.iter_mut().flat_map(GateNetwork::tensors_mut));
-        tensors.extend(&mut self.virtual_tokens);
-        for (keys, values) in self.kv_prefix.iter_mut().flat_map(|prefix| &mut prefix.layers) {
-            tensors.extend([keys, values]);
+        values.extend(self.layers.values_mut().flat_map(LayerSlots::tensors_mut));
+        values.extend(self.gates.iter_mut().flat_map(GateNetwork::tensors_mut));
+        values.extend(&mut self.virtual_tokens);
+        for (keys, of_keys) in self.kv_prefix.iter_mut().flat_map(|prefix| &mut prefix.layers) {
+            values.extend([keys, of_keys]);
         }
-        tensors
+        let matrices = matrices.into_iter().map(|tensor| (tensor, true));
+        matrices.chain(values.into_iter().map(|tensor| (tensor, false))).collect()
     }
 
     /// Bytes of dense weight copies and tables among the tensors.

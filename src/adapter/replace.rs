@@ -122,7 +122,7 @@ pub(super) fn base_layers(lowering: &mut Lowering<'_>) -> Result<(), AdapterErro
             SiteKind::Norm { .. } => continue,
         };
         let Some(weight) = lowering.take(id, suffix, &shape)? else { continue };
-        if is_same(&weight, &lowering.base.weight(id)?, lowering.options.dtype)?
+        if is_same(&weight, &lowering.base.weight(id)?, lowering.options.formats.matrices)?
             || lowering.base.may_be_quantised_from(id, &weight)?
         {
             continue;
@@ -144,7 +144,7 @@ pub(super) fn base_layers(lowering: &mut Lowering<'_>) -> Result<(), AdapterErro
 /// Replaces the one matrix that embedding and head share.
 fn replace_tied(lowering: &mut Lowering<'_>, head: SiteId, weight: &Tensor) -> Result<(), AdapterError> {
     if let Some(Weight::Own(earlier)) = lowering.out.linears.get(&head).map(|slots| &slots.weight) {
-        if is_same(weight, &earlier.to_dtype(DType::F32)?, lowering.options.dtype)? {
+        if is_same(weight, &earlier.to_dtype(DType::F32)?, lowering.options.formats.matrices)? {
             return Ok(());
         }
         let reason = "differs from the other copy of the weight that embedding and head share";

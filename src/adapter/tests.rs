@@ -12,7 +12,8 @@ use super::*;
 const Q: &str = "model.layers.0.self_attn.q_proj";
 const UP: &str = "model.layers.1.mlp.up_proj";
 const EMBED: &str = "model.embed_tokens";
-const OPTIONS: LowerOptions = LowerOptions { merge: false, dtype: DType::F32, own_bytes_max: 1 << 20 };
+const OPTIONS: LowerOptions =
+    LowerOptions { merge: false, formats: Formats::uniform(DType::F32), own_bytes_max: 1 << 20 };
 const MERGE: LowerOptions = LowerOptions { merge: true, ..OPTIONS };
 
 type Tensors = Vec<(String, Tensor)>;
@@ -302,11 +303,15 @@ fn values_that_overflow_the_serving_format_are_refused() {
     let mut tensors = factors(Q);
     tensors[1].1 = Tensor::full(1e5f32, (HIDDEN, 3), &Device::Cpu).unwrap();
     let config = lora(&json!({}), &["0.self_attn.q_proj"]);
-    let options = LowerOptions { dtype: DType::F16, ..OPTIONS };
+    let options = LowerOptions { formats: Formats::uniform(DType::F16), ..OPTIONS };
     let error = lower(&files(&config, &tensors), &FakeBase::new(false), &options).unwrap_err().to_string();
     assert!(error.contains(Q) && error.contains("not finite in f16"), "{error}");
-    let (adapter, report) =
-        lower_ok(&FakeBase::new(false), &config, &tensors, LowerOptions { dtype: DType::BF16, ..OPTIONS });
+    let (adapter, report) = lower_ok(
+        &FakeBase::new(false),
+        &config,
+        &tensors,
+        LowerOptions { formats: Formats::uniform(DType::BF16), ..OPTIONS },
+    );
     assert!(adapter.tensors().iter().all(|tensor| tensor.dtype() == DType::BF16));
     assert_eq!(report.bytes, 2 * (3 * HIDDEN + HIDDEN * 3));
 }
@@ -316,7 +321,7 @@ fn the_digest_tells_content_and_options_apart() {
     let files = files(&lora(&json!({}), &["0.self_attn.q_proj"]), &factors(Q));
     let mut moved = files.clone();
     moved.weights.insert(0, moved.config.pop().unwrap());
-    let half = LowerOptions { dtype: DType::BF16, ..OPTIONS };
+    let half = LowerOptions { formats: Formats::uniform(DType::BF16), ..OPTIONS };
     let digests = [digest(&files, &OPTIONS), digest(&files, &MERGE), digest(&files, &half), digest(&moved, &OPTIONS)];
     for (idx, one) in digests.iter().enumerate() {
         assert_eq!(digests.iter().position(|other| other == one), Some(idx));
@@ -340,7 +345,8 @@ fn digest_bytes(config: &[u8], weights: &[u8]) {
     let files = AdapterFiles::new(config.to_vec(), weights.to_vec());
     let _ = inspect(&files);
     for tied in [false, true] {
-        for options in [OPTIONS, LowerOptions { dtype: DType::BF16, own_bytes_max: 2000, ..MERGE }] {
+        for options in [OPTIONS, LowerOptions { formats: Formats::uniform(DType::BF16), own_bytes_max: 2000, ..MERGE }]
+        {
             let _ = lower(&files, &FakeBase::new(tied), &options);
         }
     }

@@ -112,8 +112,8 @@ fn check(dir: &Path, merge: bool, config: &Config, out: &mut dyn Write) -> Resul
     let what = || format!("loading the model {} (model.path)", config.model.path);
     let model_dir = model::locate(&model_config).with_context(what)?;
     let model = Model::load(&model_dir, &model_config).with_context(what)?;
-    let dtype = model.info().dtype;
-    let options = LowerOptions { merge, dtype, own_bytes_max: config.adapters.merged_bytes_max };
+    let formats = model.info().adapter_formats;
+    let options = LowerOptions { merge, formats, own_bytes_max: config.adapters.merged_bytes_max };
     let started = Instant::now();
     let (_, report) = lower(&files, &model, &options).map_err(|refusal| match refusal {
         AdapterError::Compute(_) => anyhow!(refusal),
@@ -121,7 +121,7 @@ fn check(dir: &Path, merge: bool, config: &Config, out: &mut dyn Write) -> Resul
     })?;
     let milliseconds = started.elapsed().as_secs_f64() * 1e3;
     describe(&report, out)?;
-    writeln!(out, "format    {}", dtype.as_str())?;
+    writeln!(out, "format    {formats}")?;
     writeln!(out, "lowered   in {milliseconds:.1} ms")?;
     if report.bytes > config.adapters.host_bytes_max {
         bail!("{} bytes exceed the {} of adapters.host_bytes_max", report.bytes, config.adapters.host_bytes_max);

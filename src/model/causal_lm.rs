@@ -187,6 +187,7 @@ fn info(
         head_dim: heads.head_dim,
         context_tokens_max,
         dtype: loaded.dtype,
+        adapter_formats: loaded.adapter_formats,
         device: loaded.device.clone(),
         kv_layout: if loaded.packed { KvLayout::Heads } else { KvLayout::Rows },
         weight_bytes: loaded.weight_bytes,

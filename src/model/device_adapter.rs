@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 
-use candle_core::{DType, Device, Result, Tensor};
+use candle_core::{DType, Device, Result, Storage, Tensor, WithDType};
 use half::bf16;
 use half::slice::HalfFloatSliceExt;
 use rayon::prelude::*;
@@ -123,32 +123,54 @@ pub(super) fn pack_matrix(w: &Tensor) -> Result<PackedMatrix> {
 pub(super) fn quantise_matrix(w: &Tensor) -> Result<Int8Matrix> {
     let (n, k) = w.dims2()?;
     let packed = if w.dtype() == DType::BF16 {
-        let values = w.flatten_all()?.to_vec1::<bf16>()?;
-        Int8Matrix::new(WeightFormat::Bf16, n, k, |row, out| values[row * k..][..k].convert_to_f32_slice(out))
+        with_values::<bf16, _>(w, |values| {
+            Int8Matrix::new(WeightFormat::Bf16, n, k, |row, out| values[row * k..][..k].convert_to_f32_slice(out))
+        })?
     } else {
-        let values = host(w)?;
-        Int8Matrix::new(WeightFormat::F32, n, k, |row, out| out.copy_from_slice(&values[row * k..][..k]))
+        with_values::<f32, _>(&w.to_dtype(DType::F32)?, |values| {
+            Int8Matrix::new(WeightFormat::F32, n, k, |row, out| out.copy_from_slice(&values[row * k..][..k]))
+        })?
     };
     Ok(packed?)
 }
 
+/// `w` (n, k) for panels, in `format`.
 fn pack_as(w: &Tensor, format: WeightFormat) -> Result<PackedMatrix> {
     let (n, k) = w.dims2()?;
     let packed = match (format, w.dtype()) {
         (WeightFormat::Bf16, DType::BF16) => {
-            let values = w.flatten_all()?.to_vec1::<bf16>()?;
-            PackedMatrix::from_bf16(n, k, |row| &values[row * k..][..k])
+            with_values::<bf16, _>(w, |values| PackedMatrix::from_bf16(n, k, |row| &values[row * k..][..k]))?
         }
         (WeightFormat::Bf16, _) => {
-            let values = host(w)?;
-            PackedMatrix::rounded(n, k, |row| &values[row * k..][..k])
+            let w = w.to_dtype(DType::F32)?;
+            with_values::<f32, _>(&w, |values| PackedMatrix::rounded(n, k, |row| &values[row * k..][..k]))?
         }
         (WeightFormat::F32, _) => {
-            let values = host(w)?;
-            PackedMatrix::from_f32(n, k, |row| &values[row * k..][..k])
+            let w = w.to_dtype(DType::F32)?;
+            with_values::<f32, _>(&w, |values| PackedMatrix::from_f32(n, k, |row| &values[row * k..][..k]))?
         }
     };
     Ok(packed?)
+}
+
+/// `a` (r, k) as rows, in `format`.
+fn pack_rows(a: &Tensor, format: WeightFormat) -> Result<RowMatrix> {
+    let (r, k) = a.dims2()?;
+    match (format, a.dtype()) {
+        (WeightFormat::Bf16, DType::BF16) => with_values::<bf16, _>(a, |values| RowMatrix::from_bf16(values, r, k)),
+        _ => with_values::<f32, _>(&a.to_dtype(DType::F32)?, |values| RowMatrix::new(format, values, r, k)),
+    }
+}
+
+/// What `f` makes of the values of a tensor of `T`, in order; they are copied only where they do not lie so.
+fn with_values<T: WithDType, R>(tensor: &Tensor, f: impl FnOnce(&[T]) -> R) -> Result<R> {
+    {
+        let (storage, layout) = tensor.storage_and_layout();
+        if let (Storage::Cpu(storage), Some((from, to))) = (&*storage, layout.contiguous_offsets()) {
+            return Ok(f(&storage.as_slice::<T>()?[from..to]));
+        }
+    }
+    Ok(f(&tensor.flatten_all()?.to_vec1::<T>()?))
 }
 
 fn host(tensor: &Tensor) -> Result<Vec<f32>> {
@@ -163,25 +185,14 @@ fn pack_slots(slots: &LinearSlots, format: WeightFormat) -> Result<PackedSlots> 
     let mut deltas = Vec::with_capacity(slots.deltas.len());
     for delta in &slots.deltas {
         deltas.push(match delta {
-            Delta::LowRank { a, b } => {
-                let (r, k) = a.dims2()?;
-                PackedDelta::LowRank { a: RowMatrix::new(format, &host(a)?, r, k), b: pack_as(b, format)? }
-            }
-            Delta::Routed { a, b, prototypes, top_k, temperature } => {
-                let (r, k) = a.dims2()?;
-                PackedDelta::Routed {
-                    a: RowMatrix::new(format, &host(a)?, r, k),
-                    b: pack_as(b, format)?,
-                    router: Router::new(host(prototypes)?, k, *top_k, *temperature),
-                }
-            }
+            Delta::LowRank { a, b } => PackedDelta::LowRank { a: pack_rows(a, format)?, b: pack_as(b, format)? },
+            Delta::Routed { a, b, prototypes, top_k, temperature } => PackedDelta::Routed {
+                a: pack_rows(a, format)?,
+                b: pack_as(b, format)?,
+                router: Router::new(host(prototypes)?, a.dim(1)?, *top_k, *temperature),
+            },
             Delta::Gated { a, b, places } => {
-                let (r, k) = a.dims2()?;
-                PackedDelta::Gated {
-                    a: RowMatrix::new(format, &host(a)?, r, k),
-                    b: pack_as(b, format)?,
-                    places: places.to_vec1()?,
-                }
+                PackedDelta::Gated { a: pack_rows(a, format)?, b: pack_as(b, format)?, places: places.to_vec1()? }
             }
             Delta::ShardSum { m } => PackedDelta::ShardSum { m: pack_as(&m.t()?, format)? },
             Delta::Sparse { rows, columns, values } => {
@@ -192,10 +203,7 @@ fn pack_slots(slots: &LinearSlots, format: WeightFormat) -> Result<PackedSlots> 
         });
     }
     let rows = match &slots.rows {
-        Some((indexes, rows)) => {
-            let (n, k) = rows.dims2()?;
-            Some((indexes.clone(), RowMatrix::new(format, &host(rows)?, n, k)))
-        }
+        Some((indexes, rows)) => Some((indexes.clone(), pack_rows(rows, format)?)),
         None => None,
     };
     Ok(PackedSlots {

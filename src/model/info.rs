@@ -2,6 +2,7 @@
 
 use candle_core::{DType, Device};
 
+use crate::adapter::Formats;
 use crate::kernels::KvLayout;
 
 /// Facts about the loaded base model.
@@ -21,8 +22,10 @@ pub struct ModelInfo {
     pub head_dim: usize,
     /// Longest context in tokens.
     pub context_tokens_max: usize,
-    /// Format of activations, KV cache and adapters on the device.
+    /// Format of activations and KV cache.
     pub dtype: DType,
+    /// Formats in which adapters are kept.
+    pub adapter_formats: Formats,
     /// Where the weights lie.
     pub device: Device,
     /// How the KV cache is laid out.

@@ -11,7 +11,7 @@ use super::device::activation_dtype;
 use super::device_adapter::{pack_matrix, quantise_matrix};
 use super::layers::{Embedding, Linear, Matrix, RmsNorm};
 use super::{KernelChoice, ModelConfig, ModelError, QuantChoice};
-use crate::adapter::{Site, SiteId, SiteKind, SiteTable};
+use crate::adapter::{Formats, Site, SiteId, SiteKind, SiteTable};
 use crate::kernels::cpu::PackedMatrix;
 
 /// Makes layers by module path. A family calls it in forward order, so the site table is in that order too.
@@ -52,6 +52,7 @@ pub(super) struct Loaded {
     pub(super) parameters: Vec<Parameters>,
     pub(super) weight_bytes: usize,
     pub(super) dtype: DType,
+    pub(super) adapter_formats: Formats,
     pub(super) device: Device,
     /// Whether the CPU's kernels run the layers.
     pub(super) packed: bool,
@@ -156,11 +157,16 @@ impl Loader {
         if !unused.is_empty() {
             tracing::warn!(tensors = unused.join(", "), "the checkpoint has tensors that the model does not use");
         }
+        // The kernels multiply with adapters' matrices in the format of the weights that these lie beside.
+        let blocks = matches!(self.quant, Some(Quant::Blocks(_)));
+        let matrices = if self.pack && !blocks && self.weight_dtype == DType::BF16 { DType::BF16 } else { self.dtype };
+        let adapter_formats = Formats { matrices, values: self.dtype };
         Loaded {
             sites: self.sites,
             parameters: self.parameters,
             weight_bytes: self.weight_bytes,
             dtype: self.dtype,
+            adapter_formats,
             device: self.device,
             packed: self.pack,
         }

@@ -5,7 +5,6 @@ use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bytes::Bytes as Archive;
-use candle_core::DType;
 use futures::{StreamExt, stream};
 use object_store::local::LocalFileSystem;
 use serde::Serialize;
@@ -18,8 +17,9 @@ use super::name::{check_name, parse_reference};
 use super::numbers::Numbers;
 use super::objects::{DirectoryVersion, Objects};
 use super::record::{Current, NameState, Published, Record, Source};
+use super::workers::Workers;
 use super::{StoreConfig, StoreError, unpack};
-use crate::adapter::{AdapterFiles, BaseWeights, LoadedAdapter, LowerReport};
+use crate::adapter::{AdapterFiles, BaseWeights, Formats, LoadedAdapter, LowerReport};
 use crate::metrics::Metrics;
 
 /// Names looked up at once when all are listed.
@@ -39,6 +39,7 @@ pub(super) struct Shared {
     pub(super) loader: Loader,
     pub(super) loads: Admission,
     pub(super) uploads: Admission,
+    pub(super) workers: Workers,
     pub(super) flights: Flights,
     pub(super) composing: tokio::sync::Mutex<()>,
     pub(super) metrics: Arc<Metrics>,
@@ -133,7 +134,7 @@ impl Store {
     pub async fn open(
         config: StoreConfig,
         base: Arc<dyn BaseWeights>,
-        dtype: DType,
+        formats: Formats,
         metrics: Arc<Metrics>,
     ) -> Result<Arc<Self>, StoreError> {
         let (root, extra) = (config.root.clone(), config.extra_roots.clone());
@@ -151,10 +152,12 @@ impl Store {
         let shared = Shared {
             objects: Objects::new(Arc::new(objects), Some(roots.clone()), config.upload_bytes_max),
             roots,
-            loader: Loader { base, dtype, memory: memory.clone() },
+            loader: Loader { base, formats, memory: memory.clone() },
             memory,
             loads: Admission::new(config.loads_max, config.load_queue_max),
             uploads: Admission::new(config.loads_max, config.load_queue_max),
+            // Beside the loads an upload for each may have to be unpacked.
+            workers: Workers::new(2 * config.loads_max)?,
             flights: Flights::default(),
             composing: tokio::sync::Mutex::default(),
             metrics,
@@ -223,8 +226,8 @@ impl Store {
     ) -> Result<AdapterStatus, StoreError> {
         check_name(name)?;
         let limit = self.shared.config.upload_bytes_max;
-        let files = tokio::task::spawn_blocking(move || unpack::unpack_tar(&archive, limit));
-        let files = files.await.map_err(StoreError::storage)?.inspect_err(|_| self.shared.count_error(name))?;
+        let files = self.shared.workers.run(move || unpack::unpack_tar(&archive, limit));
+        let files = files.await.inspect_err(|_| self.shared.count_error(name))?;
         self.shared.publish(name, files, options, Source::Upload).await
     }
 

@@ -2,7 +2,6 @@
 
 use super::StoreError;
 use super::catalog::{AdapterStatus, PublishOptions, Store, Target};
-use super::load::blocking;
 use super::name::{check_name, parse_reference};
 use super::record::Source;
 use crate::adapter::{AdapterFiles, CombineInput, CombineOptions, combine};
@@ -34,7 +33,7 @@ impl Store {
             files.push((part.clone(), *weight, found));
         }
         let permit = self.shared.loads.admit().await?;
-        let combined = blocking(permit, move || {
+        let combined = self.shared.work(permit, move || {
             let inputs = files.iter().map(|(name, weight, files)| CombineInput { name, files, weight: *weight });
             Ok(combine(&inputs.collect::<Vec<_>>(), &how)?)
         });

@@ -6,7 +6,6 @@ use sha2::{Digest, Sha256};
 
 use super::StoreError;
 use super::catalog::{Shared, Store};
-use super::load::blocking;
 use super::memory::{Bytes, Recipe};
 use super::name::parse_reference;
 use crate::adapter::{LoadedAdapter, Part, compose, own_bytes_of};
@@ -59,7 +58,7 @@ impl Shared {
         }
         let permit = self.loads.admit().await?;
         let (loader, count_max) = (self.loader.clone(), self.config.compositions_max);
-        blocking(permit, move || {
+        self.work(permit, move || {
             let mut reservation = loader.memory.reservation();
             let steps: Vec<Part<'_>> = parts
                 .iter()
@@ -67,7 +66,7 @@ impl Shared {
                 .collect();
             let own = own_bytes_of(&steps);
             reservation.resize(Bytes { host: own, own })?;
-            let lowered = compose(&steps, loader.base.as_ref(), loader.dtype)?;
+            let lowered = compose(&steps, loader.base.as_ref(), loader.formats)?;
             let host = lowered.bytes_beside(parts.iter().map(|(adapter, _)| &adapter.lowered));
             reservation.resize(Bytes { host, own })?;
             let composition = Arc::new(LoadedAdapter {

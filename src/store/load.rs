@@ -4,7 +4,6 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
-use candle_core::DType;
 use tokio::sync::oneshot;
 
 use super::StoreError;
@@ -14,7 +13,8 @@ use super::memory::{Bytes, Generation, Memory, Reservation};
 use super::objects::DirectoryContent;
 use super::record::ContentDigest;
 use crate::adapter::{
-    AdapterError, AdapterFiles, BaseWeights, LoadedAdapter, LowerOptions, LowerReport, LoweredAdapter, digest, lower,
+    AdapterError, AdapterFiles, BaseWeights, Formats, LoadedAdapter, LowerOptions, LowerReport, LoweredAdapter, digest,
+    lower,
 };
 
 /// Times a load is started over because the one joined ended without an answer.
@@ -88,7 +88,7 @@ impl Drop for Flight {
 #[derive(Clone)]
 pub(super) struct Loader {
     pub(super) base: Arc<dyn BaseWeights>,
-    pub(super) dtype: DType,
+    pub(super) formats: Formats,
     pub(super) memory: Memory,
 }
 
@@ -115,7 +115,7 @@ impl Loader {
         started: Instant,
     ) -> Result<Prepared, StoreError> {
         let mut reservation = self.memory.reservation();
-        let mut options = LowerOptions { merge, dtype: self.dtype, own_bytes_max: 0 };
+        let mut options = LowerOptions { merge, formats: self.formats, own_bytes_max: 0 };
         let hashed = options;
         // What an adapter needs is only known once it is understood, so dense copies start without a budget: lowering
         // stops before it makes one that is not reserved, and says what it needs so far. Reserving twice as much as
@@ -204,7 +204,7 @@ impl Shared {
             found => Err(StoreError::storage(format!("blob {} holds content {found}", expected.digest))),
         };
         let merge = generation.merge;
-        let prepared = blocking(permit, move || loader.prepare(files, merge, check, started));
+        let prepared = self.work(permit, move || loader.prepare(files, merge, check, started));
         Ok(self.install(generation, prepared.await?))
     }
 
@@ -213,7 +213,7 @@ impl Shared {
         let known = self.known().directories.get(name).map(|directory| directory.generation.clone());
         let last = self.known().names.get(name).map_or(0, |state| state.last);
         let (loader, memory, owner) = (self.loader.clone(), self.memory.clone(), name.to_owned());
-        let loaded = blocking(permit, move || {
+        let loaded = self.work(permit, move || {
             let digest = ContentDigest::of(&files);
             let number = match &known {
                 None => last.max(1),
@@ -240,6 +240,19 @@ impl Shared {
         }
     }
 
+    /// Runs the work of a load; the permit is held until it ends, even when nobody waits for it any more.
+    pub(super) async fn work<T: Send + 'static>(
+        &self,
+        permit: Permit,
+        work: impl FnOnce() -> Result<T, StoreError> + Send + 'static,
+    ) -> Result<T, StoreError> {
+        let work = move || {
+            let _permit = permit;
+            work()
+        };
+        self.workers.run(work).await
+    }
+
     /// Makes a prepared adapter visible and keeps what its load found.
     pub(super) fn install(&self, generation: &Generation, prepared: Prepared) -> Arc<LoadedAdapter> {
         let seconds = prepared.load_seconds;
@@ -253,16 +266,4 @@ impl Shared {
         self.known().facts.insert(name.clone(), facts);
         adapter
     }
-}
-
-/// Runs `work` on the blocking pool; the permit is held until it ends, even when nobody waits for it any more.
-pub(super) async fn blocking<T: Send + 'static>(
-    permit: Permit,
-    work: impl FnOnce() -> Result<T, StoreError> + Send + 'static,
-) -> Result<T, StoreError> {
-    let work = move || {
-        let _permit = permit;
-        work()
-    };
-    tokio::task::spawn_blocking(work).await.map_err(StoreError::storage)?
 }

@@ -25,6 +25,7 @@ mod objects;
 mod publish;
 mod record;
 mod unpack;
+mod workers;
 
 pub use catalog::{AdapterStatus, PublishOptions, Store, UploadSlot};
 pub use config::StoreConfig;

@@ -4,7 +4,7 @@ use std::time::Instant;
 
 use super::StoreError;
 use super::catalog::{AdapterStatus, PublishOptions, Shared, Target};
-use super::load::{Flight, blocking};
+use super::load::Flight;
 use super::memory::Generation;
 use super::objects::unix_now;
 use super::record::{ContentDigest, Current, Record, RecordedOptions, Source};
@@ -41,7 +41,7 @@ impl Shared {
         let started = Instant::now();
         let (loader, merge) = (self.loader.clone(), options.merge);
         let prepared =
-            blocking(permit, move || loader.prepare(files, merge, |files| Ok(ContentDigest::of(files)), started));
+            self.work(permit, move || loader.prepare(files, merge, |files| Ok(ContentDigest::of(files)), started));
         let mut prepared = prepared.await.inspect_err(|_| self.count_error(name))?;
         let digest = prepared.content;
         self.objects.put_blob(&digest, std::mem::take(&mut prepared.files)).await?;

@@ -3,7 +3,9 @@
 use std::collections::HashMap;
 
 use candle_core::{DType, Device, Tensor};
-use patchbay::adapter::{AdapterFiles, CombineInput, CombineMode, CombineOptions, LowerOptions, combine, lower};
+use patchbay::adapter::{
+    AdapterFiles, CombineInput, CombineMode, CombineOptions, Formats, LowerOptions, combine, lower,
+};
 use serde::Deserialize;
 
 use crate::fixtures;
@@ -89,7 +91,7 @@ fn combined_adapters_give_the_logits_of_peft() {
     let mut runner = Runner::new(fixtures::load_model("llama"));
     let prompts = fixtures::prompts();
     for case in cases() {
-        let options = LowerOptions { merge: false, dtype: DType::F32, own_bytes_max: 1 << 30 };
+        let options = LowerOptions { merge: false, formats: Formats::uniform(DType::F32), own_bytes_max: 1 << 30 };
         let (adapter, report) = lower(&combined(&case), &runner.model, &options).unwrap();
         assert!(report.warnings.is_empty(), "{}: {:?}", case.name, report.warnings);
         let logits = expected(&case)["logits_1"].clone();

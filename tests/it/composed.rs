@@ -1,7 +1,7 @@
 //! Several adapters together against PEFT in float32 (`tools/make_fixtures_compose.py`).
 
 use candle_core::{DType, Tensor};
-use patchbay::adapter::{AdapterFiles, LowerOptions, LoweredAdapter, Part, compose, lower};
+use patchbay::adapter::{AdapterFiles, Formats, LowerOptions, LoweredAdapter, Part, compose, lower};
 use patchbay::model::{DtypeChoice, KernelChoice, Model};
 use serde::Deserialize;
 
@@ -34,14 +34,16 @@ fn cases() -> Vec<Composed> {
 fn lowered(model: &Model, dir: &str, dtype: DType) -> LoweredAdapter {
     let read = |name: &str| std::fs::read(fixtures::dir().join(dir).join(name)).unwrap();
     let files = AdapterFiles::new(read("adapter_config.json"), read("adapter_model.safetensors"));
-    lower(&files, model, &LowerOptions { merge: false, dtype, own_bytes_max: 1 << 30 }).unwrap().0
+    lower(&files, model, &LowerOptions { merge: false, formats: Formats::uniform(dtype), own_bytes_max: 1 << 30 })
+        .unwrap()
+        .0
 }
 
 fn composition(model: &Model, case: &Composed, dtype: DType) -> LoweredAdapter {
     let adapters: Vec<_> = case.parts.iter().map(|part| lowered(model, &part.dir, dtype)).collect();
     let parts = case.parts.iter().zip(&adapters);
     let parts: Vec<_> = parts.map(|(part, adapter)| Part { name: &part.dir, adapter, scale: part.scale }).collect();
-    compose(&parts, model, dtype).unwrap_or_else(|error| panic!("{}: {error}", case.name))
+    compose(&parts, model, Formats::uniform(dtype)).unwrap_or_else(|error| panic!("{}: {error}", case.name))
 }
 
 /// The prompts that PEFT was asked, with its logits.

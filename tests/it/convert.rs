@@ -5,7 +5,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use candle_core::{DType, Device, Tensor};
-use patchbay::adapter::{AdapterError, AdapterFiles, Converted, Form, LowerOptions, MergedModel, convert, lower};
+use patchbay::adapter::{
+    AdapterError, AdapterFiles, Converted, Form, Formats, LowerOptions, MergedModel, convert, lower,
+};
 use patchbay::model::{Model, write_merged};
 use serde_json::{Value, json};
 
@@ -13,7 +15,8 @@ use crate::fixtures::{self, AdapterCase};
 use crate::golden_adapters::{F32_TOLERANCE, asked, assert_none, difference_of, for_each_model, read};
 use crate::runner::{Runner, relative_difference};
 
-const OPTIONS: LowerOptions = LowerOptions { merge: false, dtype: DType::F32, own_bytes_max: 1 << 30 };
+const OPTIONS: LowerOptions =
+    LowerOptions { merge: false, formats: Formats::uniform(DType::F32), own_bytes_max: 1 << 30 };
 
 fn to_adapter(runner: &Runner, files: &AdapterFiles, form: Form) -> Result<AdapterFiles, AdapterError> {
     match convert(files, &runner.model, form, DType::F32)? {

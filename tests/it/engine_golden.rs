@@ -5,7 +5,7 @@
 use std::sync::Arc;
 
 use candle_core::DType;
-use patchbay::adapter::{LoadedAdapter, LowerOptions, digest, lower};
+use patchbay::adapter::{Formats, LoadedAdapter, LowerOptions, digest, lower};
 use patchbay::engine::{Engine, EngineConfig, GenerationEvent, GenerationRequest, ModelRunner, SamplingParams};
 use patchbay::metrics::{Metrics, MetricsConfig};
 use patchbay::model::Model;
@@ -20,7 +20,7 @@ const CACHE_TOKENS: usize = 96;
 
 fn load(case: &AdapterCase, model: &Model) -> Arc<LoadedAdapter> {
     let files = fixtures::adapter_files(&case.dir).expect("the files of the fixture");
-    let options = LowerOptions { merge: false, dtype: DType::F32, own_bytes_max: 1 << 20 };
+    let options = LowerOptions { merge: false, formats: Formats::uniform(DType::F32), own_bytes_max: 1 << 20 };
     let (lowered, report) = lower(&files, model, &options).unwrap_or_else(|error| panic!("{}: {error}", case.dir));
     let digest = digest(&files, &options);
     Arc::new(LoadedAdapter {

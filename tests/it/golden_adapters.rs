@@ -5,7 +5,9 @@
 use std::collections::BTreeMap;
 
 use candle_core::{DType, Tensor};
-use patchbay::adapter::{AdapterFiles, KINDS, Kind, LowerOptions, LowerReport, LoweredAdapter, inspect, lower};
+use patchbay::adapter::{
+    AdapterFiles, Formats, KINDS, Kind, LowerOptions, LowerReport, LoweredAdapter, inspect, lower,
+};
 use patchbay::model::{DtypeChoice, KernelChoice, ModelConfig, QuantChoice};
 
 use crate::fixtures::{self, AdapterCase};
@@ -37,11 +39,11 @@ pub(crate) fn read(case: &AdapterCase) -> AdapterFiles {
 }
 
 fn lower_case(runner: &Runner, case: &AdapterCase, merge: bool) -> Lowered {
-    lower_case_to(runner, case, merge, DType::F32)
+    lower_case_to(runner, case, merge, Formats::uniform(DType::F32))
 }
 
-fn lower_case_to(runner: &Runner, case: &AdapterCase, merge: bool, dtype: DType) -> Lowered {
-    let options = LowerOptions { merge, dtype, own_bytes_max: 1 << 30 };
+fn lower_case_to(runner: &Runner, case: &AdapterCase, merge: bool, formats: Formats) -> Lowered {
+    let options = LowerOptions { merge, formats, own_bytes_max: 1 << 30 };
     let (adapter, report) = lower(&read(case), &runner.model, &options)
         .unwrap_or_else(|error| panic!("{} (merge: {merge}): {error}", case.dir));
     Lowered { case: case.clone(), adapter, report, asked: asked(case) }
@@ -161,7 +163,7 @@ fn bf16_logits_are_close_to_peft() {
         |runner, cases| {
             for case in cases {
                 for merge in [false, true] {
-                    let lowered = lower_case_to(runner, case, merge, DType::BF16);
+                    let lowered = lower_case_to(runner, case, merge, runner.model.info().adapter_formats);
                     let difference = difference(runner, &lowered, Some(&lowered.adapter));
                     if difference >= BF16_TOLERANCE {
                         failures.borrow_mut().push(format!("{} (merge: {merge}): differs by {difference:e}", case.dir));
@@ -330,7 +332,7 @@ fn merging_beyond_the_budget_is_refused() {
                 continue;
             }
             let own_bytes_max = merged.report.own_weight_bytes - 1;
-            let options = LowerOptions { merge: true, dtype: DType::F32, own_bytes_max };
+            let options = LowerOptions { merge: true, formats: Formats::uniform(DType::F32), own_bytes_max };
             let error = lower(&read(case), &runner.model, &options).unwrap_err().to_string();
             assert!(error.contains("merged_bytes_max"), "{}: {error}", case.dir);
         }
@@ -351,7 +353,7 @@ fn without_room_for_dense_weights_high_ranks_stay_factors() {
                 continue;
             }
             assert!(dense.report.own_weight_bytes > 0, "{}: {:?}", case.dir, dense.report);
-            let options = LowerOptions { merge: false, dtype: DType::F32, own_bytes_max: 0 };
+            let options = LowerOptions { merge: false, formats: Formats::uniform(DType::F32), own_bytes_max: 0 };
             let (adapter, report) = lower(&read(case), &runner.model, &options).unwrap();
             assert_eq!(report.own_weight_bytes, 0, "{}: {report:?}", case.dir);
             assert!(

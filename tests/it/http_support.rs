@@ -15,7 +15,7 @@ use axum::body::{Body, Bytes};
 use axum::http::{HeaderMap, Request, StatusCode};
 use candle_core::{DType, Device, Result, Tensor};
 use http_body_util::BodyExt;
-use patchbay::adapter::{BaseShape, BaseWeights, LoweredAdapter, Site, SiteId, SiteKind, SiteTable};
+use patchbay::adapter::{BaseShape, BaseWeights, Formats, LoweredAdapter, Site, SiteId, SiteKind, SiteTable};
 use patchbay::engine::{EngineConfig, EngineHandle, Forward, ForwardLimits};
 use patchbay::metrics::{Metrics, MetricsConfig};
 use patchbay::model::{Batch, DeviceAdapter, GenerationDefaults, RopeLengthRule};
@@ -188,7 +188,10 @@ impl Service {
         let mut sites = SiteTable::default();
         let kind = SiteKind::Linear { in_features: 4, out_features: 4, bias: false, output_head: false };
         sites.push(Site { path: "model.layers.0.self_attn.q_proj".to_owned(), kind });
-        let store = Store::open(store_config, Arc::new(Base(sites)), DType::F32, Arc::clone(&metrics)).await.unwrap();
+        let store =
+            Store::open(store_config, Arc::new(Base(sites)), Formats::uniform(DType::F32), Arc::clone(&metrics))
+                .await
+                .unwrap();
         let generation = GenerationDefaults {
             temperature: generation.temperature.or(Some(0.0)),
             eos_token_ids: vec![END],

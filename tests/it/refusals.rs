@@ -1,7 +1,7 @@
 //! Adapters that must be refused, each with a message that names the fault.
 
 use candle_core::DType;
-use patchbay::adapter::{AdapterFiles, KINDS, LowerOptions, REFUSED, inspect, lower};
+use patchbay::adapter::{AdapterFiles, Formats, KINDS, LowerOptions, REFUSED, inspect, lower};
 
 use crate::fixtures;
 
@@ -19,7 +19,7 @@ fn faulty_adapters_are_refused_by_name() {
     for case in fixtures::manifest().refused {
         let model = fixtures::load_model(&case.model);
         for merge in [false, true] {
-            let options = LowerOptions { merge, dtype: DType::F32, own_bytes_max: 1 << 30 };
+            let options = LowerOptions { merge, formats: Formats::uniform(DType::F32), own_bytes_max: 1 << 30 };
             match lower(&read(&case.dir), &model, &options) {
                 Ok(_) => failures.push(format!("{}: accepted", case.dir)),
                 Err(error) if error.to_string().contains(&case.names) => {}

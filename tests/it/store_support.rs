@@ -6,7 +6,7 @@ use std::sync::{Arc, Condvar, Mutex};
 
 use candle_core::{DType, Device, Result, Tensor};
 use patchbay::adapter::{
-    AdapterFiles, BaseShape, BaseWeights, Delta, LoadedAdapter, Site, SiteId, SiteKind, SiteTable, Weight,
+    AdapterFiles, BaseShape, BaseWeights, Delta, Formats, LoadedAdapter, Site, SiteId, SiteKind, SiteTable, Weight,
 };
 use patchbay::metrics::{Metrics, MetricsConfig};
 use patchbay::store::{PublishOptions, Store, StoreConfig};
@@ -97,7 +97,7 @@ pub(crate) async fn open(root: &Path) -> Opened {
 
 pub(crate) async fn open_with(config: StoreConfig) -> Opened {
     let (base, metrics) = (Base::new(), Arc::new(Metrics::new("base", &MetricsConfig::default())));
-    let store = Store::open(config, base.clone(), DType::F32, metrics.clone()).await.expect("opens");
+    let store = Store::open(config, base.clone(), Formats::uniform(DType::F32), metrics.clone()).await.expect("opens");
     Opened { store, base, metrics }
 }
 

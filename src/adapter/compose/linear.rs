@@ -55,11 +55,11 @@ impl Composer<'_> {
         }
         let base = self.base.weight(site)?;
         if let Weight::Own(own) = weight {
-            slots.weight = Weight::Own(self.between(&base, own, step.strength)?);
+            slots.weight = Weight::Own(Self::between(&base, own, step.strength)?);
         }
         if let Some((indexes, rows)) = rows {
             let from = base.index_select(&Tensor::new(indexes.as_slice(), base.device())?, 0)?;
-            slots.rows = Some((indexes.clone(), self.between(&from, rows, step.strength)?));
+            slots.rows = Some((indexes.clone(), Self::between(&from, rows, step.strength)?));
         }
         Ok(())
     }
@@ -128,7 +128,7 @@ impl Composer<'_> {
         }
         let times = |outputs: &Tensor| -> Result<Tensor, Fault> {
             let outputs = outputs.to_dtype(DType::F32)?.contiguous()?;
-            self.store(&(scaled(factor, &outputs)? * f64::from(step.strength))?)
+            self.store_matrix(&(scaled(factor, &outputs)? * f64::from(step.strength))?)
         };
         Ok(match delta {
             Delta::LowRank { a, b } => Delta::LowRank { a: a.clone(), b: times(b)? },

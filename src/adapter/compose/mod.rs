@@ -14,7 +14,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use candle_core::{DType, Tensor};
 
-use super::{AdapterError, BaseWeights, LayerSlots, LoweredAdapter, SiteId};
+use super::{AdapterError, BaseWeights, Formats, LayerSlots, LoweredAdapter, SiteId};
 
 /// One adapter of a composition.
 #[derive(Clone, Copy, Debug)]
@@ -48,12 +48,12 @@ pub(super) fn refused<T>(reason: impl Into<String>) -> Result<T, Fault> {
 /// The adapter that acts as all parts do, one after the other.
 ///
 /// `y_0 = W x + b`, `y_k = y_{k-1} + l_k (T_k(y_{k-1}) - y_{k-1})` at every linear; alike for embeddings. Tensors are in
-/// the parts' serving format; what changes is computed in f32 and stored in `dtype`, what does not is shared.
+/// the parts' serving formats; what changes is computed in f32 and stored in `formats`, what does not is shared.
 ///
 /// # Errors
 /// `Composition` where the slots cannot hold the result exactly.
-pub fn compose(parts: &[Part<'_>], base: &dyn BaseWeights, dtype: DType) -> Result<LoweredAdapter, AdapterError> {
-    let composer = Composer { parts, base, dtype };
+pub fn compose(parts: &[Part<'_>], base: &dyn BaseWeights, formats: Formats) -> Result<LoweredAdapter, AdapterError> {
+    let composer = Composer { parts, base, formats };
     let mut out = LoweredAdapter::default();
     composer.leading(&mut out).map_err(|fault| composer.error(parts, None, fault))?;
     let sites = |of: fn(&LoweredAdapter) -> Vec<SiteId>| -> BTreeSet<SiteId> {
@@ -85,7 +85,7 @@ pub fn own_bytes_of(parts: &[Part<'_>]) -> usize {
 pub(super) struct Composer<'a> {
     parts: &'a [Part<'a>],
     base: &'a dyn BaseWeights,
-    dtype: DType,
+    formats: Formats,
 }
 
 /// A step of a composition at one site: the part, what it has there, its strength.
@@ -174,22 +174,31 @@ impl Composer<'_> {
         Ok(only.adapter.layers.clone())
     }
 
-    /// A computed tensor in its final format; one that the format cannot hold is refused.
+    /// A computed tensor that is no matrix in its final format; one that the format cannot hold is refused.
     pub(super) fn store(&self, tensor: &Tensor) -> Result<Tensor, Fault> {
-        let stored = tensor.to_dtype(self.dtype)?.contiguous()?;
+        Self::store_as(self.formats.values, tensor)
+    }
+
+    /// The same for one of the matrices.
+    pub(super) fn store_matrix(&self, tensor: &Tensor) -> Result<Tensor, Fault> {
+        Self::store_as(self.formats.matrices, tensor)
+    }
+
+    fn store_as(format: DType, tensor: &Tensor) -> Result<Tensor, Fault> {
+        let stored = tensor.to_dtype(format)?.contiguous()?;
         if super::lower::is_finite(&stored)? {
             return Ok(stored);
         }
-        refused(format!("the composed values are not finite in {}", self.dtype.as_str()))
+        refused(format!("the composed values are not finite in {}", format.as_str()))
     }
 
-    /// `from + strength (to - from)`, stored; `to` itself at strength 1. All have one shape.
-    pub(super) fn between(&self, from: &Tensor, to: &Tensor, strength: f32) -> Result<Tensor, Fault> {
+    /// `from + strength (to - from)` in the format of `to`, which at strength 1 is returned itself. All have one shape.
+    pub(super) fn between(from: &Tensor, to: &Tensor, strength: f32) -> Result<Tensor, Fault> {
         if strength == 1.0 {
             return Ok(to.clone());
         }
         let step = ((to.to_dtype(DType::F32)? - from)? * f64::from(strength))?;
-        self.store(&(from + step)?)
+        Self::store_as(to.dtype(), &(from + step)?)
     }
 
     fn error(&self, parts: &[Part<'_>], site: Option<SiteId>, fault: Fault) -> AdapterError {

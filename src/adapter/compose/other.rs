@@ -17,12 +17,12 @@ pub(super) fn norm(
         return Ok(out);
     }
     if let Some(weight) = &mut out.weight {
-        *weight = composer.between(&composer.base.weight(site)?, weight, step.strength)?;
+        *weight = Composer::between(&composer.base.weight(site)?, weight, step.strength)?;
     }
     if let Some(shift) = &mut out.shift {
         let base = composer.base.bias(site)?;
         let base = base.map_or_else(|| Tensor::zeros(shift.shape(), DType::F32, shift.device()), Ok)?;
-        *shift = composer.between(&base, shift, step.strength)?;
+        *shift = Composer::between(&base, shift, step.strength)?;
     }
     Ok(out)
 }
@@ -64,11 +64,11 @@ impl Composer<'_> {
         }
         let base = self.base.weight(site)?;
         if let Some(table) = table {
-            out.table = Some(self.between(&base, table, step.strength)?);
+            out.table = Some(Self::between(&base, table, step.strength)?);
         }
         if let Some((tokens, rows)) = rows {
             let from = base.index_select(&Tensor::new(tokens.as_slice(), base.device())?, 0)?;
-            out.rows = Some((tokens.clone(), self.between(&from, rows, step.strength)?));
+            out.rows = Some((tokens.clone(), Self::between(&from, rows, step.strength)?));
         }
         Ok(())
     }

@@ -3,8 +3,8 @@ use candle_core::{DType, Device, Tensor};
 use super::super::fake_base::{FakeBase, VOCAB, close, random};
 use super::super::merge::{effective_weight, scaled};
 use super::super::{
-    BaseWeights, ButterflyFactor, Delta, EmbeddingPatch, GateNetwork, GateRule, KvPrefix, LinearSlots, LoweredAdapter,
-    NormOverride, Pre, Scale, Weight,
+    BaseWeights, ButterflyFactor, Delta, EmbeddingPatch, Formats, GateNetwork, GateRule, KvPrefix, LinearSlots,
+    LoweredAdapter, NormOverride, Pre, Scale, Weight,
 };
 use super::{Part, compose, own_bytes_of};
 
@@ -20,7 +20,7 @@ fn one(base: &FakeBase, slots: LinearSlots) -> LoweredAdapter {
 fn composed(base: &FakeBase, parts: &[(&LoweredAdapter, f32)]) -> Result<LoweredAdapter, String> {
     let names: Vec<String> = (0..parts.len()).map(|i| format!("part{i}")).collect();
     let parts = parts.iter().zip(&names).map(|((adapter, scale), name)| Part { name, adapter, scale: *scale });
-    compose(&parts.collect::<Vec<_>>(), base, DType::F32).map_err(|error| error.to_string())
+    compose(&parts.collect::<Vec<_>>(), base, Formats::uniform(DType::F32)).map_err(|error| error.to_string())
 }
 
 /// Matrix and vector of the site: of the slots as they stand.
@@ -234,7 +234,7 @@ fn values_that_the_format_cannot_hold_are_refused() {
     let base = FakeBase::new(false);
     let low_rank = one(&base, sorts().low_rank);
     let parts = [Part { name: "huge", adapter: &low_rank, scale: 1e6 }];
-    let error = compose(&parts, &base, DType::F16).unwrap_err().to_string();
+    let error = compose(&parts, &base, Formats::uniform(DType::F16)).unwrap_err().to_string();
     assert!(error.contains("not finite in f16") && error.contains("`huge`") && error.contains(SITE), "{error}");
 }
 

@@ -8,7 +8,7 @@ mod merged;
 
 use candle_core::DType;
 
-use super::{AdapterError, AdapterFiles, BaseWeights, LowerOptions, kinds, lower};
+use super::{AdapterError, AdapterFiles, BaseWeights, Formats, LowerOptions, kinds, lower};
 
 pub use merged::MergedModel;
 
@@ -48,7 +48,7 @@ pub fn convert(
     let merge = form == Form::Merged;
     let dtype = if merge { dtype } else { DType::F32 };
     // What is made here lives as long as the conversion; the checkpoint's size bounds it.
-    let options = LowerOptions { merge, dtype, own_bytes_max: usize::MAX };
+    let options = LowerOptions { merge, formats: Formats::uniform(dtype), own_bytes_max: usize::MAX };
     if merge {
         let (lowered, report) = lower::lower(files, base, &options)?;
         return Ok(Converted::Model(merged::merged_model(&lowered, base)?, report.warnings));

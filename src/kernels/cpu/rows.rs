@@ -5,6 +5,8 @@
 
 #![expect(unsafe_code, reason = "vector loads and stores through raw pointers")]
 
+use half::bf16;
+
 use super::dispatch::{dispatch, fma};
 use super::isa::Isa;
 use super::packed::{Line, WeightFormat};
@@ -25,28 +27,38 @@ pub struct RowMatrix {
 }
 
 impl RowMatrix {
-    /// Copies a row-major (r, k) matrix; with `Bf16` the values are rounded (exact when they were bf16).
+    /// Copies a row-major (r, k) matrix; with `Bf16` the values are rounded.
     ///
     /// # Panics
     /// When `values` is not r times k long.
     pub fn new(format: WeightFormat, values: &[f32], r: usize, k: usize) -> Self {
+        match format {
+            WeightFormat::F32 => Self::of_words(format, values, (r, k), |value| value[0].to_bits()),
+            WeightFormat::Bf16 => Self::of_words(format, values, (r, k), |pair| {
+                bf16_bits(pair[0]) | pair.get(1).map_or(0, |v| bf16_bits(*v)) << 16
+            }),
+        }
+    }
+
+    /// Copies a row-major (r, k) matrix of bf16.
+    ///
+    /// # Panics
+    /// When `values` is not r times k long.
+    pub fn from_bf16(values: &[bf16], r: usize, k: usize) -> Self {
+        let bits = |value: &bf16| u32::from(value.to_bits());
+        Self::of_words(WeightFormat::Bf16, values, (r, k), |pair| bits(&pair[0]) | pair.get(1).map_or(0, bits) << 16)
+    }
+
+    /// `word` makes one of the one or two values that it holds.
+    fn of_words<T>(format: WeightFormat, values: &[T], (r, k): (usize, usize), word: impl Fn(&[T]) -> u32) -> Self {
         assert_eq!(values.len(), r * k, "the matrix is (r, k)");
         let steps = format.steps(k);
         let mut lines = vec![Line([0; LANES]); r.div_ceil(LANES) * steps];
         for (row_idx, row) in values.chunks_exact(k).enumerate() {
             let (group, lane) = (row_idx / LANES, row_idx % LANES);
             let group = &mut lines[group * steps..][..steps];
-            match format {
-                WeightFormat::F32 => {
-                    for (line, value) in group.iter_mut().zip(row) {
-                        line.0[lane] = value.to_bits();
-                    }
-                }
-                WeightFormat::Bf16 => {
-                    for (line, pair) in group.iter_mut().zip(row.chunks(2)) {
-                        line.0[lane] = bf16_bits(pair[0]) | pair.get(1).map_or(0, |v| bf16_bits(*v)) << 16;
-                    }
-                }
+            for (line, values) in group.iter_mut().zip(row.chunks(k.div_ceil(steps))) {
+                line.0[lane] = word(values);
             }
         }
         Self { lines, format, r, k }

@@ -5,7 +5,7 @@ use serde_json::{Value, json};
 
 use super::*;
 use crate::adapter::fake_base::{FakeBase, close, random};
-use crate::adapter::{LowerOptions, LoweredAdapter, Part, compose, lower};
+use crate::adapter::{Formats, LowerOptions, LoweredAdapter, Part, compose, lower};
 
 const Q: &str = "model.layers.0.self_attn.q_proj";
 const UP: &str = "model.layers.1.mlp.up_proj";
@@ -43,7 +43,7 @@ fn combined(parts: &[(&AdapterFiles, f32)], options: CombineOptions) -> Result<A
 }
 
 fn lowered(files: &AdapterFiles) -> LoweredAdapter {
-    let options = LowerOptions { merge: false, dtype: DType::F32, own_bytes_max: 1 << 20 };
+    let options = LowerOptions { merge: false, formats: Formats::uniform(DType::F32), own_bytes_max: 1 << 20 };
     lower(files, &FakeBase::new(false), &options).unwrap().0
 }
 
@@ -67,7 +67,7 @@ fn a_stack_acts_as_the_composition_does() {
     let stack = lowered(&combined(&[(&x, 0.7), (&y, -0.3)], with(CombineMode::Stack)).unwrap());
     let (x, y) = (lowered(&x), lowered(&y));
     let parts = [Part { name: "x", adapter: &x, scale: 0.7 }, Part { name: "y", adapter: &y, scale: -0.3 }];
-    let composition = compose(&parts, &FakeBase::new(false), DType::F32).unwrap();
+    let composition = compose(&parts, &FakeBase::new(false), Formats::uniform(DType::F32)).unwrap();
     for path in [Q, UP] {
         assert!(close(&delta(&stack, path), &delta(&composition, path), TOLERANCE), "{path}");
     }
