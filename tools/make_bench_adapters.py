@@ -7,13 +7,15 @@ served from dense weights of their own are on the query and value projections on
 """
 
 import argparse
+import copy
 import json
 import shutil
+import tempfile
 from pathlib import Path
 
 import torch
 import transformers
-from peft import PeftType, get_peft_model
+from peft import LoraConfig, PeftType, XLoraConfig, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -22,6 +24,7 @@ import fixture_dense  # noqa: F401  Rules for random values.
 import fixture_rotation  # noqa: F401  The same, and butterfly factors without a CUDA extension.
 import fixture_sparse  # noqa: F401
 import ssf
+import xlora
 from fixture_affine import VALUES as AFFINE_VALUES
 from fixture_cases import LINEARS, NORMS
 from fixture_common import generator, random_like, randomize_adapter
@@ -78,6 +81,7 @@ KINDS: dict[str, tuple[str, dict]] = {
     "cpt": ("CPT", {"cpt_token_ids": [5] * 20, "cpt_mask": [1] * 20, "cpt_tokens_type_mask": [1, 2, 2, 3, 4] * 4}),
     "prefix": ("PREFIX_TUNING", {"num_virtual_tokens": 20}),
     "cartridge": ("CARTRIDGE", {"num_virtual_tokens": 128}),
+    "xlora": ("XLORA", {"experts": {"count": 2, "r": 16, "lora_alpha": 32} | ALL}),
 }
 
 
@@ -102,16 +106,36 @@ def make_ssf(model: torch.nn.Module, config: dict, out: Path) -> None:
     ssf.save(model, config, out)
 
 
+def make_xlora(model: torch.nn.Module, config: dict, out: Path) -> None:
+    """X-LoRA is made of LoRAs on disk, and PEFT cannot save it."""
+    experts = config.pop("experts")
+    with tempfile.TemporaryDirectory() as scratch:
+        paths = {str(number): str(Path(scratch, str(number))) for number in range(experts.pop("count"))}
+        for path in paths.values():
+            expert = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **experts))
+            randomize(expert, "lora")
+            expert.save_pretrained(path)
+            model = expert.unload()
+        model.config.use_cache = False  # PEFT asks for it.
+        hidden = model.config.hidden_size
+        model = get_peft_model(model, XLoraConfig(task_type="CAUSAL_LM", hidden_size=hidden, adapters=paths, **config))
+        rng = generator("xlora")
+        for name, param in model.named_parameters():
+            if xlora.CLASSIFIER in name:
+                param.data = random_like(name, param.data, rng)
+        xlora.save(model, out)
+
+
 def vary(first: Path, others: list[Path]) -> None:
     """Copies of an adapter with every value changed a little, so that no two are equal."""
-    weights = first / "adapter_model.safetensors"
     for directory in others:
-        directory.mkdir(parents=True, exist_ok=True)
+        shutil.copytree(first, directory, dirs_exist_ok=True)
         rng = generator(directory.name)
         change = lambda value: value * (1 + 0.02 * torch.randn(value.shape, generator=rng))
-        tensors = {name: change(value) if value.is_floating_point() else value for name, value in load_file(weights).items()}
-        save_file(tensors, directory / weights.name, metadata={"format": "pt"})
-        shutil.copy(first / "adapter_config.json", directory)
+        for weights in sorted(directory.rglob("adapter_model.safetensors")):
+            tensors = load_file(weights).items()
+            changed = {name: change(value) if value.is_floating_point() else value for name, value in tensors}
+            save_file(changed, weights, metadata={"format": "pt"})
 
 
 def make(model_dir: Path, kind: str, out: Path, count: int) -> None:
@@ -122,6 +146,8 @@ def make(model_dir: Path, kind: str, out: Path, count: int) -> None:
     torch.manual_seed(0)
     if peft_type == "SSF":
         make_ssf(model, config, directories[0])
+    elif peft_type == "XLORA":
+        make_xlora(model, copy.deepcopy(config), directories[0])
     else:
         config = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(peft_type)](task_type="CAUSAL_LM", **config)
         model = get_peft_model(model, config)
