@@ -9,13 +9,13 @@ use rayon::prelude::*;
 
 use super::gates::DeviceGates;
 use crate::adapter::{
-    AttentionBranch, Delta, EmbeddingPatch, GateNetwork, KvPrefix, LinearSlots, LoweredAdapter, NormOverride, Pre,
-    Scale, SiteId, StreamFunction, Weight,
+    AttentionBranch, BlockMix, Delta, EmbeddingPatch, GateNetwork, KvPrefix, LinearSlots, LoweredAdapter, NormOverride,
+    Pre, Scale, SiteId, StreamFunction, Weight,
 };
 use crate::kernels::ButterflyFactor;
 use crate::kernels::cpu::{
-    Blocks, Circulant, Int8Matrix, NormSlots, PackedDelta, PackedMatrix, PackedPre, PackedScale, PackedSlots, Router,
-    RowMatrix, SparseRows, WeightFormat,
+    BlockProduct, Blocks, Circulant, Int8Matrix, NormSlots, PackedDelta, PackedMatrix, PackedMix, PackedPre,
+    PackedScale, PackedSlots, Router, RowMatrix, SparseRows, WeightFormat,
 };
 use crate::kernels::{KvLayout, PagedKv};
 
@@ -159,6 +159,16 @@ fn pack_blocks(blocks: &Tensor) -> Result<Blocks> {
     Ok(Blocks { s: blocks.dim(1)?, values: host(blocks)? })
 }
 
+fn pack_product(a: &Tensor, mix: &BlockMix, b: Option<&Tensor>, format: WeightFormat) -> Result<BlockProduct> {
+    let mix = match mix {
+        BlockMix::Matrix(w) => PackedMix::Matrix { w: host(w)?, p: w.dim(0)? },
+        BlockMix::Exchange => PackedMix::Exchange,
+    };
+    let b = b.map(|b| Result::Ok((host(b)?, b.dims3()?))).transpose()?;
+    let b = b.as_ref().map(|(values, shape)| (values.as_slice(), *shape));
+    Ok(BlockProduct::new(format, (&host(a)?, a.dims3()?), mix, b)?)
+}
+
 fn pack_slots(slots: &LinearSlots, format: WeightFormat) -> Result<PackedSlots> {
     let mut deltas = Vec::with_capacity(slots.deltas.len());
     for delta in &slots.deltas {
@@ -189,6 +199,7 @@ fn pack_slots(slots: &LinearSlots, format: WeightFormat) -> Result<PackedSlots> 
                 PackedDelta::Sparse(SparseRows::new(&rows, columns, host(values)?))
             }
             Delta::Circulant { kernel } => PackedDelta::Circulant(Circulant::new(&host(kernel)?, kernel.dims3()?)),
+            Delta::BlockProduct { a, mix, b } => PackedDelta::BlockProduct(pack_product(a, mix, b.as_ref(), format)?),
         });
     }
     let rows = match &slots.rows {
@@ -271,6 +282,14 @@ impl Placement<'_> {
                     values: self.tensor(values)?,
                 },
                 Delta::Circulant { kernel } => Delta::Circulant { kernel: self.tensor(kernel)? },
+                Delta::BlockProduct { a, mix, b } => Delta::BlockProduct {
+                    a: self.tensor(a)?,
+                    mix: match mix {
+                        BlockMix::Matrix(w) => BlockMix::Matrix(self.tensor(w)?),
+                        BlockMix::Exchange => BlockMix::Exchange,
+                    },
+                    b: self.option(b)?,
+                },
             });
         }
         let rows = slots.rows.as_ref().map(|(indexes, rows)| Result::Ok((indexes.clone(), self.tensor(rows)?)));

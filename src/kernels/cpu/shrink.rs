@@ -134,6 +134,7 @@ pub(super) fn shrink(
                 }
                 PackedDelta::Sparse(_) => {}
                 PackedDelta::Circulant(c) => c.multiply(x, h),
+                PackedDelta::BlockProduct(product) => product.shrink(x, h),
             }
         }
         if let Some((indexes, replaced)) = &slots.rows {
