@@ -60,25 +60,25 @@ impl DeviceAdapter {
         Self { tensors, ..Self::default() }
     }
 
-    /// Places `adapter`; `packed_format` names the format of a site's base weight where that is packed.
+    /// Places `adapter`; `packed_form` names the format and the inputs of a site's base weight where that is packed.
     pub(super) fn new(
         adapter: &LoweredAdapter,
         place: &Placement<'_>,
-        packed_format: impl Fn(SiteId) -> Option<WeightFormat>,
+        packed_form: impl Fn(SiteId) -> Option<(WeightFormat, usize)>,
     ) -> Result<Self> {
         let pack_layers = place.layout == KvLayout::Heads;
         let mut placed = Self::default();
         // Packing is most of the work of placing an adapter, and a step waits for it.
         let mut to_pack = Vec::new();
         for (site, slots) in &adapter.linears {
-            match packed_format(*site) {
-                Some(format) => to_pack.push((*site, slots, format)),
+            match packed_form(*site) {
+                Some(form) => to_pack.push((*site, slots, form)),
                 None => {
                     placed.tensors.linears.insert(*site, place.linear(slots)?);
                 }
             }
         }
-        let packed = to_pack.into_par_iter().map(|(site, slots, format)| Ok((site, pack_slots(slots, format)?)));
+        let packed = to_pack.into_par_iter().map(|(site, slots, form)| Ok((site, pack_slots(slots, form)?)));
         placed.packed = packed.collect::<Result<_>>()?;
         for (site, norm) in &adapter.norms {
             if pack_layers {
@@ -169,7 +169,7 @@ fn pack_product(a: &Tensor, mix: &BlockMix, b: Option<&Tensor>, format: WeightFo
     Ok(BlockProduct::new(format, (&host(a)?, a.dims3()?), mix, b)?)
 }
 
-fn pack_slots(slots: &LinearSlots, format: WeightFormat) -> Result<PackedSlots> {
+fn pack_slots(slots: &LinearSlots, (format, k): (WeightFormat, usize)) -> Result<PackedSlots> {
     let mut deltas = Vec::with_capacity(slots.deltas.len());
     for delta in &slots.deltas {
         deltas.push(match delta {
@@ -196,7 +196,7 @@ fn pack_slots(slots: &LinearSlots, format: WeightFormat) -> Result<PackedSlots> 
             Delta::ShardSum { m } => PackedDelta::ShardSum { m: pack_as(&m.t()?, format)? },
             Delta::Sparse { rows, columns, values } => {
                 let (rows, columns) = (rows.to_vec1::<u32>()?, columns.to_vec1::<u32>()?);
-                PackedDelta::Sparse(SparseRows::new(&rows, columns, host(values)?))
+                PackedDelta::Sparse(SparseRows::new(format, k, &rows, (&columns, &host(values)?)))
             }
             Delta::Circulant { kernel } => PackedDelta::Circulant(Circulant::new(&host(kernel)?, kernel.dims3()?)),
             Delta::BlockProduct { a, mix, b } => PackedDelta::BlockProduct(pack_product(a, mix, b.as_ref(), format)?),

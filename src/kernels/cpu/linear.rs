@@ -561,7 +561,7 @@ mod tests {
                 deltas.push(PackedDelta::Gated { a: RowMatrix::new(WeightFormat::F32, &a, r, k), b, places });
             }
             if let Some((rows, columns, values)) = &self.sparse {
-                deltas.push(PackedDelta::Sparse(SparseRows::new(rows, columns.clone(), values.clone())));
+                deltas.push(PackedDelta::Sparse(SparseRows::new(WeightFormat::F32, k, rows, (columns, values))));
             }
             if let Some((b, kernel)) = &self.circulant {
                 deltas.push(PackedDelta::Circulant(Circulant::new(kernel, (n / b, k / b, *b))));

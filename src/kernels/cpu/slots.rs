@@ -68,7 +68,7 @@ pub enum PackedDelta {
         /// Which of a row's gates goes with each number (r).
         places: Vec<u32>,
     },
-    /// `S x`, S: (n, k) in f32. It reads the row itself, which no format has rounded.
+    /// `S x`, S: (n, k). It reads the row itself, which no format has rounded.
     Sparse(SparseRows),
     /// `C x`, C: (n, k) in f32. It reads the row itself too.
     Circulant(Circulant),
@@ -136,14 +136,14 @@ impl PackedDelta {
         }
     }
 
-    /// Elements per row of its short vectors: a sparse term has none, a circulant one has its outputs there.
+    /// Elements per row of its short vectors: a sparse term has its inputs there, a circulant one its outputs.
     pub(super) fn short_len(&self) -> usize {
         match self {
             Self::LowRank { b: up, .. }
             | Self::Routed { b: up, .. }
             | Self::Gated { b: up, .. }
             | Self::ShardSum { m: up } => up.k(),
-            Self::Sparse(_) => 0,
+            Self::Sparse(s) => s.k(),
             Self::Circulant(c) => c.num_outputs(),
             Self::BlockProduct(product) => product.short_len(),
         }
@@ -226,10 +226,10 @@ pub(super) unsafe fn apply_slots(
             // SAFETY: the caller's contract.
             PackedDelta::BlockProduct(product) => unsafe { product.add(h, outputs) },
             PackedDelta::Sparse(s) => {
-                for (row, x) in (from..to).zip(x.chunks_exact(x.len() / (to - from))) {
-                    // SAFETY: the caller's contract; one row at a time.
-                    s.add(x, outputs.first, unsafe { outputs.row(row) });
-                }
+                // Rows are in eights unless they were prepared one by one.
+                let run = if slots.computes_by_row() { &[] } else { &short[start - run_rows * r..start] };
+                // SAFETY: the caller's contract.
+                unsafe { s.add(x, run, outputs) };
             }
         }
     }
