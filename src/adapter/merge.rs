@@ -3,6 +3,7 @@
 
 use candle_core::{DType, Result, Tensor};
 
+use super::block_product;
 use super::lowering::Lowering;
 use super::{AdapterError, Delta, LinearSlots, Pre, Scale, SiteId, SiteKind, Weight};
 use crate::kernels::{at_places, circulant_matrix};
@@ -133,6 +134,7 @@ pub(super) fn dense(delta: &Delta, out_features: usize, in_features: usize) -> R
             Tensor::from_vec(entries, (out_features, in_features), values.device())
         }
         Delta::Circulant { kernel } => circulant_matrix(&kernel.to_dtype(DType::F32)?),
+        Delta::BlockProduct { a, mix, b } => block_product::dense((a, mix, b.as_ref())),
     }
 }
 
@@ -147,7 +149,7 @@ pub(super) fn with_rows(weight: &Tensor, ids: &[u32], rows: &Tensor) -> Result<T
 mod tests {
     use super::*;
     use crate::adapter::fake_base::{close, random};
-    use crate::kernels::ButterflyFactor;
+    use crate::kernels::{BlockMix, ButterflyFactor};
 
     /// The linear without its bias, by the definition of each slot; x: (tokens, in).
     fn apply(slots: &LinearSlots, weight: &Tensor, x: &Tensor) -> Vec<Vec<f32>> {
@@ -214,6 +216,7 @@ mod tests {
                     *y += (0..x.len()).map(|i| kernel[o / b][i / b][(i % b + b - o % b) % b] * x[i]).sum::<f32>();
                 }
             }
+            Delta::BlockProduct { a, mix, b } => add_blocks((a, mix, b.as_ref()), x, y),
             Delta::ShardSum { m } => {
                 let m = m.to_vec2::<f32>().unwrap();
                 let mut sums = vec![0.0; m.len()];
@@ -222,6 +225,26 @@ mod tests {
                     *y += sums.iter().zip(&m).map(|(sum, m)| sum * m[idx % m.len()]).sum::<f32>();
                 }
             }
+        }
+    }
+
+    fn add_blocks((a, mix, b): (&Tensor, &BlockMix, Option<&Tensor>), x: &[f32], y: &mut [f32]) {
+        let a = a.to_vec3::<f32>().unwrap();
+        let (r, d) = (a[0].len(), a[0][0].len());
+        let n = x.len() / d;
+        let g = |j: usize, s: usize| -> f32 { (0..d).map(|c| a[j % a.len()][s][c] * x[j * d + c]).sum() };
+        let h = |i: usize, s: usize| match mix {
+            BlockMix::Matrix(w) => {
+                let w = w.to_vec2::<f32>().unwrap();
+                (0..n).map(|j| w[i][j] * g(j, s)).sum()
+            }
+            BlockMix::Exchange => g(s / (r / n), i * (r / n) + s % (r / n)),
+        };
+        let b = b.map(|b| b.to_vec3::<f32>().unwrap());
+        let q = b.as_ref().map_or(r, |b| b[0].len());
+        for (o, y) in y.iter_mut().enumerate() {
+            let (i, t) = (o / q, o % q);
+            *y += b.as_ref().map_or_else(|| h(i, t), |b| (0..r).map(|s| b[i % b.len()][t][s] * h(i, s)).sum());
         }
     }
 
@@ -276,6 +299,9 @@ mod tests {
             check(&LinearSlots { pre, scale: rotation(), ..slots(vec![sparse(), low_rank()]) });
         }
         check(&slots(vec![Delta::Circulant { kernel: random(14, (6, 5, 2)) }, low_rank()]));
+        for (product, _) in block_product::tests::every_form() {
+            check(&slots(vec![product]));
+        }
         let factor = |seed: u64, shape, places: [u32; 10]| ButterflyFactor {
             places: index(&places),
             blocks: random(seed, shape),

@@ -7,6 +7,7 @@
 
 mod activation;
 mod adapted;
+mod block_product;
 mod compose;
 mod config;
 mod convert;
@@ -46,7 +47,7 @@ pub use kinds::{CombineInput, CombineMode, CombineOptions, KINDS, Kind, REFUSED,
 pub use layer_slots::{Activation, AttentionBranch, LayerSlots, Mix, StreamFunction};
 pub use lower::{digest, lower};
 pub use normal_form::{
-    ButterflyFactor, Delta, EmbeddingPatch, KvPrefix, LinearSlots, LoadedAdapter, LoweredAdapter, NormOverride, Pre,
-    Scale, Weight,
+    BlockMix, ButterflyFactor, Delta, EmbeddingPatch, KvPrefix, LinearSlots, LoadedAdapter, LoweredAdapter,
+    NormOverride, Pre, Scale, Weight,
 };
 pub use site::{BaseShape, BaseWeights, Site, SiteId, SiteKind, SiteTable};

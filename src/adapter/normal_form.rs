@@ -25,7 +25,7 @@ use candle_core::Tensor;
 
 use super::{GateNetwork, LayerSlots, SiteId};
 
-pub use crate::kernels::ButterflyFactor;
+pub use crate::kernels::{BlockMix, ButterflyFactor};
 
 /// An adapter in normal form. Sites that do not occur are untouched.
 #[derive(Clone, Debug, Default)]
@@ -155,6 +155,17 @@ pub enum Delta {
         /// First row of each block, (out / b, in / b, b).
         kernel: Tensor,
     },
+    /// Blocks of inputs times matrices, `g[j, s] = sum_c a[j, s, c] x[j*d + c]`, mixed to `h[i, s]` ([`BlockMix`]) and, as
+    /// blocks of outputs, `y[i*q + t] += sum_s b[i, t, s] h[i, s]`. Any scale factor is folded in.
+    BlockProduct {
+        /// Matrices of the blocks of inputs, (n, r, d) with `in = n d`; (1, r, d) when all share one.
+        a: Tensor,
+        /// From n to p blocks.
+        mix: BlockMix,
+        /// Matrices of the blocks of outputs, (p, q, r) with `out = p q`; (1, q, r) when all share one. `None` when the
+        /// mixed blocks are the outputs, `out = p r`.
+        b: Option<Tensor>,
+    },
 }
 
 /// Output scale of a linear.
@@ -261,7 +272,9 @@ impl Delta {
     /// Tensors whose format never changes: indexes, and what tokens are compared with.
     pub fn indexes(&self) -> Vec<&Tensor> {
         match self {
-            Self::LowRank { .. } | Self::ShardSum { .. } | Self::Circulant { .. } => Vec::new(),
+            Self::LowRank { .. } | Self::ShardSum { .. } | Self::Circulant { .. } | Self::BlockProduct { .. } => {
+                Vec::new()
+            }
             Self::Routed { prototypes, .. } => vec![prototypes],
             Self::Gated { places, .. } => vec![places],
             Self::Sparse { rows, columns, .. } => vec![rows, columns],
@@ -285,6 +298,7 @@ impl LinearSlots {
                 Delta::ShardSum { m } => tensors.push(m),
                 Delta::Sparse { values, .. } => tensors.push(values),
                 Delta::Circulant { kernel } => tensors.push(kernel),
+                Delta::BlockProduct { a, mix, b } => tensors.extend(mix.matrix().into_iter().chain([a]).chain(b)),
             }
         }
         match &self.scale {
@@ -381,8 +395,12 @@ impl LoweredAdapter {
                         matrices.extend([a, b]);
                     }
                     Delta::ShardSum { m } => matrices.push(m),
-                    Delta::Sparse { values: entries, .. } => values.push(entries),
+                    Delta::Sparse { values, .. } => matrices.push(values),
                     Delta::Circulant { kernel } => values.push(kernel),
+                    Delta::BlockProduct { a, mix, b } => {
+                        matrices.extend(std::iter::once(a).chain(b));
+                        values.extend(mix.matrix_mut());
+                    }
                 }
             }
             match &mut slots.scale {

@@ -121,6 +121,44 @@ pub enum Term<'a> {
         /// First row of each block (out / b, in / b, b).
         kernel: &'a Tensor,
     },
+    /// Blocks of inputs times matrices, `g[j, s] = sum_c a[j, s, c] x[j*d + c]`, mixed to `h[i, s]` and, as blocks of outputs,
+    /// `y[i*q + t] += sum_s b[i, t, s] h[i, s]`.
+    BlockProduct {
+        /// Matrices (n, r, d) of n blocks of inputs; (1, r, d) when all share one.
+        a: &'a Tensor,
+        /// How the blocks are mixed.
+        mix: &'a BlockMix,
+        /// Matrices (p, q, r) of p blocks of outputs, (1, q, r) when all share one; `None` when h are the outputs.
+        b: Option<&'a Tensor>,
+    },
+}
+
+/// What happens between the blocks of a block product.
+#[derive(Clone, Debug)]
+pub enum BlockMix {
+    /// `h[i, s] = sum_j w[i, j] g[j, s]`, w: (p, n).
+    Matrix(Tensor),
+    /// Each of the n input blocks has a part for each of the n output blocks: with `c = r / n`,
+    /// `h[i, j*c + s] = g[j, i*c + s]`. The matrices of inputs are apart.
+    Exchange,
+}
+
+impl BlockMix {
+    /// Its matrix, if it is one.
+    pub fn matrix(&self) -> Option<&Tensor> {
+        match self {
+            Self::Matrix(w) => Some(w),
+            Self::Exchange => None,
+        }
+    }
+
+    /// Its matrix, if it is one, to be replaced in place.
+    pub fn matrix_mut(&mut self) -> Option<&mut Tensor> {
+        match self {
+            Self::Matrix(w) => Some(w),
+            Self::Exchange => None,
+        }
+    }
 }
 
 /// An output scale of product and terms.
@@ -223,6 +261,7 @@ fn apply_one((x, pre_x): (&Tensor, &Tensor), product: Option<&Tensor>, segment: 
             Term::ShardSum { m } => add_shard_sum(&y, &x, m)?,
             Term::Sparse { rows, columns, values } => add_sparse(&y, &x, (rows, columns), values)?,
             Term::Circulant { kernel } => (y + linear(&x, &circulant_matrix(kernel)?)?)?,
+            Term::BlockProduct { a, mix, b } => (y + block_product(&x, (a, mix, b))?)?,
         };
     }
     y = match segment.scale {
@@ -319,6 +358,37 @@ fn gated(h: &Tensor, gates: &Tensor) -> Result<Tensor> {
     let ((rows, width), experts) = (h.dims2()?, gates.dim(1)?);
     let shares = h.reshape((rows, experts, width / experts))?;
     shares.broadcast_mul(&gates.to_dtype(h.dtype())?.unsqueeze(2)?)?.reshape((rows, width))
+}
+
+/// The outputs (rows, out) of a block product of `x` (rows, in).
+fn block_product(x: &Tensor, (a, mix, b): (&Tensor, &BlockMix, Option<&Tensor>)) -> Result<Tensor> {
+    let (rows, in_features) = x.dims2()?;
+    let (_, r, d) = a.dims3()?;
+    let n = in_features / d;
+    let blocks = x.reshape((rows, n, d))?.transpose(0, 1)?.contiguous()?; // [n, rows, d]
+    let g = times_each(&blocks, a)?;
+    let h = match mix {
+        BlockMix::Matrix(w) => w.matmul(&g.reshape((n, rows * r))?)?.reshape((w.dim(0)?, rows, r))?,
+        BlockMix::Exchange => {
+            let parts = g.reshape((n, rows, n, r / n))?.transpose(0, 2)?; // [n outputs, rows, n inputs, r / n]
+            parts.contiguous()?.reshape((n, rows, r))?
+        }
+    };
+    let y = match b {
+        None => h,
+        Some(b) => times_each(&h, b)?,
+    };
+    let (p, _, q) = y.dims3()?;
+    y.transpose(0, 1)?.contiguous()?.reshape((rows, p * q))
+}
+
+/// `x[i] m[i]^T` for x: (blocks, rows, k) and m: (blocks or 1, n, k).
+fn times_each(x: &Tensor, m: &Tensor) -> Result<Tensor> {
+    let ((blocks, rows, k), (count, n, _)) = (x.dims3()?, m.dims3()?);
+    if count == 1 {
+        return linear(&x.reshape((blocks * rows, k))?, &m.squeeze(0)?)?.reshape((blocks, rows, n));
+    }
+    x.matmul(&m.transpose(1, 2)?.contiguous()?)
 }
 
 fn low_rank(x: &Tensor, a: &Tensor, b: &Tensor) -> Result<Tensor> {
@@ -420,6 +490,29 @@ mod tests {
         let kernel = Tensor::new(&[[[1f32, 2., 3.], [4., 5., 6.]]], &Device::Cpu).unwrap();
         let expected = [[1., 2., 3., 4., 5., 6.], [3., 1., 2., 6., 4., 5.], [2., 3., 1., 5., 6., 4.]];
         assert_eq!(circulant_matrix(&kernel).unwrap().to_vec2::<f32>().unwrap(), expected);
+    }
+
+    #[test]
+    fn blocks_are_multiplied_mixed_and_multiplied_again() {
+        let cube =
+            |values: &[f32], shape: (usize, usize, usize)| Tensor::from_slice(values, shape, &Device::Cpu).unwrap();
+        let found = |x: &Tensor, a: &Tensor, mix: &BlockMix, b: Option<&Tensor>| {
+            block_product(x, (a, mix, b)).unwrap().to_vec2::<f32>().unwrap()
+        };
+        let x = matrix(&[1., 2., 3., 4., 0., 1., 0., 1.], (2, 4));
+        // kron([[1, 10], [0, 2], [3, 0]], [[1, 1]]), then with a second factor (1, 5) on the left.
+        let w = BlockMix::Matrix(matrix(&[1., 10., 0., 2., 3., 0.], (3, 2)));
+        let a = cube(&[1., 1.], (1, 1, 2));
+        assert_eq!(found(&x, &a, &w, None), [[73., 14., 9.], [11., 2., 3.]]);
+        let b = cube(&[1., 5.], (1, 2, 1));
+        assert_eq!(found(&x, &a, &w, Some(&b))[0], [73., 365., 14., 70., 9., 45.]);
+        let b = cube(&[1., 2., 3.], (3, 1, 1));
+        assert_eq!(found(&x, &a, &w, Some(&b)), [[73., 28., 27.], [11., 4., 9.]]);
+        // g = (1, 2), (7, -1): the first numbers go to the first block of outputs, the second ones to the second.
+        let a = cube(&[1., 0., 0., 1., 1., 1., 1., -1.], (2, 2, 2));
+        assert_eq!(found(&x, &a, &BlockMix::Exchange, None)[0], [1., 7., 2., -1.]);
+        let b = cube(&[1., 10., 100., 1000.], (2, 1, 2));
+        assert_eq!(found(&x, &a, &BlockMix::Exchange, Some(&b)), [[71., -800.], [10., -900.]]);
     }
 
     #[test]

@@ -13,7 +13,7 @@ mod paged;
 mod stream;
 
 pub use adapter::{
-    ButterflyFactor, InputTerm, OutputTerm, SegmentTerms, Term, apply_segments, at_places, circulant_matrix,
+    BlockMix, ButterflyFactor, InputTerm, OutputTerm, SegmentTerms, Term, apply_segments, at_places, circulant_matrix,
     transform_inputs,
 };
 pub use attention::AttentionShape;

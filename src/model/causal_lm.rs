@@ -77,14 +77,14 @@ impl Model {
     /// # Errors
     /// When the device is out of memory.
     pub fn adapter_to_device(&self, adapter: &LoweredAdapter) -> Result<DeviceAdapter> {
-        let packed_format = |site| self.parameters(site).weight.packed().map(|w| w.form().terms());
+        let packed_form = |site| self.parameters(site).weight.packed().map(|w| (w.form().terms(), w.k()));
         let place = Placement {
             device: &self.info.device,
             dtype: self.info.dtype,
             layout: self.info.kv_layout,
             heads: (self.info.num_kv_heads, self.info.head_dim),
         };
-        DeviceAdapter::new(adapter, &place, packed_format)
+        DeviceAdapter::new(adapter, &place, packed_form)
     }
 
     fn parameters(&self, site: SiteId) -> &Parameters {

@@ -9,13 +9,13 @@ use rayon::prelude::*;
 
 use super::gates::DeviceGates;
 use crate::adapter::{
-    AttentionBranch, Delta, EmbeddingPatch, GateNetwork, KvPrefix, LinearSlots, LoweredAdapter, NormOverride, Pre,
-    Scale, SiteId, StreamFunction, Weight,
+    AttentionBranch, BlockMix, Delta, EmbeddingPatch, GateNetwork, KvPrefix, LinearSlots, LoweredAdapter, NormOverride,
+    Pre, Scale, SiteId, StreamFunction, Weight,
 };
 use crate::kernels::ButterflyFactor;
 use crate::kernels::cpu::{
-    Blocks, Circulant, Int8Matrix, NormSlots, PackedDelta, PackedMatrix, PackedPre, PackedScale, PackedSlots, Router,
-    RowMatrix, SparseRows, WeightFormat,
+    BlockProduct, Blocks, Circulant, Int8Matrix, NormSlots, PackedDelta, PackedMatrix, PackedMix, PackedPre,
+    PackedScale, PackedSlots, Router, RowMatrix, SparseRows, WeightFormat,
 };
 use crate::kernels::{KvLayout, PagedKv};
 
@@ -60,25 +60,25 @@ impl DeviceAdapter {
         Self { tensors, ..Self::default() }
     }
 
-    /// Places `adapter`; `packed_format` names the format of a site's base weight where that is packed.
+    /// Places `adapter`; `packed_form` names the format and the inputs of a site's base weight where that is packed.
     pub(super) fn new(
         adapter: &LoweredAdapter,
         place: &Placement<'_>,
-        packed_format: impl Fn(SiteId) -> Option<WeightFormat>,
+        packed_form: impl Fn(SiteId) -> Option<(WeightFormat, usize)>,
     ) -> Result<Self> {
         let pack_layers = place.layout == KvLayout::Heads;
         let mut placed = Self::default();
         // Packing is most of the work of placing an adapter, and a step waits for it.
         let mut to_pack = Vec::new();
         for (site, slots) in &adapter.linears {
-            match packed_format(*site) {
-                Some(format) => to_pack.push((*site, slots, format)),
+            match packed_form(*site) {
+                Some(form) => to_pack.push((*site, slots, form)),
                 None => {
                     placed.tensors.linears.insert(*site, place.linear(slots)?);
                 }
             }
         }
-        let packed = to_pack.into_par_iter().map(|(site, slots, format)| Ok((site, pack_slots(slots, format)?)));
+        let packed = to_pack.into_par_iter().map(|(site, slots, form)| Ok((site, pack_slots(slots, form)?)));
         placed.packed = packed.collect::<Result<_>>()?;
         for (site, norm) in &adapter.norms {
             if pack_layers {
@@ -181,7 +181,17 @@ fn pack_blocks(blocks: &Tensor) -> Result<Blocks> {
     Ok(Blocks { s: blocks.dim(1)?, values: host(blocks)? })
 }
 
-fn pack_slots(slots: &LinearSlots, format: WeightFormat) -> Result<PackedSlots> {
+fn pack_product(a: &Tensor, mix: &BlockMix, b: Option<&Tensor>, format: WeightFormat) -> Result<BlockProduct> {
+    let mix = match mix {
+        BlockMix::Matrix(w) => PackedMix::Matrix { w: host(w)?, p: w.dim(0)? },
+        BlockMix::Exchange => PackedMix::Exchange,
+    };
+    let b = b.map(|b| Result::Ok((host(b)?, b.dims3()?))).transpose()?;
+    let b = b.as_ref().map(|(values, shape)| (values.as_slice(), *shape));
+    Ok(BlockProduct::new(format, (&host(a)?, a.dims3()?), mix, b)?)
+}
+
+fn pack_slots(slots: &LinearSlots, (format, k): (WeightFormat, usize)) -> Result<PackedSlots> {
     let mut deltas = Vec::with_capacity(slots.deltas.len());
     for delta in &slots.deltas {
         deltas.push(match delta {
@@ -197,9 +207,10 @@ fn pack_slots(slots: &LinearSlots, format: WeightFormat) -> Result<PackedSlots> 
             Delta::ShardSum { m } => PackedDelta::ShardSum { m: pack_as(&m.t()?, format)? },
             Delta::Sparse { rows, columns, values } => {
                 let (rows, columns) = (rows.to_vec1::<u32>()?, columns.to_vec1::<u32>()?);
-                PackedDelta::Sparse(SparseRows::new(&rows, columns, host(values)?))
+                PackedDelta::Sparse(SparseRows::new(format, k, &rows, (&columns, &host(values)?)))
             }
             Delta::Circulant { kernel } => PackedDelta::Circulant(Circulant::new(&host(kernel)?, kernel.dims3()?)),
+            Delta::BlockProduct { a, mix, b } => PackedDelta::BlockProduct(pack_product(a, mix, b.as_ref(), format)?),
         });
     }
     let rows = match &slots.rows {
@@ -279,6 +290,14 @@ impl Placement<'_> {
                     values: self.tensor(values)?,
                 },
                 Delta::Circulant { kernel } => Delta::Circulant { kernel: self.tensor(kernel)? },
+                Delta::BlockProduct { a, mix, b } => Delta::BlockProduct {
+                    a: self.tensor(a)?,
+                    mix: match mix {
+                        BlockMix::Matrix(w) => BlockMix::Matrix(self.tensor(w)?),
+                        BlockMix::Exchange => BlockMix::Exchange,
+                    },
+                    b: self.option(b)?,
+                },
             });
         }
         let rows = slots.rows.as_ref().map(|(indexes, rows)| Result::Ok((indexes.clone(), self.tensor(rows)?)));

@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 
 use candle_core::{DType, Device, Tensor};
 use patchbay::adapter::{
-    AttentionBranch, BaseShape, BaseWeights, ButterflyFactor, Delta, EmbeddingPatch, GateNetwork, GateRule, KvPrefix,
-    LayerSlots, LinearSlots, LoweredAdapter, Mix, NormOverride, Pre, Scale, SiteKind, StreamFunction, Weight,
+    AttentionBranch, BaseShape, BaseWeights, BlockMix, ButterflyFactor, Delta, EmbeddingPatch, GateNetwork, GateRule,
+    KvPrefix, LayerSlots, LinearSlots, LoweredAdapter, Mix, NormOverride, Pre, Scale, SiteKind, StreamFunction, Weight,
 };
 use patchbay::model::{DeviceChoice, Model};
 use rand::seq::IndexedRandom;
@@ -65,6 +65,9 @@ fn random_linear(rng: &mut ChaCha8Rng, in_features: usize, out_features: usize) 
         slots.deltas.push(Delta::Circulant { kernel: random(rng, &[out_features / b, in_features / b, b], 0.) });
     }
     if rng.random_bool(0.3) {
+        slots.deltas.push(random_blocks(rng, in_features, out_features));
+    }
+    if rng.random_bool(0.3) {
         slots.deltas.push(random_sparse(rng, in_features, out_features));
     }
     slots.scale = random_scale(rng, out_features);
@@ -118,6 +121,26 @@ fn random_scale(rng: &mut ChaCha8Rng, out_features: usize) -> Scale {
 
 fn divisors(n: usize) -> Vec<usize> {
     (1..=n).filter(|q| n.is_multiple_of(*q)).collect()
+}
+
+fn random_blocks(rng: &mut ChaCha8Rng, in_features: usize, out_features: usize) -> Delta {
+    let (n, p) = (*divisors(in_features).choose(rng).unwrap(), *divisors(out_features).choose(rng).unwrap());
+    if rng.random_bool(0.5) {
+        let common: Vec<usize> =
+            divisors(in_features).into_iter().filter(|n| out_features.is_multiple_of(*n) && *n < 9).collect();
+        let n = *common.choose(rng).unwrap();
+        let r = n * rng.random_range(1..4);
+        let (a, b) = (random(rng, &[n, r, in_features / n], 0.), random(rng, &[n, out_features / n, r], 0.));
+        return Delta::BlockProduct { a, mix: BlockMix::Exchange, b: Some(b) };
+    }
+    let r = if rng.random_bool(0.3) { out_features / p } else { rng.random_range(1..9) };
+    let (for_inputs, for_outputs) =
+        (if rng.random_bool(0.7) { 1 } else { n }, if rng.random_bool(0.7) { 1 } else { p });
+    Delta::BlockProduct {
+        a: random(rng, &[for_inputs, r, in_features / n], 0.),
+        mix: BlockMix::Matrix(random(rng, &[p, n], 0.)),
+        b: (p * r != out_features).then(|| random(rng, &[for_outputs, out_features / p, r], 0.)),
+    }
 }
 
 fn random_sparse(rng: &mut ChaCha8Rng, in_features: usize, out_features: usize) -> Delta {
@@ -369,6 +392,25 @@ fn dense(delta: &Delta, (out_features, in_features): (usize, usize)) -> Tensor {
                 all[row as usize * in_features + column as usize] += value;
             }
             Tensor::from_vec(all, (out_features, in_features), &Device::Cpu).unwrap()
+        }
+        Delta::BlockProduct { a, mix, b } => {
+            let (a, b) = (a.to_vec3::<f32>().unwrap(), b.as_ref().map(|b| b.to_vec3::<f32>().unwrap()));
+            let (r, n) = (a[0].len(), in_features / a[0][0].len());
+            let w = mix.matrix().map(|w| w.to_vec2::<f32>().unwrap());
+            let q = b.as_ref().map_or(r, |b| b[0].len());
+            let entry = |at: usize| {
+                let (i, t) = (at / in_features / q, at / in_features % q);
+                let (j, c) = (at % in_features * n / in_features, at % in_features % (in_features / n));
+                // How much of the s-th number of block j gets to the u-th of block i.
+                let mixed = |u: usize, s: usize| match &w {
+                    Some(w) => w[i][j] * f32::from(u8::from(u == s)),
+                    None => f32::from(u8::from(u == j * (r / n) + s % (r / n) && s / (r / n) == i)),
+                };
+                let h = |u: usize| (0..r).map(|s| mixed(u, s) * a[j % a.len()][s][c]).sum::<f32>();
+                b.as_ref().map_or_else(|| h(t), |b| (0..r).map(|u| b[i % b.len()][t][u] * h(u)).sum())
+            };
+            let values: Vec<f32> = (0..out_features * in_features).map(entry).collect();
+            Tensor::from_vec(values, (out_features, in_features), &Device::Cpu).unwrap()
         }
         Delta::Circulant { kernel } => {
             let kernel = kernel.to_vec3::<f32>().unwrap();

@@ -2,8 +2,9 @@
 
 use candle_core::{DType, Tensor};
 
+use super::super::block_product;
 use super::super::merge::scaled;
-use super::super::{Delta, LinearSlots, Pre, Scale, SiteId, Weight};
+use super::super::{BlockMix, Delta, LinearSlots, Pre, Scale, SiteId, Weight};
 use super::scale::{at_strength, inverse, then};
 use super::{Composer, Fault, Step, refused};
 
@@ -154,7 +155,7 @@ impl Composer<'_> {
                 };
                 let values = (values.to_dtype(DType::F32)? * f64::from(step.strength))?;
                 let values = factor.map_or(Ok(values.clone()), |factor| values * factor)?;
-                Delta::Sparse { rows: rows.clone(), columns: columns.clone(), values: self.store(&values)? }
+                Delta::Sparse { rows: rows.clone(), columns: columns.clone(), values: self.store_matrix(&values)? }
             }
             Delta::Routed { a, b, prototypes, top_k, temperature } => Delta::Routed {
                 a: a.clone(),
@@ -167,6 +168,19 @@ impl Composer<'_> {
             Delta::Circulant { kernel } if plain => {
                 let kernel = (kernel.to_dtype(DType::F32)? * f64::from(step.strength))?;
                 Delta::Circulant { kernel: self.store(&kernel)? }
+            }
+            Delta::BlockProduct { a, mix: BlockMix::Matrix(w), b } if plain => {
+                let mix = BlockMix::Matrix(self.store(&(w.to_dtype(DType::F32)? * f64::from(step.strength))?)?);
+                Delta::BlockProduct { a: a.clone(), mix, b: b.clone() }
+            }
+            Delta::BlockProduct { a, mix: BlockMix::Exchange, b } if plain => {
+                let a = self.store_matrix(&(a.to_dtype(DType::F32)? * f64::from(step.strength))?)?;
+                Delta::BlockProduct { a, mix: BlockMix::Exchange, b: b.clone() }
+            }
+            // Outputs that are scaled apart, or mixed, are no blocks any more.
+            Delta::BlockProduct { a, mix, b } => {
+                let (down, up) = block_product::factors((a, mix, b.as_ref()))?;
+                Delta::LowRank { a: self.store_matrix(&down)?, b: times(&up)? }
             }
             Delta::Circulant { .. } => {
                 return refused(format!("circulant blocks cannot be scaled by output: name `{}` first", step.name));

@@ -3,8 +3,8 @@ use candle_core::{DType, Device, Tensor};
 use super::super::fake_base::{FakeBase, VOCAB, close, random};
 use super::super::merge::{effective_weight, scaled};
 use super::super::{
-    BaseWeights, ButterflyFactor, Delta, EmbeddingPatch, Formats, GateNetwork, GateRule, KvPrefix, LinearSlots,
-    LoweredAdapter, NormOverride, Pre, Scale, Weight,
+    BaseWeights, BlockMix, ButterflyFactor, Delta, EmbeddingPatch, Formats, GateNetwork, GateRule, KvPrefix,
+    LinearSlots, LoweredAdapter, NormOverride, Pre, Scale, Weight,
 };
 use super::{Part, compose, own_bytes_of};
 
@@ -91,6 +91,8 @@ struct Sorts {
     blocks: LinearSlots,
     butterfly: LinearSlots,
     circulant: LinearSlots,
+    kron: LinearSlots,
+    exchange: LinearSlots,
     outputs: LinearSlots,
     own: LinearSlots,
     rows: LinearSlots,
@@ -132,6 +134,16 @@ fn sorts() -> Sorts {
             ..LinearSlots::default()
         },
         circulant: deltas(vec![Delta::Circulant { kernel: random(24, (n / 2, k / 2, 2)) }]),
+        kron: deltas(vec![Delta::BlockProduct {
+            a: random(27, (1, 3, k / 4)),
+            mix: BlockMix::Matrix(random(28, (n / 2, 4))),
+            b: Some(random(29, (1, 2, 3))),
+        }]),
+        exchange: deltas(vec![Delta::BlockProduct {
+            a: random(30, (2, 4, k / 2)),
+            mix: BlockMix::Exchange,
+            b: Some(random(31, (2, n / 2, 4))),
+        }]),
         outputs: LinearSlots {
             scale: Scale::BlockDiag(random(25, (n.div_ceil(5), 5, 5))),
             c: Some(random(26, n)),
@@ -146,7 +158,10 @@ fn sorts() -> Sorts {
 fn a_strength_is_a_step_from_the_base_towards_the_adapter() {
     let sorts = sorts();
     let Sorts { low_rank, shards, tiles, sparse, scale, scaled_delta, bias, input, circulant, own, rows, .. } = &sorts;
-    for slots in [low_rank, shards, tiles, sparse, scale, scaled_delta, bias, input, circulant, own, rows] {
+    let (kron, exchange) = (&sorts.kron, &sorts.exchange);
+    for slots in
+        [low_rank, shards, tiles, sparse, scale, scaled_delta, bias, input, circulant, kron, exchange, own, rows]
+    {
         for strength in [0.3, 1.0, -0.5, 2.0] {
             check(&[(slots, strength)]);
         }
@@ -161,7 +176,7 @@ fn a_strength_is_a_step_from_the_base_towards_the_adapter() {
 fn each_step_acts_on_what_those_before_it_made() {
     let sorts = sorts();
     let Sorts { low_rank, shards, tiles, sparse, scale, scaled_delta, rotation, bias, input, .. } = &sorts;
-    let Sorts { blocks, butterfly, circulant, outputs, own, rows, .. } = &sorts;
+    let Sorts { blocks, butterfly, circulant, kron, exchange, outputs, own, rows, .. } = &sorts;
     check(&[(low_rank, 0.7), (shards, 0.3), (sparse, -1.0)]);
     check(&[(low_rank, 0.7), (scaled_delta, 1.0)]);
     check(&[(scaled_delta, 1.0), (low_rank, 0.7), (scale, 0.5)]);
@@ -179,6 +194,9 @@ fn each_step_acts_on_what_those_before_it_made() {
     check(&[(circulant, 0.5), (scale, 1.0), (low_rank, 0.7)]);
     check(&[(butterfly, 1.0), (circulant, 0.3), (bias, 1.0)]);
     check(&[(low_rank, 0.5), (circulant, 1.0), (outputs, 1.0)]);
+    check(&[(scale, 0.5), (kron, 0.7), (exchange, 0.4)]);
+    check(&[(rotation, 1.0), (exchange, 1.0), (kron, 0.3)]);
+    check(&[(exchange, 1.0), (kron, 0.5), (scale, 1.0)]);
 }
 
 #[test]

@@ -6,13 +6,13 @@ use std::collections::{BTreeMap, BTreeSet};
 use candle_core::{DType, Device, Result, Tensor};
 use serde_json::{Map, Value, json};
 
-use crate::adapter::config;
 use crate::adapter::keys::key_of;
 use crate::adapter::lowering::Lowering;
 use crate::adapter::{
     AdapterError, AdapterFiles, Delta, EmbeddingPatch, LinearSlots, LoweredAdapter, NormOverride, Pre, Scale, SiteId,
     SiteKind, Weight, replace, tensor_file,
 };
+use crate::adapter::{block_product, config};
 
 /// The files in the making.
 struct Writer<'a> {
@@ -307,7 +307,7 @@ fn stacked(deltas: &[Delta], in_features: usize, out_features: usize) -> Result<
 /// Why a delta is no product of two smaller matrices.
 fn without_factors(delta: &Delta) -> Option<&'static str> {
     match delta {
-        Delta::LowRank { .. } | Delta::ShardSum { .. } | Delta::Sparse { .. } => None,
+        Delta::LowRank { .. } | Delta::ShardSum { .. } | Delta::Sparse { .. } | Delta::BlockProduct { .. } => None,
         Delta::Routed { .. } | Delta::Gated { .. } => {
             Some("every token chooses among experts, which no low-rank term can do")
         }
@@ -331,6 +331,7 @@ fn factors(delta: &Delta, in_features: usize, out_features: usize) -> Result<(Te
             let values = values.to_dtype(DType::F32)?.to_vec1::<f32>()?;
             sparse_factors((&rows, &columns, &values), in_features, out_features)
         }
+        Delta::BlockProduct { a, mix, b } => block_product::factors((a, mix, b.as_ref())),
         Delta::Circulant { .. } | Delta::Routed { .. } | Delta::Gated { .. } => unreachable!("it was refused"),
     }
 }
@@ -383,6 +384,11 @@ mod tests {
             Delta::Sparse { rows: index(&[0, 0, 5]), columns: index(&[2, 9, 0]), values: random(5, 3) },
             Delta::Sparse { rows: index(&[0, 3, 5]), columns: index(&[2, 2, 2]), values: random(6, 3) },
         ];
+        for (product, rank) in block_product::tests::every_form() {
+            let (a, b) = factors(&product, 10, 12).unwrap();
+            assert_eq!(a.dim(0).unwrap(), rank);
+            assert!(close(&b.matmul(&a).unwrap(), &merge::dense(&product, 12, 10).unwrap(), 1e-6), "{product:?}");
+        }
         for delta in &deltas {
             let (a, b) = factors(delta, 10, 12).unwrap();
             assert!(close(&b.matmul(&a).unwrap(), &merge::dense(delta, 12, 10).unwrap(), 1e-6), "{delta:?}");

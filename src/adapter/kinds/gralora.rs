@@ -2,23 +2,20 @@
 //! `z_n = A_n^T x_n` (r), cut into k parts `z_nj` of r / k; output block j is `B_j^T concat_n(z_nj)`. All times
 //! `s = alpha / (r + hybrid_r)`, with a plain low-rank part of rank `hybrid_r` beside it.
 //!
-//! As one product it has rank k r: row (j, n, t) of the first factor reads input block n, and its column of the second
-//! writes output block j.
-
-use candle_core::{Device, Result, Tensor};
+//! It is served as a product of blocks that exchange their parts; as one product it has rank k r.
 
 use super::Kind;
-use crate::adapter::AdapterError;
 use crate::adapter::adapted::{self, AdaptedLinear};
 use crate::adapter::config::{Config, Rule};
 use crate::adapter::lowering::Lowering;
 use crate::adapter::matching::Matcher;
+use crate::adapter::{AdapterError, BlockMix, Delta};
 
 /// The row of the table of kinds.
 pub(super) const GRALORA: Kind = Kind {
     peft_type: "GRALORA",
     title: "GraLoRA",
-    served_as: "low-rank delta of rank k r; own dense weight where that costs less",
+    served_as: "products of blocks that exchange parts, and a low-rank delta; own dense weight where that costs less",
     merged_as: "W + s (blocks A_n B_j + B A)",
     suffixes: &[A, B, GENERAL_A, GENERAL_B],
     pairs: &[(A, B), (GENERAL_A, GENERAL_B)],
@@ -79,33 +76,16 @@ fn lower(lowering: &mut Lowering<'_>) -> std::result::Result<(), AdapterError> {
         }
         let a = lowering.require(id, A, &[k, inputs / k, r])?;
         let b = lowering.require(id, B, &[k, r, outputs / k])?;
-        let (mut a, mut b) = factors(&a, &b)?;
+        let (a, b) = (a.transpose(1, 2)?.contiguous()?, (b.transpose(1, 2)?.contiguous()? * scale)?);
+        let delta = Delta::BlockProduct { a, mix: BlockMix::Exchange, b: Some(b) };
+        let (cost, reason) = (r * (inputs + outputs), "blocks of this rank would cost more than a dense weight");
+        lowering.add_delta(id, delta, (cost, reason))?;
         if hybrid_r > 0 {
-            let general_a = lowering.require(id, GENERAL_A, &[hybrid_r, inputs])?;
-            let general_b = lowering.require(id, GENERAL_B, &[outputs, hybrid_r])?;
-            (a, b) = (Tensor::cat(&[&a, &general_a], 0)?, Tensor::cat(&[&b, &general_b], 1)?);
+            let a = lowering.require(id, GENERAL_A, &[hybrid_r, inputs])?;
+            let b = lowering.require(id, GENERAL_B, &[outputs, hybrid_r])?;
+            lowering.add_low_rank(id, a, (b * scale)?)?;
         }
         lowering.ranks.insert(r);
-        lowering.add_low_rank(id, a, (b * scale)?)?;
     }
     Ok(())
-}
-
-/// The factors (k r, in) and (out, k r) of blocks a: (k, in / k, r), b: (k, r, out / k); all f32.
-fn factors(a: &Tensor, b: &Tensor) -> Result<(Tensor, Tensor)> {
-    let ((k, block_in, r), block_out) = (a.dims3()?, b.dim(2)?);
-    let (inputs, outputs, part) = (k * block_in, k * block_out, r / k);
-    let (a, b) = (a.to_vec3::<f32>()?, b.to_vec3::<f32>()?);
-    let (mut down, mut up) = (vec![0.0f32; k * r * inputs], vec![0.0f32; outputs * k * r]);
-    for row in 0..k * r {
-        let (j, n, t) = (row / r, row % r / part, row % part);
-        for (c, weights) in a[n].iter().enumerate() {
-            down[row * inputs + n * block_in + c] = weights[j * part + t];
-        }
-        for (o, weight) in b[j][n * part + t].iter().enumerate() {
-            up[(j * block_out + o) * k * r + row] = *weight;
-        }
-    }
-    let device = &Device::Cpu;
-    Ok((Tensor::from_vec(down, (k * r, inputs), device)?, Tensor::from_vec(up, (outputs, k * r), device)?))
 }

@@ -1,7 +1,9 @@
 //! LoKr: a Kronecker product, `W' = W + s kron(w1, w2)`, `s = alpha / r` (PEFT 0.21 `tuners/lokr`). w1 is (a, c), w2 is
 //! (b, d), with `out = a b` and `in = c d`; either may come in two parts of rank r.
 //!
-//! With `w1 = l1 r1` and `w2 = l2 r2` it is `kron(l1, l2) kron(r1, r2)`: the ranks of the parts multiply.
+//! It is served as a product of blocks: w2 (or its parts, where they cost less) for each block of inputs and outputs, w1
+//! between the blocks. Where terms must be low-rank ones, `w1 = l1 r1` and `w2 = l2 r2` give `kron(l1, l2) kron(r1, r2)`:
+//! the ranks of the parts multiply.
 
 use candle_core::{DType, Device, Result, Tensor};
 
@@ -11,13 +13,13 @@ use crate::adapter::adapted::{self, AdaptedLinear};
 use crate::adapter::config::Config;
 use crate::adapter::lowering::Lowering;
 use crate::adapter::matching::Matcher;
-use crate::adapter::{AdapterError, SiteId};
+use crate::adapter::{AdapterError, BlockMix, Delta, SiteId};
 
 /// The row of the table of kinds.
 pub(super) const LOKR: Kind = Kind {
     peft_type: "LOKR",
     title: "LoKr",
-    served_as: "low-rank delta whose rank is the product of the factors'; own dense weight where that costs less",
+    served_as: "products of blocks by w2, mixed by w1; own dense weight where that costs less",
     merged_as: "W + s kron(w1, w2)",
     suffixes: &[FIRST[0], FIRST[1], FIRST[2], SECOND[0], SECOND[1], SECOND[2]],
     pairs: &[(FIRST[1], FIRST[2]), (SECOND[1], SECOND[2])],
@@ -58,14 +60,29 @@ fn lower(lowering: &mut Lowering<'_>) -> std::result::Result<(), AdapterError> {
             lowering.ranks.insert(r);
         }
         let first = first.scaled(scale)?;
-        let rank = first.rank()? * second.rank()?;
-        let factors = || {
+        if lowering.keep_terms {
             let ((l1, r1), (l2, r2)) = (first.parts()?, second.parts()?);
-            Ok((kron(&r1, &r2)?, kron(&l1, &l2)?))
-        };
-        lowering.add_product(id, rank, factors, || kron(&first.matrix()?, &second.matrix()?))?;
+            lowering.add_low_rank(id, kron(&r1, &r2)?, kron(&l1, &l2)?)?;
+            continue;
+        }
+        let (delta, cost) = block_product(&first, &second)?;
+        lowering.add_delta(id, delta, (cost, "blocks of these sizes cost more than a dense weight"))?;
     }
     Ok(())
+}
+
+/// `kron(first, second)` as a product of blocks, and its multiplications.
+fn block_product(first: &Factor, second: &Factor) -> Result<(Delta, usize)> {
+    let (w1, (q, d)) = (first.matrix()?, (second.outputs()?, second.inputs()?));
+    let (p, n) = w1.dims2()?;
+    let whole = n * q * d + p * n * q;
+    let (a, b, cost) = match second {
+        Factor::Parts(left, right) if left.dim(1)? * (n * d + p * n + p * q) < whole => {
+            (right.clone(), Some(left.unsqueeze(0)?), left.dim(1)? * (n * d + p * n + p * q))
+        }
+        Factor::Whole(_) | Factor::Parts(..) => (second.matrix()?, None, whole),
+    };
+    Ok((Delta::BlockProduct { a: a.unsqueeze(0)?, mix: BlockMix::Matrix(w1), b }, cost))
 }
 
 /// One factor of the product, f32.
@@ -161,23 +178,28 @@ fn kron(x: &Tensor, y: &Tensor) -> Result<Tensor> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::adapter::block_product as adapter_block_product;
     use crate::adapter::fake_base::{close, random};
 
     #[test]
-    fn parts_multiply_to_the_kronecker_product() {
+    fn parts_and_blocks_multiply_to_the_kronecker_product() {
         let factors = [
             Factor::Whole(random(1, (3, 4))),
             Factor::Whole(random(2, (4, 2))),
             Factor::Parts(random(3, (5, 2)), random(4, (2, 3))),
             Factor::Parts(random(5, (2, 4)), random(6, (4, 3))),
+            Factor::Parts(random(7, (6, 1)), random(8, (1, 5))),
         ];
         for first in &factors {
             for second in &factors {
+                let (Delta::BlockProduct { a, mix, b }, _) = block_product(first, second).unwrap() else { panic!() };
+                let blocks = adapter_block_product::dense((&a, &mix, b.as_ref())).unwrap();
                 let ((l1, r1), (l2, r2)) = (first.parts().unwrap(), second.parts().unwrap());
                 assert_eq!(l1.dim(1).unwrap(), first.rank().unwrap());
                 let found = kron(&l1, &l2).unwrap().matmul(&kron(&r1, &r2).unwrap()).unwrap();
                 let expected = kron(&first.matrix().unwrap(), &second.matrix().unwrap()).unwrap();
                 assert!(close(&found, &expected, 1e-6));
+                assert!(close(&blocks, &expected, 1e-6));
             }
         }
     }

@@ -9,6 +9,7 @@
 //! happens to choose. What W loses has rank `q = min(in, out) - e`, so the change has rank 2q.
 
 use candle_core::Tensor;
+use rayon::prelude::*;
 use serde_json::Value;
 
 use super::Kind;
@@ -45,6 +46,9 @@ const U: &str = "osf_svd_params.U_low";
 const S: &str = "osf_svd_params.S_low";
 const V: &str = "osf_svd_params.V_low";
 
+/// Linears decomposed at a time: each takes memory for several copies of its weight in f64.
+const DECOMPOSED_TOGETHER: usize = 4;
+
 /// The field whose expressions are searched for anywhere in a path.
 fn patterns(config: &Config) -> Result<Patterns, AdapterError> {
     Patterns::parse_as(config, "rank_pattern", str::to_owned)
@@ -69,6 +73,7 @@ fn check(config: &Config) -> Result<(), AdapterError> {
 fn lower(lowering: &mut Lowering<'_>) -> Result<(), AdapterError> {
     let patterns = patterns(&lowering.config)?;
     let default = lowering.config.get("effective_rank").cloned();
+    let mut trained = Vec::new();
     for AdaptedLinear { id, in_features, out_features } in adapted::linears(lowering)? {
         let least = in_features.min(out_features);
         let kept = match patterns.get(&lowering.site(id).path)? {
@@ -84,10 +89,16 @@ fn lower(lowering: &mut Lowering<'_>) -> Result<(), AdapterError> {
         let s = lowering.require(id, S, &[q])?;
         let v = lowering.require(id, V, &[q, in_features])?;
         lowering.ranks.insert(q);
-        let (a, b) = linalg::weakest_part(&lowering.weight(id)?, q)?;
-        let a = Tensor::cat(&[v, a], 0)?;
-        let b = Tensor::cat(&[u.broadcast_mul(&s)?, b.neg()?], 1)?;
-        lowering.add_low_rank(id, a, b)?;
+        trained.push((id, v, u.broadcast_mul(&s)?));
+    }
+    for some in trained.chunks(DECOMPOSED_TOGETHER) {
+        let weights = some.iter().map(|(id, ..)| lowering.weight(*id)).collect::<Result<Vec<_>, _>>()?;
+        // Most of a decomposition is one step after the other, so several go side by side.
+        let lost = weights.par_iter().zip(some).map(|(weight, (_, v, _))| linalg::weakest_part(weight, v.dim(0)?));
+        let lost = lost.collect::<candle_core::Result<Vec<_>>>()?;
+        for ((id, v, u), (a, b)) in some.iter().zip(lost) {
+            lowering.add_low_rank(*id, Tensor::cat(&[v, &a], 0)?, Tensor::cat(&[u, &b.neg()?], 1)?)?;
+        }
     }
     Ok(())
 }

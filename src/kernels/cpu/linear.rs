@@ -369,6 +369,7 @@ fn overlaps(rows: &Range<usize>, piece: &Piece<'_>) -> bool {
 mod tests {
     use proptest::prelude::*;
 
+    use super::super::block_product::{BlockProduct, PackedMix};
     use super::super::blocks::Blocks;
     use super::super::circulant::Circulant;
     use super::super::int8::Int8Matrix;
@@ -394,12 +395,76 @@ mod tests {
         shard_sum: Option<(usize, usize, Vec<f32>)>,
         sparse: Option<(Vec<u32>, Vec<u32>, Vec<f32>)>,
         circulant: Option<(usize, Vec<f32>)>,
+        blocks: Option<PlainBlocks>,
         scale: Option<PackedScale>,
         /// Experts, how many are chosen, and prototypes.
         router: Option<(usize, usize, Vec<f32>)>,
         /// Rank of a term that the gates of [`row_gates`] weigh, in turn.
         gated: Option<usize>,
         c: Option<Vec<f32>>,
+    }
+
+    /// A product of blocks.
+    struct PlainBlocks {
+        /// Blocks of inputs and of outputs, and numbers of a block between.
+        sizes: (usize, usize, usize),
+        /// Matrices of inputs.
+        a: Vec<f32>,
+        /// The mix of blocks, or none where they exchange their parts.
+        mix: Option<Vec<f32>>,
+        /// Matrices of outputs.
+        b: Option<Vec<f32>>,
+    }
+
+    impl PlainBlocks {
+        fn random((n, k): (usize, usize), seed: u64) -> Self {
+            let has = |bit: u64| seed >> bit & 1 == 1;
+            let divisor = |of: usize, most: usize| (1..=most).rev().find(|d| of.is_multiple_of(*d)).unwrap_or(1);
+            let (blocks, p, r) =
+                (divisor(k, 6), divisor(n, if has(25) { 3 } else { 9 }), 1 + (seed >> 26) as usize % 20);
+            let (mix, p, r) = if has(27) {
+                let both = (1..=4).rev().find(|d| k.is_multiple_of(*d) && n.is_multiple_of(*d)).unwrap_or(1);
+                return Self {
+                    sizes: (both, both, r * both),
+                    a: random(both * r * k, seed ^ 31),
+                    mix: None,
+                    b: Some(random(n * r * both, seed ^ 32)),
+                };
+            } else {
+                (Some(random(p * blocks, seed ^ 33)), p, if has(28) { n / p } else { r })
+            };
+            let (d, q) = (k / blocks, n / p);
+            Self {
+                sizes: (blocks, p, r),
+                a: random(if has(29) { r * d } else { r * k }, seed ^ 31),
+                mix,
+                b: (!has(28)).then(|| random(if has(30) { q * r } else { n * r }, seed ^ 32)),
+            }
+        }
+
+        fn pack(&self, (n, k): (usize, usize)) -> BlockProduct {
+            let (blocks, p, r) = self.sizes;
+            let (d, q) = (k / blocks, n / p);
+            let mix = self.mix.clone().map_or(PackedMix::Exchange, |w| PackedMix::Matrix { w, p });
+            let b = self.b.as_ref().map(|b| (b.as_slice(), (b.len() / (q * r), q, r)));
+            BlockProduct::new(WeightFormat::F32, (&self.a, (self.a.len() / (r * d), r, d)), mix, b).expect("memory")
+        }
+
+        fn output(&self, x: &[f32], n: usize, o: usize) -> f64 {
+            let (blocks, p, r) = self.sizes;
+            let (d, q) = (x.len() / blocks, n / p);
+            let (i, t) = (o / q, o % q);
+            let g = |j: usize, s: usize| -> f64 {
+                let row = &self.a[(j * r + s) * d % self.a.len()..][..d];
+                row.iter().zip(&x[j * d..]).map(|(a, x)| f64::from(*a) * f64::from(*x)).sum()
+            };
+            let h = |s: usize| match &self.mix {
+                Some(w) => (0..blocks).map(|j| f64::from(w[i * blocks + j]) * g(j, s)).sum(),
+                None => g(s / (r / blocks), i * (r / blocks) + s % (r / blocks)),
+            };
+            let Some(b) = &self.b else { return h(t) };
+            (0..r).map(|s| f64::from(b[(o * r + s) % b.len()]) * h(s)).sum()
+        }
     }
 
     /// Two gates for each row of `x`: two of its own values.
@@ -450,6 +515,7 @@ mod tests {
                     let b = (1..=k).rev().find(|b| k.is_multiple_of(*b) && n.is_multiple_of(*b)).unwrap_or(1);
                     (b, random(n * k / b, seed ^ 13))
                 }),
+                blocks: has(24).then(|| PlainBlocks::random((n, k), seed)),
                 router: has(21).then(|| {
                     let experts = 1 + (seed >> 16) as usize % 4;
                     (experts, 1 + (seed >> 20) as usize % experts, random(experts * k, seed ^ 12))
@@ -495,11 +561,12 @@ mod tests {
                 deltas.push(PackedDelta::Gated { a: RowMatrix::new(WeightFormat::F32, &a, r, k), b, places });
             }
             if let Some((rows, columns, values)) = &self.sparse {
-                deltas.push(PackedDelta::Sparse(SparseRows::new(rows, columns.clone(), values.clone())));
+                deltas.push(PackedDelta::Sparse(SparseRows::new(WeightFormat::F32, k, rows, (columns, values))));
             }
             if let Some((b, kernel)) = &self.circulant {
                 deltas.push(PackedDelta::Circulant(Circulant::new(kernel, (n / b, k / b, *b))));
             }
+            deltas.extend(self.blocks.iter().map(|blocks| PackedDelta::BlockProduct(blocks.pack((n, k)))));
             let own = self.own.as_ref().map(|w| PackedMatrix::from_f32(n, k, |i| &w[i * k..][..k]).expect("own"));
             let rows = self
                 .rows
@@ -577,7 +644,7 @@ mod tests {
                 let value = |i: usize| kernel[(o / b * (k / b) + i / b) * b + (i % b + b - o % b) % b];
                 y += (0..k).map(|i| f64::from(value(i)) * f64::from(x[i])).sum::<f64>();
             }
-            y
+            y + self.blocks.as_ref().map_or(0.0, |blocks| blocks.output(x, w.len() / k, o))
         }
 
         /// One output in f64.

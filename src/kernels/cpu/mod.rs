@@ -3,6 +3,7 @@
 mod ahead;
 mod attention;
 mod base;
+mod block_product;
 mod blocks;
 mod circulant;
 mod dispatch;
@@ -36,6 +37,7 @@ mod words;
 
 pub(crate) use attention::QuerySpan;
 pub use base::{BaseMatrix, RowForm};
+pub use block_product::{BlockProduct, Matrices, PackedMix};
 pub use blocks::Blocks;
 pub use circulant::Circulant;
 pub use int8::Int8Matrix;

@@ -12,7 +12,7 @@ use super::rows::{RowMatrix, dot_rows};
 use super::shared::Shared;
 use super::slots::{PackedDelta, RowGates, SlotRun, short_len};
 
-/// Rows of one shrinking task.
+/// Rows of one shrinking task, a multiple of those that sparse terms take together.
 const SHRINK_ROWS: usize = 16;
 
 /// Where the working memory of every run lies.
@@ -132,8 +132,9 @@ pub(super) fn shrink(
                 PackedDelta::ShardSum { m } => {
                     x.chunks_exact(k).zip(h.chunks_exact_mut(m.k())).for_each(|(row, h)| shard_sum(row, h));
                 }
-                PackedDelta::Sparse(_) => {}
+                PackedDelta::Sparse(s) => s.transpose(x, h),
                 PackedDelta::Circulant(c) => c.multiply(x, h),
+                PackedDelta::BlockProduct(product) => product.shrink(x, h),
             }
         }
         if let Some((indexes, replaced)) = &slots.rows {

@@ -4,6 +4,7 @@
 
 use std::ops::Range;
 
+use super::block_product::BlockProduct;
 use super::circulant::Circulant;
 use super::dispatch::{dispatch, fma};
 use super::isa::Isa;
@@ -67,10 +68,12 @@ pub enum PackedDelta {
         /// Which of a row's gates goes with each number (r).
         places: Vec<u32>,
     },
-    /// `S x`, S: (n, k) in f32. It reads the row itself, which no format has rounded.
+    /// `S x`, S: (n, k). It reads the row itself, which no format has rounded.
     Sparse(SparseRows),
     /// `C x`, C: (n, k) in f32. It reads the row itself too.
     Circulant(Circulant),
+    /// Products of blocks, mixed.
+    BlockProduct(BlockProduct),
 }
 
 /// Consecutive rows of `x` with one adapter.
@@ -114,7 +117,11 @@ impl PackedSlots {
 
     /// Whether a row is so much work before the sweep that it is a task by itself.
     pub(super) fn computes_by_row(&self) -> bool {
-        self.deltas.iter().any(|delta| matches!(delta, PackedDelta::Circulant(_)))
+        self.deltas.iter().any(|delta| match delta {
+            PackedDelta::Circulant(_) => true,
+            PackedDelta::BlockProduct(product) => product.computes_by_row(),
+            _ => false,
+        })
     }
 }
 
@@ -124,19 +131,21 @@ impl PackedDelta {
         match self {
             Self::LowRank { b, .. } | Self::Routed { b, .. } | Self::Gated { b, .. } => Some(b),
             Self::ShardSum { m } => Some(m),
+            Self::BlockProduct(product) => product.up(),
             Self::Sparse(_) | Self::Circulant(_) => None,
         }
     }
 
-    /// Elements per row of its short vectors: a sparse term has none, a circulant one has its outputs there.
+    /// Elements per row of its short vectors: a sparse term has its inputs there, a circulant one its outputs.
     pub(super) fn short_len(&self) -> usize {
         match self {
             Self::LowRank { b: up, .. }
             | Self::Routed { b: up, .. }
             | Self::Gated { b: up, .. }
             | Self::ShardSum { m: up } => up.k(),
-            Self::Sparse(_) => 0,
+            Self::Sparse(s) => s.k(),
             Self::Circulant(c) => c.num_outputs(),
+            Self::BlockProduct(product) => product.short_len(),
         }
     }
 }
@@ -212,18 +221,15 @@ pub(super) unsafe fn apply_slots(
                 // SAFETY: the caller's contract.
                 unsafe { expand_rows(h, up, outputs) };
             }
-            PackedDelta::Circulant(_) => {
-                for (row, h) in (from..to).zip(h.chunks_exact(r)) {
-                    // SAFETY: the caller's contract; one row at a time.
-                    let y = unsafe { outputs.row(row) };
-                    y.iter_mut().zip(&h[outputs.first..]).for_each(|(y, h)| *y += h);
-                }
-            }
+            // SAFETY: the caller's contract.
+            PackedDelta::Circulant(_) => unsafe { add_outputs(h, r, outputs) },
+            // SAFETY: the caller's contract.
+            PackedDelta::BlockProduct(product) => unsafe { product.add(h, outputs) },
             PackedDelta::Sparse(s) => {
-                for (row, x) in (from..to).zip(x.chunks_exact(x.len() / (to - from))) {
-                    // SAFETY: the caller's contract; one row at a time.
-                    s.add(x, outputs.first, unsafe { outputs.row(row) });
-                }
+                // Rows are in eights unless they were prepared one by one.
+                let run = if slots.computes_by_row() { &[] } else { &short[start - run_rows * r..start] };
+                // SAFETY: the caller's contract.
+                unsafe { s.add(x, run, outputs) };
             }
         }
     }
@@ -232,6 +238,18 @@ pub(super) unsafe fn apply_slots(
             // SAFETY: the caller's contract; one row at a time.
             scale.apply(outputs.first, unsafe { outputs.row(row) });
         }
+    }
+}
+
+/// Adds what was computed of every row before the sweep, (rows, n).
+///
+/// # Safety
+/// Nobody else may use the outputs meanwhile.
+pub(super) unsafe fn add_outputs(h: &[f32], n: usize, outputs: &Outputs<'_>) {
+    for (row, h) in (outputs.rows.0..outputs.rows.1).zip(h.chunks_exact(n)) {
+        // SAFETY: the caller's contract; one row at a time.
+        let y = unsafe { outputs.row(row) };
+        y.iter_mut().zip(&h[outputs.first..]).for_each(|(y, h)| *y += h);
     }
 }
 
@@ -263,10 +281,10 @@ unsafe fn expand_rows(h: &[f32], b: &PackedMatrix, outputs: &Outputs<'_>) {
 const VECTORS: usize = PANEL / LANES;
 
 /// The columns of one panel in up to [`EXPAND_ROWS`] rows; rows that are not there are empty.
-type PanelRows<'a> = [&'a mut [f32]; EXPAND_ROWS];
+pub(super) type PanelRows<'a> = [&'a mut [f32]; EXPAND_ROWS];
 
 /// `y[m, j] += sum_s b[j, s] * h[m, s]` for the columns of one panel and up to [`EXPAND_ROWS`] rows.
-fn expand_tile(isa: Isa, h: &[f32], panel: &[u32], b: &PackedMatrix, y: &mut PanelRows<'_>) {
+pub(super) fn expand_tile(isa: Isa, h: &[f32], panel: &[u32], b: &PackedMatrix, y: &mut PanelRows<'_>) {
     match isa {
         Isa::Avx512 | Isa::Avx512Bf16 => expand_wide(isa, h, panel, b, y),
         Isa::Avx2 | Isa::Portable => expand_narrow(isa, h, panel, b, y),
@@ -318,7 +336,8 @@ fn expand_some<const M: usize, const V: usize, const FMA: bool>(
     let r = b.k();
     assert_eq!(h.len(), M * r, "h has the rows");
     let (steps, _) = panel.as_chunks::<PANEL>();
-    for from in (0..VECTORS).step_by(V) {
+    let columns = y[0].len().div_ceil(LANES);
+    for from in (0..columns).step_by(V) {
         let mut acc = [[[0.0_f32; LANES]; V]; M];
         for (step, words) in steps.iter().enumerate() {
             let (vectors, _) = words.as_chunks::<LANES>();
@@ -358,7 +377,7 @@ fn expand_some<const M: usize, const V: usize, const FMA: bool>(
 
 dispatch! {
     /// `y[j] += sum_s b[(from + j) mod q, s] * h[s]`, b: (q, r) packed, h: (r) f32.
-    fn expand(h: &[f32], b: &PackedMatrix, from: usize, y: &mut [f32]) => expand_body
+    pub(super) fn expand(h: &[f32], b: &PackedMatrix, from: usize, y: &mut [f32]) => expand_body
 }
 
 #[inline(always)]

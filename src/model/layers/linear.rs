@@ -236,6 +236,7 @@ impl Linear {
             Delta::ShardSum { m } => Term::ShardSum { m },
             Delta::Sparse { rows, columns, values } => Term::Sparse { rows, columns, values },
             Delta::Circulant { kernel } => Term::Circulant { kernel },
+            Delta::BlockProduct { a, mix, b } => Term::BlockProduct { a, mix, b: b.as_ref() },
         });
         SegmentTerms {
             start: segment.start,
