@@ -60,6 +60,7 @@ fn linear_is_neutral(slots: &LinearSlots, id: SiteId, base: &dyn BaseWeights, dt
             Delta::ShardSum { m } => all_equal(m, 0.0)?,
             Delta::Sparse { values, .. } => all_equal(values, 0.0)?,
             Delta::Circulant { kernel } => all_equal(kernel, 0.0)?,
+            Delta::SharedLowRank { d, g, .. } => all_equal(g, 0.0)? || all_equal(d, 0.0)?,
         };
         if !vanishes {
             return Ok(false);

@@ -4,7 +4,7 @@
 use candle_core::{DType, Result, Tensor};
 
 use super::lowering::Lowering;
-use super::{AdapterError, Delta, LinearSlots, Pre, Scale, SiteId, SiteKind, Weight};
+use super::{AdapterError, Delta, LinearSlots, Pre, Scale, SharedMatrix, SiteId, SiteKind, Weight};
 use crate::kernels::{at_places, circulant_matrix};
 
 /// Folds input transforms, deltas and scales of every linear into own weights. Norms, embeddings and `c` stay as they
@@ -133,7 +133,22 @@ pub(super) fn dense(delta: &Delta, out_features: usize, in_features: usize) -> R
             Tensor::from_vec(entries, (out_features, in_features), values.device())
         }
         Delta::Circulant { kernel } => circulant_matrix(&kernel.to_dtype(DType::F32)?),
+        Delta::SharedLowRank { a, b, d, g } => {
+            let (a, b) = shared_factors((a, b), (d, g))?;
+            b.matmul(&a)
+        }
     }
+}
+
+/// The factors a: (r, in), b: (out, r) in f32 of a delta whose matrices are shared, with its vectors in them.
+pub(super) fn shared_factors(
+    (a, b): (&SharedMatrix, &SharedMatrix),
+    (d, g): (&Tensor, &Tensor),
+) -> Result<(Tensor, Tensor)> {
+    let scaled = |matrix: &SharedMatrix, scale: &Tensor| {
+        matrix.tensor().to_dtype(DType::F32)?.broadcast_mul(&scale.to_dtype(DType::F32)?.unsqueeze(1)?)
+    };
+    Ok((scaled(a, d)?, scaled(b, g)?))
 }
 
 /// The matrix with rows `ids` replaced by `rows` (ids, in). weight: (out, in) f32; result: the same.
@@ -145,6 +160,8 @@ pub(super) fn with_rows(weight: &Tensor, ids: &[u32], rows: &Tensor) -> Result<T
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use super::*;
     use crate::adapter::fake_base::{close, random};
     use crate::kernels::ButterflyFactor;
@@ -214,6 +231,13 @@ mod tests {
                     *y += (0..x.len()).map(|i| kernel[o / b][i / b][(i % b + b - o % b) % b] * x[i]).sum::<f32>();
                 }
             }
+            Delta::SharedLowRank { a, b, d, g } => {
+                let [a, b] = [a, b].map(|matrix| matrix.tensor().to_vec2::<f32>().unwrap());
+                let (d, g) = (d.to_vec1::<f32>().unwrap(), g.to_vec1::<f32>().unwrap());
+                let dot = |u: &[f32], v: &[f32]| u.iter().zip(v).map(|(u, v)| u * v).sum::<f32>();
+                let low: Vec<f32> = a.iter().zip(d).map(|(row, d)| d * dot(row, x)).collect();
+                y.iter_mut().zip(&b).zip(g).for_each(|((y, row), g)| *y += g * dot(row, &low));
+            }
             Delta::ShardSum { m } => {
                 let m = m.to_vec2::<f32>().unwrap();
                 let mut sums = vec![0.0; m.len()];
@@ -276,6 +300,9 @@ mod tests {
             check(&LinearSlots { pre, scale: rotation(), ..slots(vec![sparse(), low_rank()]) });
         }
         check(&slots(vec![Delta::Circulant { kernel: random(14, (6, 5, 2)) }, low_rank()]));
+        let matrix = |seed, shape: (usize, usize)| Arc::new(SharedMatrix::new(&random(seed, shape)).unwrap());
+        let (a, b) = (matrix(19, (4, 10)), matrix(20, (12, 4)));
+        check(&slots(vec![Delta::SharedLowRank { a, b, d: random(21, 4), g: random(22, 12) }, low_rank()]));
         let factor = |seed: u64, shape, places: [u32; 10]| ButterflyFactor {
             places: index(&places),
             blocks: random(seed, shape),

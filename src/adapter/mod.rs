@@ -28,6 +28,7 @@ mod merge;
 mod normal_form;
 mod replace;
 mod rotation;
+mod shared_matrix;
 mod site;
 mod tensor_file;
 #[cfg(test)]
@@ -49,4 +50,5 @@ pub use normal_form::{
     ButterflyFactor, Delta, EmbeddingPatch, KvPrefix, LinearSlots, LoadedAdapter, LoweredAdapter, NormOverride, Pre,
     Scale, Weight,
 };
+pub use shared_matrix::{SharedMatrix, WeakTable};
 pub use site::{BaseShape, BaseWeights, Site, SiteId, SiteKind, SiteTable};

@@ -121,6 +121,17 @@ pub enum Term<'a> {
         /// First row of each block (out / b, in / b, b).
         kernel: &'a Tensor,
     },
+    /// `g * (b (d * (a x)))`.
+    ScaledLowRank {
+        /// Down projection (r, in).
+        a: &'a Tensor,
+        /// Up projection (out, r).
+        b: &'a Tensor,
+        /// Scales the numbers between them, (r).
+        d: &'a Tensor,
+        /// Scales the outputs, (out).
+        g: &'a Tensor,
+    },
 }
 
 /// An output scale of product and terms.
@@ -223,6 +234,10 @@ fn apply_one((x, pre_x): (&Tensor, &Tensor), product: Option<&Tensor>, segment: 
             Term::ShardSum { m } => add_shard_sum(&y, &x, m)?,
             Term::Sparse { rows, columns, values } => add_sparse(&y, &x, (rows, columns), values)?,
             Term::Circulant { kernel } => (y + linear(&x, &circulant_matrix(kernel)?)?)?,
+            Term::ScaledLowRank { a, b, d, g } => {
+                let h = linear(&x, a)?.broadcast_mul(d)?; // [rows, r]
+                (y + linear(&h, b)?.broadcast_mul(g)?)?
+            }
         };
     }
     y = match segment.scale {

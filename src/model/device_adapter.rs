@@ -8,6 +8,7 @@ use half::slice::HalfFloatSliceExt;
 use rayon::prelude::*;
 
 use super::gates::DeviceGates;
+use super::shared_forms::{PackedForms, SharedForms};
 use crate::adapter::{
     AttentionBranch, Delta, EmbeddingPatch, GateNetwork, KvPrefix, LinearSlots, LoweredAdapter, NormOverride, Pre,
     Scale, SiteId, StreamFunction, Weight,
@@ -78,7 +79,9 @@ impl DeviceAdapter {
                 }
             }
         }
-        let packed = to_pack.into_par_iter().map(|(site, slots, format)| Ok((site, pack_slots(slots, format)?)));
+        let shared = place.shared.packed(to_pack.iter().map(|(_, slots, format)| (*slots, *format)))?;
+        let packed =
+            to_pack.into_par_iter().map(|(site, slots, format)| Ok((site, pack_slots(slots, format, &shared)?)));
         placed.packed = packed.collect::<Result<_>>()?;
         for (site, norm) in &adapter.norms {
             if pack_layers {
@@ -132,7 +135,7 @@ pub(super) fn quantise_matrix(w: &Tensor) -> Result<Int8Matrix> {
     Ok(packed?)
 }
 
-fn pack_as(w: &Tensor, format: WeightFormat) -> Result<PackedMatrix> {
+pub(super) fn pack_as(w: &Tensor, format: WeightFormat) -> Result<PackedMatrix> {
     let (n, k) = w.dims2()?;
     let packed = match (format, w.dtype()) {
         (WeightFormat::Bf16, DType::BF16) => {
@@ -151,7 +154,7 @@ fn pack_as(w: &Tensor, format: WeightFormat) -> Result<PackedMatrix> {
     Ok(packed?)
 }
 
-fn host(tensor: &Tensor) -> Result<Vec<f32>> {
+pub(super) fn host(tensor: &Tensor) -> Result<Vec<f32>> {
     tensor.to_dtype(DType::F32)?.flatten_all()?.to_vec1()
 }
 
@@ -159,7 +162,7 @@ fn pack_blocks(blocks: &Tensor) -> Result<Blocks> {
     Ok(Blocks { s: blocks.dim(1)?, values: host(blocks)? })
 }
 
-fn pack_slots(slots: &LinearSlots, format: WeightFormat) -> Result<PackedSlots> {
+fn pack_slots(slots: &LinearSlots, format: WeightFormat, shared: &PackedForms) -> Result<PackedSlots> {
     let mut deltas = Vec::with_capacity(slots.deltas.len());
     for delta in &slots.deltas {
         deltas.push(match delta {
@@ -189,6 +192,7 @@ fn pack_slots(slots: &LinearSlots, format: WeightFormat) -> Result<PackedSlots> 
                 PackedDelta::Sparse(SparseRows::new(&rows, columns, host(values)?))
             }
             Delta::Circulant { kernel } => PackedDelta::Circulant(Circulant::new(&host(kernel)?, kernel.dims3()?)),
+            Delta::SharedLowRank { a, b, d, g } => PackedDelta::Joint(shared.term((a, b), (d, g), format)?),
         });
     }
     let rows = match &slots.rows {
@@ -233,6 +237,8 @@ pub(super) struct Placement<'a> {
     pub(super) layout: KvLayout,
     /// Key and value heads, and the length of their vectors.
     pub(super) heads: (usize, usize),
+    /// Matrices that adapters share.
+    pub(super) shared: &'a SharedForms,
 }
 
 impl Placement<'_> {
@@ -271,6 +277,10 @@ impl Placement<'_> {
                     values: self.tensor(values)?,
                 },
                 Delta::Circulant { kernel } => Delta::Circulant { kernel: self.tensor(kernel)? },
+                Delta::SharedLowRank { a, b, d, g } => {
+                    let matrix = |matrix| self.shared.tensor(matrix, |tensor| self.tensor(tensor));
+                    Delta::SharedLowRank { a: matrix(a)?, b: matrix(b)?, d: self.tensor(d)?, g: self.tensor(g)? }
+                }
             });
         }
         let rows = slots.rows.as_ref().map(|(indexes, rows)| Result::Ok((indexes.clone(), self.tensor(rows)?)));

@@ -5,7 +5,8 @@ use std::collections::BTreeMap;
 use candle_core::{DType, Device, Tensor};
 use patchbay::adapter::{
     AttentionBranch, BaseShape, BaseWeights, ButterflyFactor, Delta, EmbeddingPatch, GateNetwork, GateRule, KvPrefix,
-    LayerSlots, LinearSlots, LoweredAdapter, Mix, NormOverride, Pre, Scale, SiteKind, StreamFunction, Weight,
+    LayerSlots, LinearSlots, LoweredAdapter, Mix, NormOverride, Pre, Scale, SharedMatrix, SiteKind, StreamFunction,
+    Weight,
 };
 use patchbay::model::{DeviceChoice, Model};
 use rand::seq::IndexedRandom;
@@ -65,6 +66,9 @@ fn random_linear(rng: &mut ChaCha8Rng, in_features: usize, out_features: usize) 
         slots.deltas.push(Delta::Circulant { kernel: random(rng, &[out_features / b, in_features / b, b], 0.) });
     }
     if rng.random_bool(0.3) {
+        slots.deltas.push(random_shared(rng, in_features, out_features));
+    }
+    if rng.random_bool(0.3) {
         slots.deltas.push(random_sparse(rng, in_features, out_features));
     }
     slots.scale = random_scale(rng, out_features);
@@ -72,6 +76,19 @@ fn random_linear(rng: &mut ChaCha8Rng, in_features: usize, out_features: usize) 
         slots.c = Some(random(rng, &[out_features], 0.));
     }
     slots
+}
+
+/// One of two pairs of matrices, so that adapters have the same ones.
+fn random_shared(rng: &mut ChaCha8Rng, in_features: usize, out_features: usize) -> Delta {
+    let which = rng.random_range(0..2);
+    let (mut same, r) = (ChaCha8Rng::seed_from_u64(which), [3, 18][which as usize]);
+    let mut matrix = |shape: [usize; 2]| SharedMatrix::new(&random(&mut same, &shape, 0.)).unwrap().kept_once();
+    Delta::SharedLowRank {
+        a: matrix([r, in_features]),
+        b: matrix([out_features, r]),
+        d: random(rng, &[r], 1.),
+        g: random(rng, &[out_features], 0.),
+    }
 }
 
 fn random_pre(rng: &mut ChaCha8Rng, in_features: usize) -> Pre {
@@ -354,6 +371,10 @@ fn output_matrix(scale: &Scale, n: usize) -> Tensor {
 fn dense(delta: &Delta, (out_features, in_features): (usize, usize)) -> Tensor {
     match delta {
         Delta::LowRank { a, b } => b.matmul(a).unwrap(),
+        Delta::SharedLowRank { a, b, d, g } => {
+            let a = a.tensor().broadcast_mul(&d.unsqueeze(1).unwrap()).unwrap();
+            b.tensor().broadcast_mul(&g.unsqueeze(1).unwrap()).unwrap().matmul(&a).unwrap()
+        }
         Delta::Routed { .. } | Delta::Gated { .. } => panic!("a routed term is no matrix"),
         Delta::ShardSum { m } => {
             let (r, q) = m.dims2().unwrap();

@@ -2,7 +2,7 @@
 
 use candle_core::{DType, Tensor};
 
-use super::super::merge::scaled;
+use super::super::merge::{scaled, shared_factors};
 use super::super::{Delta, LinearSlots, Pre, Scale, SiteId, Weight};
 use super::scale::{at_strength, inverse, then};
 use super::{Composer, Fault, Step, refused};
@@ -170,6 +170,19 @@ impl Composer<'_> {
             }
             Delta::Circulant { .. } => {
                 return refused(format!("circulant blocks cannot be scaled by output: name `{}` first", step.name));
+            }
+            Delta::SharedLowRank { a, b, d, g } => {
+                let g = match factor {
+                    Scale::One => g.to_dtype(DType::F32)?,
+                    Scale::Diag(scale) => (scale * g.to_dtype(DType::F32)?)?,
+                    // What mixes outputs leaves nothing to share.
+                    Scale::PairRot { .. } | Scale::BlockDiag(_) => {
+                        let (a, b) = shared_factors((a, b), (d, g))?;
+                        return Ok(Delta::LowRank { a: self.store(&a)?, b: times(&b)? });
+                    }
+                };
+                let g = self.store(&(g * f64::from(step.strength))?)?;
+                Delta::SharedLowRank { a: a.clone(), b: b.clone(), d: d.clone(), g }
             }
         })
     }

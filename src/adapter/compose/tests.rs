@@ -1,10 +1,12 @@
+use std::sync::Arc;
+
 use candle_core::{DType, Device, Tensor};
 
 use super::super::fake_base::{FakeBase, VOCAB, close, random};
 use super::super::merge::{effective_weight, scaled};
 use super::super::{
     BaseWeights, ButterflyFactor, Delta, EmbeddingPatch, GateNetwork, GateRule, KvPrefix, LinearSlots, LoweredAdapter,
-    NormOverride, Pre, Scale, Weight,
+    NormOverride, Pre, Scale, SharedMatrix, Weight,
 };
 use super::{Part, compose, own_bytes_of};
 
@@ -91,6 +93,7 @@ struct Sorts {
     blocks: LinearSlots,
     butterfly: LinearSlots,
     circulant: LinearSlots,
+    shared: LinearSlots,
     outputs: LinearSlots,
     own: LinearSlots,
     rows: LinearSlots,
@@ -103,6 +106,7 @@ fn sorts() -> Sorts {
     let low_rank = |seed| Delta::LowRank { a: random(seed, (3, k)), b: random(seed + 1, (n, 3)) };
     // Away from zero, so that its inverse is well behaved.
     let around_one = |seed, len: usize| (random(seed, len) * 0.4).unwrap().affine(1.0, 1.0).unwrap();
+    let matrix = |seed, shape: (usize, usize)| Arc::new(SharedMatrix::new(&random(seed, shape)).unwrap());
     let index = |values: &[u32]| Tensor::new(values, &Device::Cpu).unwrap();
     let last = n as u32 - 1;
     Sorts {
@@ -132,6 +136,12 @@ fn sorts() -> Sorts {
             ..LinearSlots::default()
         },
         circulant: deltas(vec![Delta::Circulant { kernel: random(24, (n / 2, k / 2, 2)) }]),
+        shared: deltas(vec![Delta::SharedLowRank {
+            a: matrix(27, (3, k)),
+            b: matrix(28, (n, 3)),
+            d: random(29, 3),
+            g: random(30, n),
+        }]),
         outputs: LinearSlots {
             scale: Scale::BlockDiag(random(25, (n.div_ceil(5), 5, 5))),
             c: Some(random(26, n)),
@@ -151,6 +161,7 @@ fn a_strength_is_a_step_from_the_base_towards_the_adapter() {
             check(&[(slots, strength)]);
         }
     }
+    check(&[(&sorts.shared, 0.3)]);
     check(&[(&sorts.rotation, 1.0)]);
     check(&[(&sorts.blocks, 1.0)]);
     check(&[(&sorts.butterfly, 1.0)]);
@@ -161,7 +172,9 @@ fn a_strength_is_a_step_from_the_base_towards_the_adapter() {
 fn each_step_acts_on_what_those_before_it_made() {
     let sorts = sorts();
     let Sorts { low_rank, shards, tiles, sparse, scale, scaled_delta, rotation, bias, input, .. } = &sorts;
-    let Sorts { blocks, butterfly, circulant, outputs, own, rows, .. } = &sorts;
+    let Sorts { blocks, butterfly, circulant, shared, outputs, own, rows, .. } = &sorts;
+    check(&[(scale, 0.5), (shared, 0.7), (low_rank, 1.0), (scale, 1.0)]);
+    check(&[(rotation, 1.0), (shared, 0.5), (shared, 1.0)]);
     check(&[(low_rank, 0.7), (shards, 0.3), (sparse, -1.0)]);
     check(&[(low_rank, 0.7), (scaled_delta, 1.0)]);
     check(&[(scaled_delta, 1.0), (low_rank, 0.7), (scale, 0.5)]);

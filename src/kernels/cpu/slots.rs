@@ -7,6 +7,7 @@ use std::ops::Range;
 use super::circulant::Circulant;
 use super::dispatch::{dispatch, fma};
 use super::isa::Isa;
+use super::joint::JointLowRank;
 use super::packed::{PANEL, PackedMatrix, WeightFormat};
 use super::pre::PackedPre;
 use super::route::Router;
@@ -71,6 +72,8 @@ pub enum PackedDelta {
     Sparse(SparseRows),
     /// `C x`, C: (n, k) in f32. It reads the row itself too.
     Circulant(Circulant),
+    /// A low-rank term whose matrices other adapters share. It comes before the other terms.
+    Joint(JointLowRank),
 }
 
 /// Consecutive rows of `x` with one adapter.
@@ -119,23 +122,24 @@ impl PackedSlots {
 }
 
 impl PackedDelta {
-    /// The up projection; terms that are not a product of two matrices have none.
+    /// The up projection; terms that are not a product of two matrices of their own have none.
     pub(super) fn up(&self) -> Option<&PackedMatrix> {
         match self {
             Self::LowRank { b, .. } | Self::Routed { b, .. } | Self::Gated { b, .. } => Some(b),
             Self::ShardSum { m } => Some(m),
-            Self::Sparse(_) | Self::Circulant(_) => None,
+            Self::Sparse(_) | Self::Circulant(_) | Self::Joint(_) => None,
         }
     }
 
-    /// Elements per row of its short vectors: a sparse term has none, a circulant one has its outputs there.
+    /// Elements per row of its short vectors: a sparse term has none, nor has a joint one here, and a circulant one has its
+    /// outputs there.
     pub(super) fn short_len(&self) -> usize {
         match self {
             Self::LowRank { b: up, .. }
             | Self::Routed { b: up, .. }
             | Self::Gated { b: up, .. }
             | Self::ShardSum { m: up } => up.k(),
-            Self::Sparse(_) => 0,
+            Self::Sparse(_) | Self::Joint(_) => 0,
             Self::Circulant(c) => c.num_outputs(),
         }
     }
@@ -174,8 +178,27 @@ impl Outputs<'_> {
     }
 }
 
-/// Replaced rows, terms and scale, but no scale that needs whole rows. `x` are the rows' inputs (rows, k); `short` the
-/// run's short vectors, of `run_rows` rows.
+/// Replaced rows of the weight. `short` are the run's short vectors, of `run_rows` rows.
+///
+/// # Safety
+/// Nobody else may use the outputs meanwhile.
+pub(super) unsafe fn replace_rows(slots: &PackedSlots, (short, run_rows): (&[f32], usize), outputs: &Outputs<'_>) {
+    let Some((indexes, _)) = &slots.rows else { return };
+    let before = slots.deltas.iter().map(PackedDelta::short_len).sum::<usize>() * run_rows;
+    let begin = indexes.partition_point(|index| (*index as usize) < outputs.first);
+    for row in outputs.rows.0..outputs.rows.1 {
+        let replaced = &short[before + row * indexes.len()..][..indexes.len()];
+        // SAFETY: the caller's contract; one row at a time.
+        let y = unsafe { outputs.row(row) };
+        for (index, value) in indexes.iter().zip(replaced).skip(begin) {
+            let Some(y) = y.get_mut(*index as usize - outputs.first) else { break };
+            *y = *value;
+        }
+    }
+}
+
+/// Terms, but for joint ones, and scale, but no scale that needs whole rows. `x` are the rows' inputs (rows, k); `short`
+/// the run's short vectors, of `run_rows` rows.
 ///
 /// # Safety
 /// Nobody else may use the outputs meanwhile.
@@ -186,19 +209,6 @@ pub(super) unsafe fn apply_slots(
     outputs: &Outputs<'_>,
 ) {
     let (from, to) = outputs.rows;
-    if let Some((indexes, _)) = &slots.rows {
-        let before = slots.deltas.iter().map(PackedDelta::short_len).sum::<usize>() * run_rows;
-        let begin = indexes.partition_point(|index| (*index as usize) < outputs.first);
-        for row in from..to {
-            let replaced = &short[before + row * indexes.len()..][..indexes.len()];
-            // SAFETY: the caller's contract; one row at a time.
-            let y = unsafe { outputs.row(row) };
-            for (index, value) in indexes.iter().zip(replaced).skip(begin) {
-                let Some(y) = y.get_mut(*index as usize - outputs.first) else { break };
-                *y = *value;
-            }
-        }
-    }
     let mut start = 0;
     for delta in &slots.deltas {
         let r = delta.short_len();
@@ -219,6 +229,7 @@ pub(super) unsafe fn apply_slots(
                     y.iter_mut().zip(&h[outputs.first..]).for_each(|(y, h)| *y += h);
                 }
             }
+            PackedDelta::Joint(_) => {}
             PackedDelta::Sparse(s) => {
                 for (row, x) in (from..to).zip(x.chunks_exact(x.len() / (to - from))) {
                     // SAFETY: the caller's contract; one row at a time.
@@ -263,10 +274,10 @@ unsafe fn expand_rows(h: &[f32], b: &PackedMatrix, outputs: &Outputs<'_>) {
 const VECTORS: usize = PANEL / LANES;
 
 /// The columns of one panel in up to [`EXPAND_ROWS`] rows; rows that are not there are empty.
-type PanelRows<'a> = [&'a mut [f32]; EXPAND_ROWS];
+pub(super) type PanelRows<'a> = [&'a mut [f32]; EXPAND_ROWS];
 
 /// `y[m, j] += sum_s b[j, s] * h[m, s]` for the columns of one panel and up to [`EXPAND_ROWS`] rows.
-fn expand_tile(isa: Isa, h: &[f32], panel: &[u32], b: &PackedMatrix, y: &mut PanelRows<'_>) {
+pub(super) fn expand_tile(isa: Isa, h: &[f32], panel: &[u32], b: &PackedMatrix, y: &mut PanelRows<'_>) {
     match isa {
         Isa::Avx512 | Isa::Avx512Bf16 => expand_wide(isa, h, panel, b, y),
         Isa::Avx2 | Isa::Portable => expand_narrow(isa, h, panel, b, y),

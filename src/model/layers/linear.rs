@@ -236,6 +236,7 @@ impl Linear {
             Delta::ShardSum { m } => Term::ShardSum { m },
             Delta::Sparse { rows, columns, values } => Term::Sparse { rows, columns, values },
             Delta::Circulant { kernel } => Term::Circulant { kernel },
+            Delta::SharedLowRank { a, b, d, g } => Term::ScaledLowRank { a: a.tensor(), b: b.tensor(), d, g },
         });
         SegmentTerms {
             start: segment.start,
