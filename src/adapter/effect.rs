@@ -58,7 +58,7 @@ fn linear_is_neutral(slots: &LinearSlots, id: SiteId, base: &dyn BaseWeights, dt
                 all_equal(b, 0.0)? || all_equal(a, 0.0)?
             }
             Delta::ShardSum { m } => all_equal(m, 0.0)?,
-            Delta::Sparse { values, .. } => all_equal(values, 0.0)?,
+            Delta::Sparse { values, .. } | Delta::Spectral { values, .. } => all_equal(values, 0.0)?,
             Delta::Circulant { kernel } => all_equal(kernel, 0.0)?,
             Delta::SharedLowRank { d, g, .. } => all_equal(g, 0.0)? || all_equal(d, 0.0)?,
         };

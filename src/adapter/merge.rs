@@ -5,7 +5,7 @@ use candle_core::{DType, Result, Tensor};
 
 use super::lowering::Lowering;
 use super::{AdapterError, Delta, LinearSlots, Pre, Scale, SharedMatrix, SiteId, SiteKind, Weight};
-use crate::kernels::{at_places, circulant_matrix};
+use crate::kernels::{Spectral, at_places, circulant_matrix};
 
 /// Folds input transforms, deltas and scales of every linear into own weights. Norms, embeddings and `c` stay as they
 /// are; linears with none of the three keep what they have.
@@ -133,6 +133,9 @@ pub(super) fn dense(delta: &Delta, out_features: usize, in_features: usize) -> R
             Tensor::from_vec(entries, (out_features, in_features), values.device())
         }
         Delta::Circulant { kernel } => circulant_matrix(&kernel.to_dtype(DType::F32)?),
+        Delta::Spectral { basis, shape, rows, columns, values } => {
+            Spectral { basis, shape: *shape, rows, columns, values }.matrix()
+        }
         Delta::SharedLowRank { a, b, d, g } => {
             let (a, b) = shared_factors((a, b), (d, g))?;
             b.matmul(&a)
@@ -164,7 +167,7 @@ mod tests {
 
     use super::*;
     use crate::adapter::fake_base::{close, random};
-    use crate::kernels::ButterflyFactor;
+    use crate::kernels::{Basis, ButterflyFactor};
 
     /// The linear without its bias, by the definition of each slot; x: (tokens, in).
     fn apply(slots: &LinearSlots, weight: &Tensor, x: &Tensor) -> Vec<Vec<f32>> {
@@ -229,6 +232,18 @@ mod tests {
                 let b = kernel[0][0].len();
                 for (o, y) in y.iter_mut().enumerate() {
                     *y += (0..x.len()).map(|i| kernel[o / b][i / b][(i % b + b - o % b) % b] * x[i]).sum::<f32>();
+                }
+            }
+            Delta::Spectral { shape: (n, k), rows, columns, values, .. } => {
+                // The Fourier basis.
+                let (rows, columns) = (rows.to_vec1::<u32>().unwrap(), columns.to_vec1::<u32>().unwrap());
+                for ((u, v), value) in rows.iter().zip(&columns).zip(values.to_vec1::<f32>().unwrap()) {
+                    for (t, y) in y.iter_mut().enumerate() {
+                        for (q, x) in x.iter().enumerate() {
+                            let turn = (t as u32 * u) as f32 / *n as f32 + (q as u32 * v) as f32 / *k as f32;
+                            *y += value * x * (std::f32::consts::TAU * turn).cos() / ((n * k) as f32).sqrt();
+                        }
+                    }
                 }
             }
             Delta::SharedLowRank { a, b, d, g } => {
@@ -300,6 +315,16 @@ mod tests {
             check(&LinearSlots { pre, scale: rotation(), ..slots(vec![sparse(), low_rank()]) });
         }
         check(&slots(vec![Delta::Circulant { kernel: random(14, (6, 5, 2)) }, low_rank()]));
+        check(&slots(vec![
+            Delta::Spectral {
+                basis: Basis::Fourier,
+                shape: (12, 10),
+                rows: index(&[0, 4, 11]),
+                columns: index(&[3, 0, 9]),
+                values: random(23, 3),
+            },
+            low_rank(),
+        ]));
         let matrix = |seed, shape: (usize, usize)| Arc::new(SharedMatrix::new(&random(seed, shape)).unwrap());
         let (a, b) = (matrix(19, (4, 10)), matrix(20, (12, 4)));
         check(&slots(vec![Delta::SharedLowRank { a, b, d: random(21, 4), g: random(22, 12) }, low_rank()]));

@@ -11,6 +11,7 @@ mod compose;
 mod config;
 mod convert;
 mod effect;
+mod entries;
 mod error;
 #[cfg(test)]
 mod fake_base;
@@ -47,8 +48,8 @@ pub use kinds::{CombineInput, CombineMode, CombineOptions, KINDS, Kind, REFUSED,
 pub use layer_slots::{Activation, AttentionBranch, LayerSlots, Mix, StreamFunction};
 pub use lower::{digest, lower};
 pub use normal_form::{
-    ButterflyFactor, Delta, EmbeddingPatch, KvPrefix, LinearSlots, LoadedAdapter, LoweredAdapter, NormOverride, Pre,
-    Scale, Weight,
+    Band, Basis, ButterflyFactor, Delta, EmbeddingPatch, KvPrefix, LinearSlots, LoadedAdapter, LoweredAdapter,
+    NormOverride, Pre, Scale, Spectral, Weight,
 };
 pub use shared_matrix::{SharedMatrix, WeakTable};
 pub use site::{BaseShape, BaseWeights, Site, SiteId, SiteKind, SiteTable};

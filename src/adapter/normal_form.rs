@@ -25,7 +25,7 @@ use candle_core::Tensor;
 
 use super::{GateNetwork, LayerSlots, SharedMatrix, SiteId};
 
-pub use crate::kernels::ButterflyFactor;
+pub use crate::kernels::{Band, Basis, ButterflyFactor, Spectral};
 
 /// An adapter in normal form. Sites that do not occur are untouched.
 #[derive(Clone, Debug, Default)]
@@ -154,6 +154,20 @@ pub enum Delta {
     Circulant {
         /// First row of each block, (out / b, in / b, b).
         kernel: Tensor,
+    },
+    /// `T_out^T S T_in x` with the transforms of a basis and a matrix S that is zero but for some entries. They are sorted by
+    /// row; several at one place add up.
+    Spectral {
+        /// The transforms.
+        basis: Basis,
+        /// Outputs and inputs.
+        shape: (usize, usize),
+        /// Output coefficients, (entries) of 32-bit integers.
+        rows: Tensor,
+        /// Input coefficients, (entries) of 32-bit integers.
+        columns: Tensor,
+        /// Values, (entries).
+        values: Tensor,
     },
     /// `g * (b (d * (a x)))` with matrices that other linears and other adapters read too.
     SharedLowRank {
@@ -289,7 +303,7 @@ impl Delta {
             }
             Self::Routed { prototypes, .. } => vec![prototypes],
             Self::Gated { places, .. } => vec![places],
-            Self::Sparse { rows, columns, .. } => vec![rows, columns],
+            Self::Sparse { rows, columns, .. } | Self::Spectral { rows, columns, .. } => vec![rows, columns],
         }
     }
 }
@@ -308,7 +322,7 @@ impl LinearSlots {
                     tensors.extend([a, b]);
                 }
                 Delta::ShardSum { m } => tensors.push(m),
-                Delta::Sparse { values, .. } => tensors.push(values),
+                Delta::Sparse { values, .. } | Delta::Spectral { values, .. } => tensors.push(values),
                 Delta::Circulant { kernel } => tensors.push(kernel),
                 Delta::SharedLowRank { d, g, .. } => tensors.extend([d, g]),
             }
@@ -406,7 +420,7 @@ impl LoweredAdapter {
                         tensors.extend([a, b]);
                     }
                     Delta::ShardSum { m } => tensors.push(m),
-                    Delta::Sparse { values, .. } => tensors.push(values),
+                    Delta::Sparse { values, .. } | Delta::Spectral { values, .. } => tensors.push(values),
                     Delta::Circulant { kernel } => tensors.push(kernel),
                     Delta::SharedLowRank { d, g, .. } => tensors.extend([d, g]),
                 }

@@ -2,7 +2,7 @@
 
 use candle_core::{DType, Result, Tensor};
 
-use super::linear;
+use super::{Spectral, linear};
 
 /// What consecutive rows do at one linear.
 #[derive(Clone, Debug, Default)]
@@ -121,6 +121,8 @@ pub enum Term<'a> {
         /// First row of each block (out / b, in / b, b).
         kernel: &'a Tensor,
     },
+    /// A sparse matrix between the coefficients of two transforms.
+    Spectral(Spectral<'a>),
     /// `g * (b (d * (a x)))`.
     ScaledLowRank {
         /// Down projection (r, in).
@@ -234,6 +236,7 @@ fn apply_one((x, pre_x): (&Tensor, &Tensor), product: Option<&Tensor>, segment: 
             Term::ShardSum { m } => add_shard_sum(&y, &x, m)?,
             Term::Sparse { rows, columns, values } => add_sparse(&y, &x, (rows, columns), values)?,
             Term::Circulant { kernel } => (y + linear(&x, &circulant_matrix(kernel)?)?)?,
+            Term::Spectral(spectral) => (y + spectral.apply(&x)?)?,
             Term::ScaledLowRank { a, b, d, g } => {
                 let h = linear(&x, a)?.broadcast_mul(d)?; // [rows, r]
                 (y + linear(&h, b)?.broadcast_mul(g)?)?

@@ -16,7 +16,7 @@ use crate::adapter::{
 use crate::kernels::ButterflyFactor;
 use crate::kernels::cpu::{
     Blocks, Circulant, Int8Matrix, NormSlots, PackedDelta, PackedMatrix, PackedPre, PackedScale, PackedSlots, Router,
-    RowMatrix, SparseRows, WeightFormat,
+    RowMatrix, SparseRows, SpectralRows, WeightFormat,
 };
 use crate::kernels::{KvLayout, PagedKv};
 
@@ -192,6 +192,11 @@ fn pack_slots(slots: &LinearSlots, format: WeightFormat, shared: &PackedForms) -
                 PackedDelta::Sparse(SparseRows::new(&rows, columns, host(values)?))
             }
             Delta::Circulant { kernel } => PackedDelta::Circulant(Circulant::new(&host(kernel)?, kernel.dims3()?)),
+            Delta::Spectral { basis, shape, rows, columns, values } => {
+                let places = rows.to_vec1::<u32>()?.into_iter().zip(columns.to_vec1::<u32>()?);
+                let entries = places.zip(host(values)?).map(|((row, column), value)| (row, column, value));
+                PackedDelta::Spectral(SpectralRows::new(basis, *shape, entries.collect()))
+            }
             Delta::SharedLowRank { a, b, d, g } => PackedDelta::Joint(shared.term((a, b), (d, g), format)?),
         });
     }
@@ -277,6 +282,13 @@ impl Placement<'_> {
                     values: self.tensor(values)?,
                 },
                 Delta::Circulant { kernel } => Delta::Circulant { kernel: self.tensor(kernel)? },
+                Delta::Spectral { basis, shape, rows, columns, values } => Delta::Spectral {
+                    basis: basis.clone(),
+                    shape: *shape,
+                    rows: rows.to_device(self.device)?,
+                    columns: columns.to_device(self.device)?,
+                    values: self.tensor(values)?,
+                },
                 Delta::SharedLowRank { a, b, d, g } => {
                     let matrix = |matrix| self.shared.tensor(matrix, |tensor| self.tensor(tensor));
                     Delta::SharedLowRank { a: matrix(a)?, b: matrix(b)?, d: self.tensor(d)?, g: self.tensor(g)? }

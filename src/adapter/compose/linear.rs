@@ -1,9 +1,11 @@
 //! Composing what several adapters do to one linear.
 
+use std::sync::Arc;
+
 use candle_core::{DType, Tensor};
 
 use super::super::merge::{scaled, shared_factors};
-use super::super::{Delta, LinearSlots, Pre, Scale, SiteId, Weight};
+use super::super::{Delta, LinearSlots, Pre, Scale, SharedMatrix, SiteId, Weight};
 use super::scale::{at_strength, inverse, then};
 use super::{Composer, Fault, Step, refused};
 
@@ -168,23 +170,43 @@ impl Composer<'_> {
                 let kernel = (kernel.to_dtype(DType::F32)? * f64::from(step.strength))?;
                 Delta::Circulant { kernel: self.store(&kernel)? }
             }
+            Delta::Spectral { basis, shape, rows, columns, values } if plain => Delta::Spectral {
+                basis: basis.clone(),
+                shape: *shape,
+                rows: rows.clone(),
+                columns: columns.clone(),
+                values: self.store(&(values.to_dtype(DType::F32)? * f64::from(step.strength))?)?,
+            },
             Delta::Circulant { .. } => {
                 return refused(format!("circulant blocks cannot be scaled by output: name `{}` first", step.name));
             }
-            Delta::SharedLowRank { a, b, d, g } => {
-                let g = match factor {
-                    Scale::One => g.to_dtype(DType::F32)?,
-                    Scale::Diag(scale) => (scale * g.to_dtype(DType::F32)?)?,
-                    // What mixes outputs leaves nothing to share.
-                    Scale::PairRot { .. } | Scale::BlockDiag(_) => {
-                        let (a, b) = shared_factors((a, b), (d, g))?;
-                        return Ok(Delta::LowRank { a: self.store(&a)?, b: times(&b)? });
-                    }
-                };
-                let g = self.store(&(g * f64::from(step.strength))?)?;
-                Delta::SharedLowRank { a: a.clone(), b: b.clone(), d: d.clone(), g }
+            Delta::Spectral { .. } => {
+                return refused(format!("coefficients cannot be scaled by output: name `{}` first", step.name));
             }
+            Delta::SharedLowRank { a, b, d, g } => self.shared((a, b), (d, g), step.strength, factor)?,
         })
+    }
+
+    /// A delta whose matrices are shared, times the strength, its outputs scaled by `factor`.
+    fn shared(
+        &self,
+        (a, b): (&Arc<SharedMatrix>, &Arc<SharedMatrix>),
+        (d, g): (&Tensor, &Tensor),
+        strength: f32,
+        factor: &Scale,
+    ) -> Result<Delta, Fault> {
+        let g = match factor {
+            Scale::One => g.to_dtype(DType::F32)?,
+            Scale::Diag(scale) => (scale * g.to_dtype(DType::F32)?)?,
+            // What mixes outputs leaves nothing to share.
+            Scale::PairRot { .. } | Scale::BlockDiag(_) => {
+                let (a, b) = shared_factors((a, b), (d, g))?;
+                let b = (scaled(factor, &b)? * f64::from(strength))?;
+                return Ok(Delta::LowRank { a: self.store(&a)?, b: self.store(&b)? });
+            }
+        };
+        let g = self.store(&(g * f64::from(strength))?)?;
+        Ok(Delta::SharedLowRank { a: a.clone(), b: b.clone(), d: d.clone(), g })
     }
 
     /// `c = b + l (c_t - b) + scale_l (c' - b)`, where `c'` is what the steps before left.

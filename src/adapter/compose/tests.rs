@@ -5,8 +5,8 @@ use candle_core::{DType, Device, Tensor};
 use super::super::fake_base::{FakeBase, VOCAB, close, random};
 use super::super::merge::{effective_weight, scaled};
 use super::super::{
-    BaseWeights, ButterflyFactor, Delta, EmbeddingPatch, GateNetwork, GateRule, KvPrefix, LinearSlots, LoweredAdapter,
-    NormOverride, Pre, Scale, SharedMatrix, Weight,
+    BaseWeights, Basis, ButterflyFactor, Delta, EmbeddingPatch, GateNetwork, GateRule, KvPrefix, LinearSlots,
+    LoweredAdapter, NormOverride, Pre, Scale, SharedMatrix, Weight,
 };
 use super::{Part, compose, own_bytes_of};
 
@@ -93,6 +93,7 @@ struct Sorts {
     blocks: LinearSlots,
     butterfly: LinearSlots,
     circulant: LinearSlots,
+    spectral: LinearSlots,
     shared: LinearSlots,
     outputs: LinearSlots,
     own: LinearSlots,
@@ -136,6 +137,13 @@ fn sorts() -> Sorts {
             ..LinearSlots::default()
         },
         circulant: deltas(vec![Delta::Circulant { kernel: random(24, (n / 2, k / 2, 2)) }]),
+        spectral: deltas(vec![Delta::Spectral {
+            basis: Basis::Fourier,
+            shape: (n, k),
+            rows: index(&[0, 3, last]),
+            columns: index(&[1, 0, 2]),
+            values: random(31, 3),
+        }]),
         shared: deltas(vec![Delta::SharedLowRank {
             a: matrix(27, (3, k)),
             b: matrix(28, (n, 3)),
@@ -162,6 +170,7 @@ fn a_strength_is_a_step_from_the_base_towards_the_adapter() {
         }
     }
     check(&[(&sorts.shared, 0.3)]);
+    check(&[(&sorts.spectral, 0.3), (&sorts.scale, 1.0)]);
     check(&[(&sorts.rotation, 1.0)]);
     check(&[(&sorts.blocks, 1.0)]);
     check(&[(&sorts.butterfly, 1.0)]);
@@ -224,13 +233,14 @@ fn what_the_slots_cannot_hold_is_refused_by_module() {
     check_refused(&[(&blocks, 0.5)], "no strength but 1");
     check_refused(&[(&rotation, 1.0), (&rotation, 1.0)], "rotates the outputs");
     check_refused(&[(&rotation, 0.5)], "no strength but 1");
-    let [butterfly, circulant, outputs] =
-        [sorts.butterfly, sorts.circulant, sorts.outputs].map(|slots| one(&base, slots));
+    let [butterfly, circulant, spectral, outputs] =
+        [sorts.butterfly, sorts.circulant, sorts.spectral, sorts.outputs].map(|slots| one(&base, slots));
     check_refused(&[(&butterfly, 0.5)], "no strength but 1");
     check_refused(&[(&outputs, 0.5)], "no strength but 1");
     check_refused(&[(&outputs, 1.0), (&rotation, 1.0)], "multiplies blocks of outputs");
     check_refused(&[(&outputs, 1.0), (&low_rank, 1.0)], "name the later one first");
     check_refused(&[(&rotation, 1.0), (&circulant, 1.0)], "circulant blocks cannot be scaled by output");
+    check_refused(&[(&rotation, 1.0), (&spectral, 1.0)], "coefficients cannot be scaled by output");
     check_refused(&[(&rotation, 1.0), (&sparse, 1.0)], "name it first");
     let (n, _) = sizes(&base);
     let zeros = Scale::Diag(Tensor::zeros(n, DType::F32, &Device::Cpu).unwrap());

@@ -11,7 +11,7 @@ use crate::adapter::keys::key_of;
 use crate::adapter::lowering::Lowering;
 use crate::adapter::{
     AdapterError, AdapterFiles, Delta, EmbeddingPatch, LinearSlots, LoweredAdapter, NormOverride, Pre, Scale, SiteId,
-    SiteKind, Weight, merge, replace, tensor_file,
+    SiteKind, Spectral, Weight, merge, replace, tensor_file,
 };
 
 /// The files in the making.
@@ -307,7 +307,11 @@ fn stacked(deltas: &[Delta], in_features: usize, out_features: usize) -> Result<
 /// Why a delta is no product of two smaller matrices.
 fn without_factors(delta: &Delta) -> Option<&'static str> {
     match delta {
-        Delta::LowRank { .. } | Delta::ShardSum { .. } | Delta::Sparse { .. } | Delta::SharedLowRank { .. } => None,
+        Delta::LowRank { .. }
+        | Delta::ShardSum { .. }
+        | Delta::Sparse { .. }
+        | Delta::Spectral { .. }
+        | Delta::SharedLowRank { .. } => None,
         Delta::Routed { .. } | Delta::Gated { .. } => {
             Some("every token chooses among experts, which no low-rank term can do")
         }
@@ -319,6 +323,9 @@ fn without_factors(delta: &Delta) -> Option<&'static str> {
 fn factors(delta: &Delta, in_features: usize, out_features: usize) -> Result<(Tensor, Tensor)> {
     match delta {
         Delta::LowRank { a, b } => Ok((a.clone(), b.clone())),
+        Delta::Spectral { basis, shape, rows, columns, values } => {
+            Spectral { basis, shape: *shape, rows, columns, values }.factors()
+        }
         Delta::SharedLowRank { a, b, d, g } => merge::shared_factors((a, b), (d, g)),
         Delta::ShardSum { m } => {
             let (r, q) = m.dims2()?;

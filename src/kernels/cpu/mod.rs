@@ -27,6 +27,7 @@ mod shrink;
 mod silu;
 mod slots;
 mod sparse;
+mod spectral;
 #[cfg(test)]
 pub(super) mod testing;
 mod tile;
@@ -55,3 +56,4 @@ pub use rows::RowMatrix;
 pub use scale::PackedScale;
 pub use slots::{PackedDelta, PackedSlots, RowGates, SlotRun};
 pub use sparse::SparseRows;
+pub use spectral::SpectralRows;

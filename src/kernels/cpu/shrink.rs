@@ -143,6 +143,7 @@ pub(super) fn shrink(
                 }
                 PackedDelta::Sparse(_) | PackedDelta::Joint(_) => {}
                 PackedDelta::Circulant(c) => c.multiply(x, h),
+                PackedDelta::Spectral(s) => s.multiply(x, h),
             }
         }
         if let Some((indexes, replaced)) = &slots.rows {

@@ -15,6 +15,7 @@ use super::rows::RowMatrix;
 use super::scale::PackedScale;
 use super::shared::Shared;
 use super::sparse::SparseRows;
+use super::spectral::SpectralRows;
 use super::words::LANES;
 
 /// What an adapter does to one linear, in the CPU's form. All matrices have the format of the base weight.
@@ -72,6 +73,8 @@ pub enum PackedDelta {
     Sparse(SparseRows),
     /// `C x`, C: (n, k) in f32. It reads the row itself too.
     Circulant(Circulant),
+    /// `S x`, S: (n, k) sparse in a basis, in f32. It reads the row itself too.
+    Spectral(SpectralRows),
     /// A low-rank term whose matrices other adapters share. It comes before the other terms.
     Joint(JointLowRank),
 }
@@ -117,7 +120,7 @@ impl PackedSlots {
 
     /// Whether a row is so much work before the sweep that it is a task by itself.
     pub(super) fn computes_by_row(&self) -> bool {
-        self.deltas.iter().any(|delta| matches!(delta, PackedDelta::Circulant(_)))
+        self.deltas.iter().any(|delta| matches!(delta, PackedDelta::Circulant(_) | PackedDelta::Spectral(_)))
     }
 }
 
@@ -127,12 +130,12 @@ impl PackedDelta {
         match self {
             Self::LowRank { b, .. } | Self::Routed { b, .. } | Self::Gated { b, .. } => Some(b),
             Self::ShardSum { m } => Some(m),
-            Self::Sparse(_) | Self::Circulant(_) | Self::Joint(_) => None,
+            Self::Sparse(_) | Self::Circulant(_) | Self::Spectral(_) | Self::Joint(_) => None,
         }
     }
 
-    /// Elements per row of its short vectors: a sparse term has none, nor has a joint one here, and a circulant one has its
-    /// outputs there.
+    /// Elements per row of its short vectors: a sparse term has none, nor has a joint one here, and circulant and spectral
+    /// ones have their outputs there.
     pub(super) fn short_len(&self) -> usize {
         match self {
             Self::LowRank { b: up, .. }
@@ -141,6 +144,7 @@ impl PackedDelta {
             | Self::ShardSum { m: up } => up.k(),
             Self::Sparse(_) | Self::Joint(_) => 0,
             Self::Circulant(c) => c.num_outputs(),
+            Self::Spectral(s) => s.num_outputs(),
         }
     }
 }
@@ -222,7 +226,7 @@ pub(super) unsafe fn apply_slots(
                 // SAFETY: the caller's contract.
                 unsafe { expand_rows(h, up, outputs) };
             }
-            PackedDelta::Circulant(_) => {
+            PackedDelta::Circulant(_) | PackedDelta::Spectral(_) => {
                 for (row, h) in (from..to).zip(h.chunks_exact(r)) {
                     // SAFETY: the caller's contract; one row at a time.
                     let y = unsafe { outputs.row(row) };
