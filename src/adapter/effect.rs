@@ -58,12 +58,13 @@ fn linear_is_neutral(slots: &LinearSlots, id: SiteId, base: &dyn BaseWeights, dt
                 all_equal(b, 0.0)? || all_equal(a, 0.0)?
             }
             Delta::ShardSum { m } => all_equal(m, 0.0)?,
-            Delta::Sparse { values, .. } => all_equal(values, 0.0)?,
+            Delta::Sparse { values, .. } | Delta::Spectral { values, .. } => all_equal(values, 0.0)?,
             Delta::Circulant { kernel } => all_equal(kernel, 0.0)?,
             Delta::BlockProduct { a, mix, b } => {
                 let mut factors = mix.matrix().into_iter().chain([a]).chain(b);
                 factors.try_fold(false, |so_far, factor| Result::Ok(so_far || all_equal(factor, 0.0)?))?
             }
+            Delta::SharedLowRank { d, g, .. } => all_equal(g, 0.0)? || all_equal(d, 0.0)?,
         };
         if !vanishes {
             return Ok(false);

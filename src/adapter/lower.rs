@@ -1,5 +1,8 @@
 //! From files to the normal form.
 
+use std::collections::HashMap;
+use std::sync::Arc;
+
 use candle_core::{CpuStorage, DType, Storage, Tensor};
 use half::{bf16, f16};
 use sha2::{Digest, Sha256};
@@ -8,8 +11,8 @@ use super::config::{CONFIG_FILE, Config};
 use super::lowering::Lowering;
 use super::tensor_file::TensorFile;
 use super::{
-    AdapterError, AdapterFiles, BaseWeights, GateNetwork, LowerOptions, LowerReport, LoweredAdapter, SiteId, effect,
-    kinds, merge,
+    AdapterError, AdapterFiles, BaseWeights, Delta, Formats, GateNetwork, LowerOptions, LowerReport, LoweredAdapter,
+    SharedMatrix, SiteId, effect, kinds, merge,
 };
 
 /// Checks an adapter's files against the base model and lowers them to the normal form.
@@ -118,10 +121,10 @@ fn store(lowering: &mut Lowering<'_>) -> Result<(), AdapterError> {
         let format = if is_matrix { formats.matrices } else { formats.values };
         *tensor = tensor.to_dtype(format)?.contiguous()?;
     }
-    let refuse = |tensor: &str| {
-        let reason = format!("the lowered values are not finite in {formats}");
-        Err(AdapterError::Tensor { tensor: tensor.to_owned(), reason })
-    };
+    if let Some(site) = store_shared(&mut lowering.out, formats.matrices)? {
+        return Err(infinite(&lowering.site(site).path, formats));
+    }
+    let refuse = |tensor: &str| Err(infinite(tensor, formats));
     if let Some(site) = first_infinite(&lowering.out)? {
         return refuse(&lowering.site(site).path);
     }
@@ -143,6 +146,33 @@ fn store(lowering: &mut Lowering<'_>) -> Result<(), AdapterError> {
         }
     }
     Ok(())
+}
+
+fn infinite(tensor: &str, formats: Formats) -> AdapterError {
+    let reason = format!("the lowered values are not finite in {formats}");
+    AdapterError::Tensor { tensor: tensor.to_owned(), reason }
+}
+
+/// Converts each matrix that others read too, once, to the one that the process keeps; answers with a site whose matrix
+/// does not fit into the format.
+fn store_shared(adapter: &mut LoweredAdapter, dtype: DType) -> Result<Option<SiteId>, AdapterError> {
+    let mut stored: HashMap<[u8; 32], Arc<SharedMatrix>> = HashMap::new();
+    for (site, slots) in &mut adapter.linears {
+        for matrix in slots.deltas.iter_mut().flat_map(Delta::shared_mut) {
+            if let Some(kept) = stored.get(&matrix.digest()) {
+                *matrix = kept.clone();
+                continue;
+            }
+            let tensor = matrix.tensor().to_dtype(dtype)?;
+            if !is_finite(&tensor)? {
+                return Ok(Some(*site));
+            }
+            let kept = SharedMatrix::new(&tensor)?.kept_once();
+            stored.insert(matrix.digest(), kept.clone());
+            *matrix = kept;
+        }
+    }
+    Ok(None)
 }
 
 /// A site with a value that is infinite or NaN.

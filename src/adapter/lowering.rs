@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use candle_core::{Device, Tensor};
+use candle_core::Tensor;
 
 use super::config::{Config, field_error};
 use super::keys::{ModuleKeys, SharedKeys, group_by_site, key_of};
@@ -11,7 +11,7 @@ use super::matching::Matcher;
 use super::tensor_file::TensorFile;
 use super::{
     AdapterError, AdapterFiles, BaseWeights, Delta, LowerOptions, LoweredAdapter, OwnWeights, Site, SiteId, SiteKind,
-    Weight, merge,
+    Weight,
 };
 
 /// What a kind lowers from and into. Tensors in `out` are f32, except whole weights and tables, which
@@ -326,50 +326,6 @@ impl<'a> Lowering<'a> {
             }
             SiteKind::Norm { .. } | SiteKind::Embedding { .. } => false,
         }
-    }
-
-    /// Adds a matrix that is zero but for some entries, each (row, column, value): sparse where that costs less than a
-    /// dense weight, or where a dense weight would exceed the budget; otherwise as an own weight.
-    pub(super) fn add_sparse(
-        &mut self,
-        site: SiteId,
-        mut entries: Vec<(usize, usize, f32)>,
-    ) -> Result<(), AdapterError> {
-        /// An entry costs about as much as this many elements of a dense weight: its index, and a gather.
-        const COST: usize = 4;
-        entries.sort_unstable_by_key(|(row, column, _)| (*row, *column));
-        entries.dedup_by(|next, kept| {
-            let same = (next.0, next.1) == (kept.0, kept.1);
-            kept.2 += if same { next.2 } else { 0.0 };
-            same
-        });
-        let count = entries.len();
-        let index = |of: fn(&(usize, usize, f32)) -> usize| {
-            Tensor::from_vec(entries.iter().map(|entry| of(entry) as u32).collect(), count, &Device::Cpu)
-        };
-        let (rows, columns) = (index(|entry| entry.0)?, index(|entry| entry.1)?);
-        let values = Tensor::from_vec(entries.iter().map(|entry| entry.2).collect(), count, &Device::Cpu)?;
-        let delta = Delta::Sparse { rows, columns, values };
-        let reason = "so many entries would cost more than a dense weight";
-        self.add_delta(site, delta, (count.saturating_mul(COST), reason))
-    }
-
-    /// Adds a term that costs as much as `cost` elements of a dense weight: as it is where that is less than the linear's,
-    /// or where a dense weight would exceed the budget; otherwise in an own weight, with `reason` for the report.
-    pub(super) fn add_delta(
-        &mut self,
-        site: SiteId,
-        delta: Delta,
-        (cost, reason): (usize, &'static str),
-    ) -> Result<(), AdapterError> {
-        if cost <= self.site(site).kind.num_elements() || !self.finds_room(site) {
-            self.out.linears.entry(site).or_default().deltas.push(delta);
-            return Ok(());
-        }
-        self.serve_own(site, reason, |weight| {
-            let (out_features, in_features) = weight.dims2()?;
-            Ok((weight + merge::dense(&delta, out_features, in_features)?)?)
-        })
     }
 
     /// Whether the budget has room for a dense weight of this linear; if not, that is remembered for the report.

@@ -5,8 +5,8 @@ use candle_core::{DType, Result, Tensor};
 
 use super::block_product;
 use super::lowering::Lowering;
-use super::{AdapterError, Delta, LinearSlots, Pre, Scale, SiteId, SiteKind, Weight};
-use crate::kernels::{at_places, circulant_matrix};
+use super::{AdapterError, Delta, LinearSlots, Pre, Scale, SharedMatrix, SiteId, SiteKind, Weight};
+use crate::kernels::{Spectral, at_places, circulant_matrix};
 
 /// Folds input transforms, deltas and scales of every linear into own weights. Norms, embeddings and `c` stay as they
 /// are; linears with none of the three keep what they have.
@@ -135,7 +135,25 @@ pub(super) fn dense(delta: &Delta, out_features: usize, in_features: usize) -> R
         }
         Delta::Circulant { kernel } => circulant_matrix(&kernel.to_dtype(DType::F32)?),
         Delta::BlockProduct { a, mix, b } => block_product::dense((a, mix, b.as_ref())),
+        Delta::Spectral { basis, shape, rows, columns, values } => {
+            Spectral { basis, shape: *shape, rows, columns, values }.matrix()
+        }
+        Delta::SharedLowRank { a, b, d, g } => {
+            let (a, b) = shared_factors((a, b), (d, g))?;
+            b.matmul(&a)
+        }
     }
+}
+
+/// The factors a: (r, in), b: (out, r) in f32 of a delta whose matrices are shared, with its vectors in them.
+pub(super) fn shared_factors(
+    (a, b): (&SharedMatrix, &SharedMatrix),
+    (d, g): (&Tensor, &Tensor),
+) -> Result<(Tensor, Tensor)> {
+    let scaled = |matrix: &SharedMatrix, scale: &Tensor| {
+        matrix.tensor().to_dtype(DType::F32)?.broadcast_mul(&scale.to_dtype(DType::F32)?.unsqueeze(1)?)
+    };
+    Ok((scaled(a, d)?, scaled(b, g)?))
 }
 
 /// The matrix with rows `ids` replaced by `rows` (ids, in). weight: (out, in) f32; result: the same.
@@ -147,9 +165,11 @@ pub(super) fn with_rows(weight: &Tensor, ids: &[u32], rows: &Tensor) -> Result<T
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use super::*;
     use crate::adapter::fake_base::{close, random};
-    use crate::kernels::{BlockMix, ButterflyFactor};
+    use crate::kernels::{Basis, BlockMix, ButterflyFactor};
 
     /// The linear without its bias, by the definition of each slot; x: (tokens, in).
     fn apply(slots: &LinearSlots, weight: &Tensor, x: &Tensor) -> Vec<Vec<f32>> {
@@ -217,6 +237,25 @@ mod tests {
                 }
             }
             Delta::BlockProduct { a, mix, b } => add_blocks((a, mix, b.as_ref()), x, y),
+            Delta::Spectral { shape: (n, k), rows, columns, values, .. } => {
+                // The Fourier basis.
+                let (rows, columns) = (rows.to_vec1::<u32>().unwrap(), columns.to_vec1::<u32>().unwrap());
+                for ((u, v), value) in rows.iter().zip(&columns).zip(values.to_vec1::<f32>().unwrap()) {
+                    for (t, y) in y.iter_mut().enumerate() {
+                        for (q, x) in x.iter().enumerate() {
+                            let turn = (t as u32 * u) as f32 / *n as f32 + (q as u32 * v) as f32 / *k as f32;
+                            *y += value * x * (std::f32::consts::TAU * turn).cos() / ((n * k) as f32).sqrt();
+                        }
+                    }
+                }
+            }
+            Delta::SharedLowRank { a, b, d, g } => {
+                let [a, b] = [a, b].map(|matrix| matrix.tensor().to_vec2::<f32>().unwrap());
+                let (d, g) = (d.to_vec1::<f32>().unwrap(), g.to_vec1::<f32>().unwrap());
+                let dot = |u: &[f32], v: &[f32]| u.iter().zip(v).map(|(u, v)| u * v).sum::<f32>();
+                let low: Vec<f32> = a.iter().zip(d).map(|(row, d)| d * dot(row, x)).collect();
+                y.iter_mut().zip(&b).zip(g).for_each(|((y, row), g)| *y += g * dot(row, &low));
+            }
             Delta::ShardSum { m } => {
                 let m = m.to_vec2::<f32>().unwrap();
                 let mut sums = vec![0.0; m.len()];
@@ -302,6 +341,19 @@ mod tests {
         for (product, _) in block_product::tests::every_form() {
             check(&slots(vec![product]));
         }
+        check(&slots(vec![
+            Delta::Spectral {
+                basis: Basis::Fourier,
+                shape: (12, 10),
+                rows: index(&[0, 4, 11]),
+                columns: index(&[3, 0, 9]),
+                values: random(23, 3),
+            },
+            low_rank(),
+        ]));
+        let matrix = |seed, shape: (usize, usize)| Arc::new(SharedMatrix::new(&random(seed, shape)).unwrap());
+        let (a, b) = (matrix(19, (4, 10)), matrix(20, (12, 4)));
+        check(&slots(vec![Delta::SharedLowRank { a, b, d: random(21, 4), g: random(22, 12) }, low_rank()]));
         let factor = |seed: u64, shape, places: [u32; 10]| ButterflyFactor {
             places: index(&places),
             blocks: random(seed, shape),

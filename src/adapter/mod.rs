@@ -12,6 +12,7 @@ mod compose;
 mod config;
 mod convert;
 mod effect;
+mod entries;
 mod error;
 #[cfg(test)]
 mod fake_base;
@@ -29,6 +30,7 @@ mod merge;
 mod normal_form;
 mod replace;
 mod rotation;
+mod shared_matrix;
 mod site;
 mod tensor_file;
 #[cfg(test)]
@@ -47,7 +49,8 @@ pub use kinds::{CombineInput, CombineMode, CombineOptions, KINDS, Kind, REFUSED,
 pub use layer_slots::{Activation, AttentionBranch, LayerSlots, Mix, StreamFunction};
 pub use lower::{digest, lower};
 pub use normal_form::{
-    BlockMix, ButterflyFactor, Delta, EmbeddingPatch, KvPrefix, LinearSlots, LoadedAdapter, LoweredAdapter,
-    NormOverride, Pre, Scale, Weight,
+    Band, Basis, BlockMix, ButterflyFactor, Delta, EmbeddingPatch, KvPrefix, LinearSlots, LoadedAdapter,
+    LoweredAdapter, NormOverride, Pre, Scale, Spectral, Weight,
 };
+pub use shared_matrix::{SharedMatrix, WeakTable};
 pub use site::{BaseShape, BaseWeights, Site, SiteId, SiteKind, SiteTable};

@@ -23,9 +23,9 @@ use std::sync::Arc;
 
 use candle_core::Tensor;
 
-use super::{GateNetwork, LayerSlots, SiteId};
+use super::{GateNetwork, LayerSlots, SharedMatrix, SiteId};
 
-pub use crate::kernels::{BlockMix, ButterflyFactor};
+pub use crate::kernels::{Band, Basis, BlockMix, ButterflyFactor, Spectral};
 
 /// An adapter in normal form. Sites that do not occur are untouched.
 #[derive(Clone, Debug, Default)]
@@ -166,6 +166,31 @@ pub enum Delta {
         /// mixed blocks are the outputs, `out = p r`.
         b: Option<Tensor>,
     },
+    /// `T_out^T S T_in x` with the transforms of a basis and a matrix S that is zero but for some entries. They are sorted by
+    /// row; several at one place add up.
+    Spectral {
+        /// The transforms.
+        basis: Basis,
+        /// Outputs and inputs.
+        shape: (usize, usize),
+        /// Output coefficients, (entries) of 32-bit integers.
+        rows: Tensor,
+        /// Input coefficients, (entries) of 32-bit integers.
+        columns: Tensor,
+        /// Values, (entries).
+        values: Tensor,
+    },
+    /// `g * (b (d * (a x)))` with matrices that other linears and other adapters read too.
+    SharedLowRank {
+        /// Down projection (r, in).
+        a: Arc<SharedMatrix>,
+        /// Up projection (out, r).
+        b: Arc<SharedMatrix>,
+        /// Scales the numbers between them, (r).
+        d: Tensor,
+        /// Scales the outputs, (out). Any scale factor is folded in.
+        g: Tensor,
+    },
 }
 
 /// Output scale of a linear.
@@ -269,21 +294,35 @@ impl Pre {
 }
 
 impl Delta {
+    /// The matrices that others read too.
+    pub fn shared(&self) -> impl Iterator<Item = &Arc<SharedMatrix>> {
+        let shared = if let Self::SharedLowRank { a, b, .. } = self { Some([a, b]) } else { None };
+        shared.into_iter().flatten()
+    }
+
+    /// The same, to be replaced in place.
+    pub fn shared_mut(&mut self) -> impl Iterator<Item = &mut Arc<SharedMatrix>> {
+        let shared = if let Self::SharedLowRank { a, b, .. } = self { Some([a, b]) } else { None };
+        shared.into_iter().flatten()
+    }
+
     /// Tensors whose format never changes: indexes, and what tokens are compared with.
     pub fn indexes(&self) -> Vec<&Tensor> {
         match self {
-            Self::LowRank { .. } | Self::ShardSum { .. } | Self::Circulant { .. } | Self::BlockProduct { .. } => {
-                Vec::new()
-            }
+            Self::LowRank { .. }
+            | Self::ShardSum { .. }
+            | Self::Circulant { .. }
+            | Self::BlockProduct { .. }
+            | Self::SharedLowRank { .. } => Vec::new(),
             Self::Routed { prototypes, .. } => vec![prototypes],
             Self::Gated { places, .. } => vec![places],
-            Self::Sparse { rows, columns, .. } => vec![rows, columns],
+            Self::Sparse { rows, columns, .. } | Self::Spectral { rows, columns, .. } => vec![rows, columns],
         }
     }
 }
 
 impl LinearSlots {
-    /// Every tensor of the slots, but for indexes.
+    /// Every tensor of the slots, but for indexes and matrices that others read too.
     pub fn tensors(&self) -> Vec<&Tensor> {
         let mut tensors = self.pre.tensors();
         if let Weight::Own(w) = &self.weight {
@@ -296,9 +335,10 @@ impl LinearSlots {
                     tensors.extend([a, b]);
                 }
                 Delta::ShardSum { m } => tensors.push(m),
-                Delta::Sparse { values, .. } => tensors.push(values),
+                Delta::Sparse { values, .. } | Delta::Spectral { values, .. } => tensors.push(values),
                 Delta::Circulant { kernel } => tensors.push(kernel),
                 Delta::BlockProduct { a, mix, b } => tensors.extend(mix.matrix().into_iter().chain([a]).chain(b)),
+                Delta::SharedLowRank { d, g, .. } => tensors.extend([d, g]),
             }
         }
         match &self.scale {
@@ -363,7 +403,7 @@ impl LoweredAdapter {
         prompt.windows(invocation.len()).rposition(|window| window == invocation)
     }
 
-    /// Every tensor of the adapter.
+    /// Every tensor of the adapter, but for indexes and matrices that others read too.
     pub fn tensors(&self) -> Vec<&Tensor> {
         let linears = self.linears.values().flat_map(LinearSlots::tensors);
         let norms = self.norms.values().flat_map(|norm| norm.weight.iter().chain(&norm.shift));
@@ -401,6 +441,8 @@ impl LoweredAdapter {
                         matrices.extend(std::iter::once(a).chain(b));
                         values.extend(mix.matrix_mut());
                     }
+                    Delta::Spectral { values: coefficients, .. } => values.push(coefficients),
+                    Delta::SharedLowRank { d, g, .. } => values.extend([d, g]),
                 }
             }
             match &mut slots.scale {
@@ -439,22 +481,29 @@ impl LoweredAdapter {
         weights.chain(tables).map(|t| t.elem_count() * t.dtype().size_in_bytes()).sum()
     }
 
-    /// Bytes of all tensors.
+    /// Bytes of all tensors, each counted once however many linears read it. What other adapters read too counts in full:
+    /// the sum over adapters is then more than they take, and stays right whichever of them leaves.
     pub fn bytes(&self) -> usize {
         self.bytes_beside(std::iter::empty())
     }
 
     /// Bytes of the tensors that it does not share with `others`.
     pub fn bytes_beside<'a>(&self, others: impl Iterator<Item = &'a Self>) -> usize {
-        let shared: HashSet<_> = others.flat_map(Self::with_indexes).map(Tensor::id).collect();
-        let own = self.with_indexes().filter(|tensor| !shared.contains(&tensor.id()));
+        let mut counted: HashSet<_> = others.flat_map(Self::all_tensors).map(Tensor::id).collect();
+        let own = self.all_tensors().filter(|tensor| counted.insert(tensor.id()));
         own.map(|t| t.elem_count() * t.dtype().size_in_bytes()).sum()
     }
 
-    /// Every tensor, indexes too.
-    fn with_indexes(&self) -> impl Iterator<Item = &Tensor> {
-        let of_deltas = self.linears.values().flat_map(|slots| &slots.deltas).flat_map(Delta::indexes);
-        let indexes = of_deltas.chain(self.linears.values().flat_map(|slots| slots.pre.indexes()));
-        self.tensors().into_iter().chain(indexes)
+    /// Every additive term.
+    pub fn deltas(&self) -> impl Iterator<Item = &Delta> {
+        self.linears.values().flat_map(|slots| &slots.deltas)
+    }
+
+    /// Every tensor, whether it is served in its format or not, and whoever else reads it.
+    fn all_tensors(&self) -> impl Iterator<Item = &Tensor> {
+        let of_pre = self.linears.values().flat_map(|slots| slots.pre.indexes());
+        let indexes = self.deltas().flat_map(Delta::indexes).chain(of_pre);
+        let shared = self.deltas().flat_map(Delta::shared).map(|matrix| matrix.tensor());
+        self.tensors().into_iter().chain(indexes).chain(shared)
     }
 }

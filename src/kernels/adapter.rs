@@ -2,7 +2,7 @@
 
 use candle_core::{DType, Result, Tensor};
 
-use super::linear;
+use super::{Spectral, linear};
 
 /// What consecutive rows do at one linear.
 #[derive(Clone, Debug, Default)]
@@ -130,6 +130,19 @@ pub enum Term<'a> {
         mix: &'a BlockMix,
         /// Matrices (p, q, r) of p blocks of outputs, (1, q, r) when all share one; `None` when h are the outputs.
         b: Option<&'a Tensor>,
+    },
+    /// A sparse matrix between the coefficients of two transforms.
+    Spectral(Spectral<'a>),
+    /// `g * (b (d * (a x)))`.
+    ScaledLowRank {
+        /// Down projection (r, in).
+        a: &'a Tensor,
+        /// Up projection (out, r).
+        b: &'a Tensor,
+        /// Scales the numbers between them, (r).
+        d: &'a Tensor,
+        /// Scales the outputs, (out).
+        g: &'a Tensor,
     },
 }
 
@@ -262,6 +275,11 @@ fn apply_one((x, pre_x): (&Tensor, &Tensor), product: Option<&Tensor>, segment: 
             Term::Sparse { rows, columns, values } => add_sparse(&y, &x, (rows, columns), values)?,
             Term::Circulant { kernel } => (y + linear(&x, &circulant_matrix(kernel)?)?)?,
             Term::BlockProduct { a, mix, b } => (y + block_product(&x, (a, mix, b))?)?,
+            Term::Spectral(spectral) => (y + spectral.apply(&x)?)?,
+            Term::ScaledLowRank { a, b, d, g } => {
+                let h = linear(&x, a)?.broadcast_mul(d)?; // [rows, r]
+                (y + linear(&h, b)?.broadcast_mul(g)?)?
+            }
         };
     }
     y = match segment.scale {

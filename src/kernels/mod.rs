@@ -10,6 +10,7 @@ mod gates;
 mod kv;
 mod linear;
 mod paged;
+mod spectral;
 mod stream;
 
 pub use adapter::{
@@ -20,4 +21,5 @@ pub use attention::AttentionShape;
 pub use gates::{GateRule, GateTerm, gates};
 pub use linear::linear;
 pub use paged::{AttentionPlan, KvLayout, PagedKv, PagedSpan};
+pub use spectral::{Band, Basis, Spectral};
 pub use stream::{Factor, StreamTerm, stream_function};

@@ -10,6 +10,7 @@ use super::device_adapter::Placement;
 use super::families::{self, Built};
 use super::layers::{Decoder, Matrix};
 use super::loader::{Loaded, Loader, Parameters};
+use super::shared_forms::SharedForms;
 use super::{Batch, DeviceAdapter, DtypeChoice, KvCache, ModelConfig, ModelError, ModelInfo, generation, open_device};
 use crate::adapter::{BaseShape, BaseWeights, LoweredAdapter, SiteId, SiteTable};
 use crate::kernels::KvLayout;
@@ -24,6 +25,8 @@ pub struct Model {
     /// The base's tensors by site, shared with the layers.
     parameters: Vec<Parameters>,
     tied_embeddings: bool,
+    /// Of the adapters on the device.
+    shared: SharedForms,
 }
 
 impl Model {
@@ -53,6 +56,7 @@ impl Model {
             sites: loaded.sites,
             parameters: loaded.parameters,
             tied_embeddings: built.tied_embeddings,
+            shared: SharedForms::default(),
         })
     }
 
@@ -83,6 +87,7 @@ impl Model {
             dtype: self.info.dtype,
             layout: self.info.kv_layout,
             heads: (self.info.num_kv_heads, self.info.head_dim),
+            shared: &self.shared,
         };
         DeviceAdapter::new(adapter, &place, packed_form)
     }

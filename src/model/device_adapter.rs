@@ -8,6 +8,7 @@ use half::slice::HalfFloatSliceExt;
 use rayon::prelude::*;
 
 use super::gates::DeviceGates;
+use super::shared_forms::{PackedForms, SharedForms};
 use crate::adapter::{
     AttentionBranch, BlockMix, Delta, EmbeddingPatch, GateNetwork, KvPrefix, LinearSlots, LoweredAdapter, NormOverride,
     Pre, Scale, SiteId, StreamFunction, Weight,
@@ -15,7 +16,7 @@ use crate::adapter::{
 use crate::kernels::ButterflyFactor;
 use crate::kernels::cpu::{
     BlockProduct, Blocks, Circulant, Int8Matrix, NormSlots, PackedDelta, PackedMatrix, PackedMix, PackedPre,
-    PackedScale, PackedSlots, Router, RowMatrix, SparseRows, WeightFormat,
+    PackedScale, PackedSlots, Router, RowMatrix, SparseRows, SpectralRows, WeightFormat,
 };
 use crate::kernels::{KvLayout, PagedKv};
 
@@ -78,7 +79,8 @@ impl DeviceAdapter {
                 }
             }
         }
-        let packed = to_pack.into_par_iter().map(|(site, slots, form)| Ok((site, pack_slots(slots, form)?)));
+        let shared = place.shared.packed(to_pack.iter().map(|(_, slots, (format, _))| (*slots, *format)))?;
+        let packed = to_pack.into_par_iter().map(|(site, slots, form)| Ok((site, pack_slots(slots, form, &shared)?)));
         placed.packed = packed.collect::<Result<_>>()?;
         for (site, norm) in &adapter.norms {
             if pack_layers {
@@ -135,7 +137,7 @@ pub(super) fn quantise_matrix(w: &Tensor) -> Result<Int8Matrix> {
 }
 
 /// `w` (n, k) for panels, in `format`.
-fn pack_as(w: &Tensor, format: WeightFormat) -> Result<PackedMatrix> {
+pub(super) fn pack_as(w: &Tensor, format: WeightFormat) -> Result<PackedMatrix> {
     let (n, k) = w.dims2()?;
     let packed = match (format, w.dtype()) {
         (WeightFormat::Bf16, DType::BF16) => {
@@ -154,7 +156,7 @@ fn pack_as(w: &Tensor, format: WeightFormat) -> Result<PackedMatrix> {
 }
 
 /// `a` (r, k) as rows, in `format`.
-fn pack_rows(a: &Tensor, format: WeightFormat) -> Result<RowMatrix> {
+pub(super) fn pack_rows(a: &Tensor, format: WeightFormat) -> Result<RowMatrix> {
     let (r, k) = a.dims2()?;
     match (format, a.dtype()) {
         (WeightFormat::Bf16, DType::BF16) => with_values::<bf16, _>(a, |values| RowMatrix::from_bf16(values, r, k)),
@@ -173,7 +175,7 @@ fn with_values<T: WithDType, R>(tensor: &Tensor, f: impl FnOnce(&[T]) -> R) -> R
     Ok(f(&tensor.flatten_all()?.to_vec1::<T>()?))
 }
 
-fn host(tensor: &Tensor) -> Result<Vec<f32>> {
+pub(super) fn host(tensor: &Tensor) -> Result<Vec<f32>> {
     tensor.to_dtype(DType::F32)?.flatten_all()?.to_vec1()
 }
 
@@ -191,7 +193,7 @@ fn pack_product(a: &Tensor, mix: &BlockMix, b: Option<&Tensor>, format: WeightFo
     Ok(BlockProduct::new(format, (&host(a)?, a.dims3()?), mix, b)?)
 }
 
-fn pack_slots(slots: &LinearSlots, (format, k): (WeightFormat, usize)) -> Result<PackedSlots> {
+fn pack_slots(slots: &LinearSlots, (format, k): (WeightFormat, usize), shared: &PackedForms) -> Result<PackedSlots> {
     let mut deltas = Vec::with_capacity(slots.deltas.len());
     for delta in &slots.deltas {
         deltas.push(match delta {
@@ -211,6 +213,12 @@ fn pack_slots(slots: &LinearSlots, (format, k): (WeightFormat, usize)) -> Result
             }
             Delta::Circulant { kernel } => PackedDelta::Circulant(Circulant::new(&host(kernel)?, kernel.dims3()?)),
             Delta::BlockProduct { a, mix, b } => PackedDelta::BlockProduct(pack_product(a, mix, b.as_ref(), format)?),
+            Delta::Spectral { basis, shape, rows, columns, values } => {
+                let places = rows.to_vec1::<u32>()?.into_iter().zip(columns.to_vec1::<u32>()?);
+                let entries = places.zip(host(values)?).map(|((row, column), value)| (row, column, value));
+                PackedDelta::Spectral(SpectralRows::new(basis, *shape, entries.collect()))
+            }
+            Delta::SharedLowRank { a, b, d, g } => PackedDelta::Joint(shared.term((a, b), (d, g), format)?),
         });
     }
     let rows = match &slots.rows {
@@ -252,6 +260,8 @@ pub(super) struct Placement<'a> {
     pub(super) layout: KvLayout,
     /// Key and value heads, and the length of their vectors.
     pub(super) heads: (usize, usize),
+    /// Matrices that adapters share.
+    pub(super) shared: &'a SharedForms,
 }
 
 impl Placement<'_> {
@@ -298,6 +308,17 @@ impl Placement<'_> {
                     },
                     b: self.option(b)?,
                 },
+                Delta::Spectral { basis, shape, rows, columns, values } => Delta::Spectral {
+                    basis: basis.clone(),
+                    shape: *shape,
+                    rows: rows.to_device(self.device)?,
+                    columns: columns.to_device(self.device)?,
+                    values: self.tensor(values)?,
+                },
+                Delta::SharedLowRank { a, b, d, g } => {
+                    let matrix = |matrix| self.shared.tensor(matrix, |tensor| self.tensor(tensor));
+                    Delta::SharedLowRank { a: matrix(a)?, b: matrix(b)?, d: self.tensor(d)?, g: self.tensor(g)? }
+                }
             });
         }
         let rows = slots.rows.as_ref().map(|(indexes, rows)| Result::Ok((indexes.clone(), self.tensor(rows)?)));

@@ -20,6 +20,7 @@ mod kv_cache;
 mod layers;
 mod loader;
 mod locate;
+mod shared_forms;
 mod step;
 
 pub use batch::{AdapterSegment, AttentionSpan, Batch, PrefixWrite, VirtualRun};

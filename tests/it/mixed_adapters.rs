@@ -4,8 +4,9 @@ use std::collections::BTreeMap;
 
 use candle_core::{DType, Device, Tensor};
 use patchbay::adapter::{
-    AttentionBranch, BaseShape, BaseWeights, BlockMix, ButterflyFactor, Delta, EmbeddingPatch, GateNetwork, GateRule,
-    KvPrefix, LayerSlots, LinearSlots, LoweredAdapter, Mix, NormOverride, Pre, Scale, SiteKind, StreamFunction, Weight,
+    AttentionBranch, Band, BaseShape, BaseWeights, Basis, BlockMix, ButterflyFactor, Delta, EmbeddingPatch,
+    GateNetwork, GateRule, KvPrefix, LayerSlots, LinearSlots, LoweredAdapter, Mix, NormOverride, Pre, Scale,
+    SharedMatrix, SiteKind, StreamFunction, Weight,
 };
 use patchbay::model::{DeviceChoice, Model};
 use rand::seq::IndexedRandom;
@@ -68,6 +69,12 @@ fn random_linear(rng: &mut ChaCha8Rng, in_features: usize, out_features: usize) 
         slots.deltas.push(random_blocks(rng, in_features, out_features));
     }
     if rng.random_bool(0.3) {
+        slots.deltas.push(random_spectral(rng, in_features, out_features));
+    }
+    if rng.random_bool(0.3) {
+        slots.deltas.push(random_shared(rng, in_features, out_features));
+    }
+    if rng.random_bool(0.3) {
         slots.deltas.push(random_sparse(rng, in_features, out_features));
     }
     slots.scale = random_scale(rng, out_features);
@@ -75,6 +82,37 @@ fn random_linear(rng: &mut ChaCha8Rng, in_features: usize, out_features: usize) 
         slots.c = Some(random(rng, &[out_features], 0.));
     }
     slots
+}
+
+fn random_spectral(rng: &mut ChaCha8Rng, in_features: usize, out_features: usize) -> Delta {
+    let (count, shape) = (rng.random_range(1..40), (out_features, in_features));
+    let basis = if rng.random_bool(0.5) {
+        Basis::Fourier
+    } else {
+        let (taps, cut) = (rng.random_range(1..4), rng.random_range(0..3));
+        let band = |size: usize| Band { half: (size + cut).div_ceil(2), cut };
+        let low = random(rng, &[2 * taps], 0.3).to_vec1::<f32>().unwrap();
+        Basis::Wavelet { low: low.into(), inputs: band(in_features), outputs: band(out_features) }
+    };
+    let (rows, columns) = basis.num_coefficients(shape);
+    let mut index = |of: usize| -> Vec<u32> { (0..count).map(|_| rng.random_range(0..of as u32)).collect() };
+    let (mut rows, columns) = (index(rows), index(columns));
+    rows.sort_unstable();
+    let tensor = |indexes: Vec<u32>| Tensor::from_vec(indexes, count, &Device::Cpu).unwrap();
+    Delta::Spectral { basis, shape, rows: tensor(rows), columns: tensor(columns), values: random(rng, &[count], 0.) }
+}
+
+/// One of two pairs of matrices, so that adapters have the same ones.
+fn random_shared(rng: &mut ChaCha8Rng, in_features: usize, out_features: usize) -> Delta {
+    let which = rng.random_range(0..2);
+    let (mut same, r) = (ChaCha8Rng::seed_from_u64(which), [3, 18][which as usize]);
+    let mut matrix = |shape: [usize; 2]| SharedMatrix::new(&random(&mut same, &shape, 0.)).unwrap().kept_once();
+    Delta::SharedLowRank {
+        a: matrix([r, in_features]),
+        b: matrix([out_features, r]),
+        d: random(rng, &[r], 1.),
+        g: random(rng, &[out_features], 0.),
+    }
 }
 
 fn random_pre(rng: &mut ChaCha8Rng, in_features: usize) -> Pre {
@@ -373,10 +411,46 @@ fn output_matrix(scale: &Scale, n: usize) -> Tensor {
     }
 }
 
+/// What a coefficient at row u, column v of a basis adds at output t, input q.
+fn wave(basis: &Basis, (m, n): (usize, usize), (t, q): (usize, usize), (u, v): (u32, u32)) -> f32 {
+    match basis {
+        Basis::Fourier => {
+            let turn = t as f32 * u as f32 / m as f32 + q as f32 * v as f32 / n as f32;
+            (std::f32::consts::TAU * turn.fract()).cos() / ((m * n) as f32).sqrt()
+        }
+        Basis::Wavelet { low, inputs, outputs } => {
+            let along = |at: usize, coefficient: usize, band: &Band| {
+                let tap = (at + band.cut).checked_sub(2 * (coefficient % band.half)).filter(|tap| *tap < low.len());
+                let sign = |tap: usize| if tap.is_multiple_of(2) { 1. } else { -1. };
+                let value = |tap: usize| {
+                    if coefficient < band.half { low[tap] } else { sign(tap) * low[low.len() - 1 - tap] }
+                };
+                tap.map_or(0., value)
+            };
+            along(t, u as usize, outputs) * along(q, v as usize, inputs)
+        }
+    }
+}
+
 /// The matrix (out, in) that a delta adds.
 fn dense(delta: &Delta, (out_features, in_features): (usize, usize)) -> Tensor {
     match delta {
         Delta::LowRank { a, b } => b.matmul(a).unwrap(),
+        Delta::Spectral { basis, rows, columns, values, .. } => {
+            let (rows, columns) = (rows.to_vec1::<u32>().unwrap(), columns.to_vec1::<u32>().unwrap());
+            let values = values.to_vec1::<f32>().unwrap();
+            let entry = |at: usize| {
+                let places = rows.iter().zip(&columns).zip(&values);
+                let (t, q) = (at / in_features, at % in_features);
+                places.map(|((u, v), value)| value * wave(basis, (out_features, in_features), (t, q), (*u, *v))).sum()
+            };
+            let values: Vec<f32> = (0..out_features * in_features).map(entry).collect();
+            Tensor::from_vec(values, (out_features, in_features), &Device::Cpu).unwrap()
+        }
+        Delta::SharedLowRank { a, b, d, g } => {
+            let a = a.tensor().broadcast_mul(&d.unsqueeze(1).unwrap()).unwrap();
+            b.tensor().broadcast_mul(&g.unsqueeze(1).unwrap()).unwrap().matmul(&a).unwrap()
+        }
         Delta::Routed { .. } | Delta::Gated { .. } => panic!("a routed term is no matrix"),
         Delta::ShardSum { m } => {
             let (r, q) = m.dims2().unwrap();

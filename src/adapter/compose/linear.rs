@@ -1,10 +1,12 @@
 //! Composing what several adapters do to one linear.
 
+use std::sync::Arc;
+
 use candle_core::{DType, Tensor};
 
 use super::super::block_product;
-use super::super::merge::scaled;
-use super::super::{BlockMix, Delta, LinearSlots, Pre, Scale, SiteId, Weight};
+use super::super::merge::{scaled, shared_factors};
+use super::super::{BlockMix, Delta, LinearSlots, Pre, Scale, SharedMatrix, SiteId, Weight};
 use super::scale::{at_strength, inverse, then};
 use super::{Composer, Fault, Step, refused};
 
@@ -131,6 +133,7 @@ impl Composer<'_> {
             let outputs = outputs.to_dtype(DType::F32)?.contiguous()?;
             self.store_matrix(&(scaled(factor, &outputs)? * f64::from(step.strength))?)
         };
+        let stronger = |values: &Tensor| values.to_dtype(DType::F32)? * f64::from(step.strength);
         Ok(match delta {
             Delta::LowRank { a, b } => Delta::LowRank { a: a.clone(), b: times(b)? },
             Delta::ShardSum { m } => {
@@ -153,7 +156,7 @@ impl Composer<'_> {
                         return refused(format!("an earlier one rotates the entries of `{name}`: name it first"));
                     }
                 };
-                let values = (values.to_dtype(DType::F32)? * f64::from(step.strength))?;
+                let values = stronger(values)?;
                 let values = factor.map_or(Ok(values.clone()), |factor| values * factor)?;
                 Delta::Sparse { rows: rows.clone(), columns: columns.clone(), values: self.store_matrix(&values)? }
             }
@@ -165,16 +168,13 @@ impl Composer<'_> {
                 temperature: *temperature,
             },
             Delta::Gated { a, b, places } => Delta::Gated { a: a.clone(), b: times(b)?, places: places.clone() },
-            Delta::Circulant { kernel } if plain => {
-                let kernel = (kernel.to_dtype(DType::F32)? * f64::from(step.strength))?;
-                Delta::Circulant { kernel: self.store(&kernel)? }
-            }
+            Delta::Circulant { kernel } if plain => Delta::Circulant { kernel: self.store(&stronger(kernel)?)? },
             Delta::BlockProduct { a, mix: BlockMix::Matrix(w), b } if plain => {
-                let mix = BlockMix::Matrix(self.store(&(w.to_dtype(DType::F32)? * f64::from(step.strength))?)?);
+                let mix = BlockMix::Matrix(self.store(&stronger(w)?)?);
                 Delta::BlockProduct { a: a.clone(), mix, b: b.clone() }
             }
             Delta::BlockProduct { a, mix: BlockMix::Exchange, b } if plain => {
-                let a = self.store_matrix(&(a.to_dtype(DType::F32)? * f64::from(step.strength))?)?;
+                let a = self.store_matrix(&stronger(a)?)?;
                 Delta::BlockProduct { a, mix: BlockMix::Exchange, b: b.clone() }
             }
             // Outputs that are scaled apart, or mixed, are no blocks any more.
@@ -182,10 +182,43 @@ impl Composer<'_> {
                 let (down, up) = block_product::factors((a, mix, b.as_ref()))?;
                 Delta::LowRank { a: self.store_matrix(&down)?, b: times(&up)? }
             }
+            Delta::Spectral { basis, shape, rows, columns, values } if plain => Delta::Spectral {
+                basis: basis.clone(),
+                shape: *shape,
+                rows: rows.clone(),
+                columns: columns.clone(),
+                values: self.store(&stronger(values)?)?,
+            },
             Delta::Circulant { .. } => {
                 return refused(format!("circulant blocks cannot be scaled by output: name `{}` first", step.name));
             }
+            Delta::Spectral { .. } => {
+                return refused(format!("coefficients cannot be scaled by output: name `{}` first", step.name));
+            }
+            Delta::SharedLowRank { a, b, d, g } => self.shared((a, b), (d, g), step.strength, factor)?,
         })
+    }
+
+    /// A delta whose matrices are shared, times the strength, its outputs scaled by `factor`.
+    fn shared(
+        &self,
+        (a, b): (&Arc<SharedMatrix>, &Arc<SharedMatrix>),
+        (d, g): (&Tensor, &Tensor),
+        strength: f32,
+        factor: &Scale,
+    ) -> Result<Delta, Fault> {
+        let g = match factor {
+            Scale::One => g.to_dtype(DType::F32)?,
+            Scale::Diag(scale) => (scale * g.to_dtype(DType::F32)?)?,
+            // What mixes outputs leaves nothing to share.
+            Scale::PairRot { .. } | Scale::BlockDiag(_) => {
+                let (a, b) = shared_factors((a, b), (d, g))?;
+                let b = (scaled(factor, &b)? * f64::from(strength))?;
+                return Ok(Delta::LowRank { a: self.store_matrix(&a)?, b: self.store_matrix(&b)? });
+            }
+        };
+        let g = self.store(&(g * f64::from(strength))?)?;
+        Ok(Delta::SharedLowRank { a: a.clone(), b: b.clone(), d: d.clone(), g })
     }
 
     /// `c = b + l (c_t - b) + scale_l (c' - b)`, where `c'` is what the steps before left.

@@ -1,10 +1,12 @@
+use std::sync::Arc;
+
 use candle_core::{DType, Device, Tensor};
 
 use super::super::fake_base::{FakeBase, VOCAB, close, random};
 use super::super::merge::{effective_weight, scaled};
 use super::super::{
-    BaseWeights, BlockMix, ButterflyFactor, Delta, EmbeddingPatch, Formats, GateNetwork, GateRule, KvPrefix,
-    LinearSlots, LoweredAdapter, NormOverride, Pre, Scale, Weight,
+    BaseWeights, Basis, BlockMix, ButterflyFactor, Delta, EmbeddingPatch, Formats, GateNetwork, GateRule, KvPrefix,
+    LinearSlots, LoweredAdapter, NormOverride, Pre, Scale, SharedMatrix, Weight,
 };
 use super::{Part, compose, own_bytes_of};
 
@@ -93,6 +95,8 @@ struct Sorts {
     circulant: LinearSlots,
     kron: LinearSlots,
     exchange: LinearSlots,
+    spectral: LinearSlots,
+    shared: LinearSlots,
     outputs: LinearSlots,
     own: LinearSlots,
     rows: LinearSlots,
@@ -105,6 +109,7 @@ fn sorts() -> Sorts {
     let low_rank = |seed| Delta::LowRank { a: random(seed, (3, k)), b: random(seed + 1, (n, 3)) };
     // Away from zero, so that its inverse is well behaved.
     let around_one = |seed, len: usize| (random(seed, len) * 0.4).unwrap().affine(1.0, 1.0).unwrap();
+    let matrix = |seed, shape: (usize, usize)| Arc::new(SharedMatrix::new(&random(seed, shape)).unwrap());
     let index = |values: &[u32]| Tensor::new(values, &Device::Cpu).unwrap();
     let last = n as u32 - 1;
     Sorts {
@@ -144,6 +149,19 @@ fn sorts() -> Sorts {
             mix: BlockMix::Exchange,
             b: Some(random(31, (2, n / 2, 4))),
         }]),
+        spectral: deltas(vec![Delta::Spectral {
+            basis: Basis::Fourier,
+            shape: (n, k),
+            rows: index(&[0, 3, last]),
+            columns: index(&[1, 0, 2]),
+            values: random(31, 3),
+        }]),
+        shared: deltas(vec![Delta::SharedLowRank {
+            a: matrix(27, (3, k)),
+            b: matrix(28, (n, 3)),
+            d: random(29, 3),
+            g: random(30, n),
+        }]),
         outputs: LinearSlots {
             scale: Scale::BlockDiag(random(25, (n.div_ceil(5), 5, 5))),
             c: Some(random(26, n)),
@@ -166,6 +184,8 @@ fn a_strength_is_a_step_from_the_base_towards_the_adapter() {
             check(&[(slots, strength)]);
         }
     }
+    check(&[(&sorts.shared, 0.3)]);
+    check(&[(&sorts.spectral, 0.3), (&sorts.scale, 1.0)]);
     check(&[(&sorts.rotation, 1.0)]);
     check(&[(&sorts.blocks, 1.0)]);
     check(&[(&sorts.butterfly, 1.0)]);
@@ -176,7 +196,9 @@ fn a_strength_is_a_step_from_the_base_towards_the_adapter() {
 fn each_step_acts_on_what_those_before_it_made() {
     let sorts = sorts();
     let Sorts { low_rank, shards, tiles, sparse, scale, scaled_delta, rotation, bias, input, .. } = &sorts;
-    let Sorts { blocks, butterfly, circulant, kron, exchange, outputs, own, rows, .. } = &sorts;
+    let Sorts { blocks, butterfly, circulant, kron, exchange, shared, outputs, own, rows, .. } = &sorts;
+    check(&[(scale, 0.5), (shared, 0.7), (low_rank, 1.0), (scale, 1.0)]);
+    check(&[(rotation, 1.0), (shared, 0.5), (shared, 1.0)]);
     check(&[(low_rank, 0.7), (shards, 0.3), (sparse, -1.0)]);
     check(&[(low_rank, 0.7), (scaled_delta, 1.0)]);
     check(&[(scaled_delta, 1.0), (low_rank, 0.7), (scale, 0.5)]);
@@ -229,13 +251,14 @@ fn what_the_slots_cannot_hold_is_refused_by_module() {
     check_refused(&[(&blocks, 0.5)], "no strength but 1");
     check_refused(&[(&rotation, 1.0), (&rotation, 1.0)], "rotates the outputs");
     check_refused(&[(&rotation, 0.5)], "no strength but 1");
-    let [butterfly, circulant, outputs] =
-        [sorts.butterfly, sorts.circulant, sorts.outputs].map(|slots| one(&base, slots));
+    let [butterfly, circulant, spectral, outputs] =
+        [sorts.butterfly, sorts.circulant, sorts.spectral, sorts.outputs].map(|slots| one(&base, slots));
     check_refused(&[(&butterfly, 0.5)], "no strength but 1");
     check_refused(&[(&outputs, 0.5)], "no strength but 1");
     check_refused(&[(&outputs, 1.0), (&rotation, 1.0)], "multiplies blocks of outputs");
     check_refused(&[(&outputs, 1.0), (&low_rank, 1.0)], "name the later one first");
     check_refused(&[(&rotation, 1.0), (&circulant, 1.0)], "circulant blocks cannot be scaled by output");
+    check_refused(&[(&rotation, 1.0), (&spectral, 1.0)], "coefficients cannot be scaled by output");
     check_refused(&[(&rotation, 1.0), (&sparse, 1.0)], "name it first");
     let (n, _) = sizes(&base);
     let zeros = Scale::Diag(Tensor::zeros(n, DType::F32, &Device::Cpu).unwrap());

@@ -10,7 +10,7 @@ use crate::adapter::keys::key_of;
 use crate::adapter::lowering::Lowering;
 use crate::adapter::{
     AdapterError, AdapterFiles, Delta, EmbeddingPatch, LinearSlots, LoweredAdapter, NormOverride, Pre, Scale, SiteId,
-    SiteKind, Weight, replace, tensor_file,
+    SiteKind, Spectral, Weight, merge, replace, tensor_file,
 };
 use crate::adapter::{block_product, config};
 
@@ -307,7 +307,12 @@ fn stacked(deltas: &[Delta], in_features: usize, out_features: usize) -> Result<
 /// Why a delta is no product of two smaller matrices.
 fn without_factors(delta: &Delta) -> Option<&'static str> {
     match delta {
-        Delta::LowRank { .. } | Delta::ShardSum { .. } | Delta::Sparse { .. } | Delta::BlockProduct { .. } => None,
+        Delta::LowRank { .. }
+        | Delta::ShardSum { .. }
+        | Delta::Sparse { .. }
+        | Delta::BlockProduct { .. }
+        | Delta::Spectral { .. }
+        | Delta::SharedLowRank { .. } => None,
         Delta::Routed { .. } | Delta::Gated { .. } => {
             Some("every token chooses among experts, which no low-rank term can do")
         }
@@ -319,6 +324,10 @@ fn without_factors(delta: &Delta) -> Option<&'static str> {
 fn factors(delta: &Delta, in_features: usize, out_features: usize) -> Result<(Tensor, Tensor)> {
     match delta {
         Delta::LowRank { a, b } => Ok((a.clone(), b.clone())),
+        Delta::Spectral { basis, shape, rows, columns, values } => {
+            Spectral { basis, shape: *shape, rows, columns, values }.factors()
+        }
+        Delta::SharedLowRank { a, b, d, g } => merge::shared_factors((a, b), (d, g)),
         Delta::ShardSum { m } => {
             let (r, q) = m.dims2()?;
             let sums: Vec<f32> =
@@ -370,19 +379,23 @@ fn sparse_factors(
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use super::*;
+    use crate::adapter::SharedMatrix;
     use crate::adapter::fake_base::{close, random};
-    use crate::adapter::merge;
 
     #[test]
     fn every_delta_is_the_product_of_its_factors() {
         let index = |values: &[u32]| Tensor::new(values, &Device::Cpu).unwrap();
+        let matrix = |seed, shape: (usize, usize)| Arc::new(SharedMatrix::new(&random(seed, shape)).unwrap());
         let deltas = [
             Delta::LowRank { a: random(1, (3, 10)), b: random(2, (12, 3)) },
             Delta::ShardSum { m: random(3, (4, 12)) },
             Delta::ShardSum { m: random(4, (3, 4)) },
             Delta::Sparse { rows: index(&[0, 0, 5]), columns: index(&[2, 9, 0]), values: random(5, 3) },
             Delta::Sparse { rows: index(&[0, 3, 5]), columns: index(&[2, 2, 2]), values: random(6, 3) },
+            Delta::SharedLowRank { a: matrix(7, (2, 10)), b: matrix(8, (12, 2)), d: random(9, 2), g: random(10, 12) },
         ];
         for (product, rank) in block_product::tests::every_form() {
             let (a, b) = factors(&product, 10, 12).unwrap();

@@ -2,20 +2,23 @@
 //! `y += lambda_b * (B[:out] (lambda_d * (A[:, :in] x)))` (PEFT 0.21 `tuners/vera`). PVeRA learns a distribution of the
 //! inner vector; its mean, the first half of A and lambda_d, is what serves (`tuners/pvera`).
 
-use candle_core::Tensor;
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use candle_core::{Result, Tensor};
 
 use super::Kind;
-use crate::adapter::AdapterError;
 use crate::adapter::adapted::{self, AdaptedLinear};
 use crate::adapter::config::{Config, Rule, field_error};
 use crate::adapter::lowering::Lowering;
 use crate::adapter::matching::Matcher;
+use crate::adapter::{AdapterError, Delta, SharedMatrix};
 
 /// The row of VeRA.
 pub(super) const VERA: Kind = Kind {
     peft_type: "VERA",
     title: "VeRA",
-    served_as: "low-rank delta",
+    served_as: "low-rank delta whose matrices all linears and adapters share",
     merged_as: "W + diag(lambda_b) B diag(lambda_d) A",
     suffixes: &["vera_lambda_b", "vera_lambda_d"],
     shared: &["base_model.vera_A", "base_model.vera_B"],
@@ -42,7 +45,7 @@ pub(super) const VERA: Kind = Kind {
 pub(super) const PVERA: Kind = Kind {
     peft_type: "PVERA",
     title: "PVeRA",
-    served_as: "low-rank delta of the mean",
+    served_as: "low-rank delta of the mean, with shared matrices",
     suffixes: &["pvera_lambda_b", "pvera_lambda_d"],
     shared: &["base_model.pvera_A", "base_model.pvera_B"],
     pairs: &[("pvera_lambda_b", "pvera_lambda_d")],
@@ -69,7 +72,7 @@ const SAVED: &str = "save_projection";
 /// PEFT's default of `r`.
 const DEFAULT_R: usize = 256;
 
-fn check(config: &Config) -> Result<(), AdapterError> {
+fn check(config: &Config) -> std::result::Result<(), AdapterError> {
     config.positive("r")?;
     if config.get(SAVED).is_some() && !config.flag(SAVED)? {
         let reason = "the file does not hold the random projections; load it with PEFT and save it with true";
@@ -79,7 +82,11 @@ fn check(config: &Config) -> Result<(), AdapterError> {
 }
 
 /// Lowers tensors that begin with `prefix`; A and lambda_d have `parts` times r rows, the first r of which count.
-fn scaled_projections(lowering: &mut Lowering<'_>, prefix: &str, parts: usize) -> Result<(), AdapterError> {
+fn scaled_projections(
+    lowering: &mut Lowering<'_>,
+    prefix: &str,
+    parts: usize,
+) -> std::result::Result<(), AdapterError> {
     let linears = adapted::linears(lowering)?;
     let r = lowering.config.positive("r")?.unwrap_or(DEFAULT_R);
     let name = |end: &str| format!("{prefix}_{end}");
@@ -92,16 +99,31 @@ fn scaled_projections(lowering: &mut Lowering<'_>, prefix: &str, parts: usize) -
     let b = projection(lowering, &shared("B"), |shape| {
         (shape.len() == 2 && shape[0] >= outputs && shape[1] == r, format!("[{outputs} or more, {r}]"))
     })?;
+    let (mut downs, mut ups) = (BTreeMap::new(), BTreeMap::new());
     for linear in linears {
         let AdaptedLinear { id, in_features: inputs, out_features: outputs } = linear;
         let d = lowering.require(id, &name("lambda_d"), &[parts * r])?.narrow(0, 0, r)?;
-        let lambda_b = lowering.require(id, &name("lambda_b"), &[outputs])?;
-        let a = a.narrow(0, 0, r)?.narrow(1, 0, inputs)?.broadcast_mul(&d.unsqueeze(1)?)?;
-        let b = b.narrow(0, 0, outputs)?.broadcast_mul(&lambda_b.unsqueeze(1)?)?;
+        let g = lowering.require(id, &name("lambda_b"), &[outputs])?;
+        let a = slice(&mut downs, inputs, || a.narrow(0, 0, r)?.narrow(1, 0, inputs))?;
+        let b = slice(&mut ups, outputs, || b.narrow(0, 0, outputs))?;
         lowering.ranks.insert(r);
-        lowering.add_low_rank(id, a.contiguous()?, b.contiguous()?)?;
+        lowering.out.linears.entry(id).or_default().deltas.push(Delta::SharedLowRank { a, b, d, g });
     }
     Ok(())
+}
+
+/// The slice of a projection for so many features; `cut` makes it for the first linear that has them.
+fn slice(
+    slices: &mut BTreeMap<usize, Arc<SharedMatrix>>,
+    features: usize,
+    cut: impl FnOnce() -> Result<Tensor>,
+) -> Result<Arc<SharedMatrix>> {
+    if let Some(slice) = slices.get(&features) {
+        return Ok(slice.clone());
+    }
+    let slice = Arc::new(SharedMatrix::new(&cut()?)?);
+    slices.insert(features, slice.clone());
+    Ok(slice)
 }
 
 /// Takes a shared tensor; `fits` tells whether its shape does, and what was expected.
@@ -109,7 +131,7 @@ fn projection(
     lowering: &mut Lowering<'_>,
     name: &str,
     fits: impl Fn(&[usize]) -> (bool, String),
-) -> Result<Tensor, AdapterError> {
+) -> std::result::Result<Tensor, AdapterError> {
     let shape = lowering.shared_shape(name).unwrap_or_default().to_vec();
     match fits(&shape) {
         (false, expected) if !shape.is_empty() => {

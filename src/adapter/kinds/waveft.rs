@@ -6,26 +6,27 @@
 //! delta[2 p + a, 2 q + b] += scaling c f[a] g[b]      f, g: low or high pass, by rows and columns of the sub-band
 //! ```
 //!
-//! Without `use_idwt` the coefficients are the delta's entries. The places are not in the file: they are the first ones
-//! of torch's random permutation with `random_loc_seed`. Either way the delta is sparse.
+//! which is a sparse matrix between wavelet transforms of inputs and outputs. Without `use_idwt` the coefficients are the
+//! delta's entries. The places are not in the file: they are the first ones of torch's random permutation with
+//! `random_loc_seed`.
 
-use candle_core::Tensor;
+use std::sync::Arc;
 
 use super::Kind;
 use super::fourierft::seed;
-use crate::adapter::AdapterError;
 use crate::adapter::adapted::{self, AdaptedLinear};
 use crate::adapter::config::{Config, Rule, as_positive, field_error};
 use crate::adapter::lowering::Lowering;
 use crate::adapter::matching::{Matcher, Patterns};
 use crate::adapter::torch_random::{NOT_PERMUTED, TorchRandom};
 use crate::adapter::wavelets::FILTERS;
+use crate::adapter::{AdapterError, Band, Basis};
 
 /// The row of the table of kinds.
 pub(super) const WAVEFT: Kind = Kind {
     peft_type: "WAVEFT",
     title: "WaveFT",
-    served_as: "sparse delta, or an own dense weight where the entries are many",
+    served_as: "sparse delta between wavelet transforms, or an own dense weight where the coefficients are many",
     merged_as: "W + scaling times the inverse wavelet transform",
     suffixes: &[SPECTRUM],
     fields: &[
@@ -53,8 +54,8 @@ const DEFAULT_SCALING: f64 = 25.0;
 enum Transform {
     /// They are the entries.
     Direct,
-    /// Through filters, low and high pass.
-    Inverse { low: Vec<f64>, high: Vec<f64> },
+    /// Through filters; that of the low pass.
+    Inverse { low: Arc<[f32]> },
 }
 
 impl Transform {
@@ -68,9 +69,7 @@ impl Transform {
             let known: Vec<&str> = FILTERS.iter().map(|(known, _)| *known).collect();
             return Err(field_error(field, format!("expected one of {}, found `{name}`", known.join(", "))));
         };
-        let sign = |at: usize| if at.is_multiple_of(2) { 1.0 } else { -1.0 };
-        let high = low.iter().rev().enumerate().map(|(at, value)| sign(at) * value).collect();
-        Ok(Self::Inverse { low: low.to_vec(), high })
+        Ok(Self::Inverse { low: low.iter().map(|value| *value as f32).collect() })
     }
 }
 
@@ -95,7 +94,7 @@ fn lower(lowering: &mut Lowering<'_>) -> Result<(), AdapterError> {
     let total: f64 = linears.iter().map(|linear| elements(linear) as f64).sum();
     let budget = (default * linears.len()) as f64;
     for linear in linears {
-        let AdaptedLinear { id, in_features, .. } = linear;
+        let AdaptedLinear { id, in_features, out_features } = linear;
         let all = elements(&linear);
         let path = &lowering.site(id).path;
         let count = if proportional {
@@ -112,27 +111,23 @@ fn lower(lowering: &mut Lowering<'_>) -> Result<(), AdapterError> {
         let places = TorchRandom::new(seed).permutation(all, count);
         let places = places.ok_or_else(|| lowering.refuse(id, SPECTRUM, NOT_PERMUTED))?;
         let coefficients = places.iter().zip(spectrum);
-        let coefficients = coefficients.map(|(at, c)| (at / in_features, at % in_features, f64::from(c) * scaling));
-        let (low, high) = match &transform {
-            Transform::Direct => {
-                let entries = coefficients.map(|(row, column, value)| (row, column, value as f32)).collect();
-                lowering.add_sparse(id, entries)?;
-                continue;
+        let value = |c: f32| (f64::from(c) * scaling) as f32;
+        let entries = coefficients.map(|(at, c)| (at / in_features, at % in_features, value(c)));
+        match &transform {
+            Transform::Direct => lowering.add_sparse(id, entries.collect())?,
+            Transform::Inverse { low } => {
+                let (outputs, inputs) = (Axis::new(out_features, low.len()), Axis::new(in_features, low.len()));
+                let entries = entries.map(|(row, column, value)| {
+                    let ((p, is_lower), (q, is_right)) = (outputs.place(row), inputs.place(column));
+                    // Details are crosswise: those in the right half of the matrix have passed the high pass by rows,
+                    // those in the lower half by columns.
+                    (outputs.coefficient(p, is_right), inputs.coefficient(q, is_lower), value)
+                });
+                let (entries, cost) = (entries.collect(), low.len() * (in_features + out_features));
+                let basis = Basis::Wavelet { low: low.clone(), inputs: inputs.band(), outputs: outputs.band() };
+                lowering.add_spectral(id, (basis, (out_features, in_features)), entries, cost)?;
             }
-            Transform::Inverse { low, high } => (low.as_slice(), high.as_slice()),
-        };
-        let spread = coefficients.flat_map(|coefficient| spread(coefficient, &linear, (low, high)));
-        if count.saturating_mul(low.len() * low.len()) < all {
-            let entries = spread.collect();
-            lowering.add_sparse(id, entries)?;
-            continue;
         }
-        let reason = "the coefficients reach most of the weight's entries";
-        lowering.serve_own(id, reason, |weight| {
-            let mut delta = vec![0f32; all];
-            spread.for_each(|(row, column, value)| delta[row * in_features + column] += value);
-            Ok((&weight + Tensor::from_vec(delta, weight.shape(), weight.device())?)?)
-        })?;
     }
     Ok(())
 }
@@ -162,28 +157,12 @@ impl Axis {
         (at % half, at >= half)
     }
 
-    /// Indexes and factors of what index `p` of a sub-band adds along this axis through a filter.
-    fn spread(&self, p: usize, filter: &[f64]) -> Vec<(usize, f64)> {
-        let taps = filter.iter().enumerate();
-        let shifted = taps.filter_map(|(tap, factor)| Some(((2 * p + tap).checked_sub(self.cut)?, *factor)));
-        shifted.filter(|(at, _)| *at < self.size).collect()
+    /// The number of a sub-band's coefficient among those of both bands.
+    fn coefficient(&self, p: usize, is_high: bool) -> usize {
+        p + if is_high { self.padded / 2 } else { 0 }
     }
-}
 
-/// The entries that one coefficient adds to the weight. Details are crosswise: those in the right half of the matrix have
-/// passed the high pass by rows, those in the lower half by columns.
-fn spread(
-    (row, column, value): (usize, usize, f64),
-    linear: &AdaptedLinear,
-    (low, high): (&[f64], &[f64]),
-) -> Vec<(usize, usize, f32)> {
-    let (rows, columns) = (Axis::new(linear.out_features, low.len()), Axis::new(linear.in_features, low.len()));
-    let ((p, is_lower), (q, is_right)) = (rows.place(row), columns.place(column));
-    let by_rows = rows.spread(p, if is_right { high } else { low });
-    let by_columns = columns.spread(q, if is_lower { high } else { low });
-    let along = |(row, f): &(usize, f64)| {
-        let (row, f) = (*row, *f);
-        by_columns.iter().map(move |(column, g)| (row, *column, (value * f * g) as f32))
-    };
-    by_rows.iter().flat_map(along).collect()
+    fn band(&self) -> Band {
+        Band { half: self.padded / 2, cut: self.cut }
+    }
 }

@@ -23,7 +23,7 @@ use super::pool::{for_each, for_ranges, num_threads};
 use super::shared::Shared;
 use super::shrink::{Place, ShrinkPlan, shrink};
 use super::silu::silu_mul;
-use super::slots::{Outputs, PackedDelta, PackedSlots, SlotRun, apply_slots};
+use super::slots::{Outputs, PackedDelta, PackedSlots, SlotRun, apply_slots, replace_rows};
 
 /// Rows multiplied before their outputs are finished.
 const CHUNK_ROWS: usize = 192;
@@ -251,7 +251,16 @@ impl Sweep<'_> {
         let linear = &self.linears[piece.linear_idx];
         let places = &self.plan.places[piece.linear_idx];
         AHEAD.with_borrow_mut(|ahead| self.product(linear, places, &piece, ahead));
-        for (run, place) in linear.runs.iter().zip(places).filter(|(run, _)| overlaps(&run.rows, &piece)) {
+        let touched = || linear.runs.iter().zip(places).filter(|(run, _)| overlaps(&run.rows, &piece));
+        for (run, place) in touched() {
+            let Some(slots) = run.slots else { continue };
+            let short = (&self.short[place.short..], run.rows.len());
+            // SAFETY: a panel's columns are written by its task only.
+            unsafe { replace_rows(slots, short, &outputs(linear, &run.rows, &piece)) };
+        }
+        // SAFETY: as above.
+        unsafe { self.plan.joint.expand(piece.linear_idx, self.short, &outputs(linear, &(0..self.m), &piece)) };
+        for (run, place) in touched() {
             self.finish_run(linear, (run, place.short), &piece);
         }
     }
@@ -291,17 +300,8 @@ impl Sweep<'_> {
 
     /// Everything one run needs in its rows of a piece, once the dense product is there.
     fn finish_run(&self, linear: &SweepLinear<'_>, (run, start): (&SlotRun<'_>, usize), piece: &Piece<'_>) {
-        let first = piece.panel_idx * PANEL;
-        let columns = PANEL.min(linear.weight.n() - first);
         let (from, to) = (run.rows.start.max(piece.from), run.rows.end.min(piece.to));
-        let outputs = Outputs {
-            out: piece.out,
-            offset: piece.offset + (from - piece.from) * piece.stride,
-            stride: piece.stride,
-            columns,
-            first,
-            rows: (from - run.rows.start, to - run.rows.start),
-        };
+        let outputs = outputs(linear, &run.rows, piece);
         if let Some(slots) = run.slots {
             let x = &self.x[from * self.k..to * self.k];
             // SAFETY: a panel's columns are written by its task only.
@@ -313,7 +313,7 @@ impl Sweep<'_> {
         for row in from..to {
             // SAFETY: as above, one row at a time.
             let y = unsafe { outputs.row(row - run.rows.start) };
-            self.add_last(linear, run.slots, (row, first), y);
+            self.add_last(linear, run.slots, (row, outputs.first), y);
         }
     }
 
@@ -356,6 +356,20 @@ impl Sweep<'_> {
     }
 }
 
+/// Those of `rows` that a piece has, counted from their first.
+fn outputs<'a>(linear: &SweepLinear<'_>, rows: &Range<usize>, piece: &Piece<'a>) -> Outputs<'a> {
+    let first = piece.panel_idx * PANEL;
+    let (from, to) = (rows.start.max(piece.from), rows.end.min(piece.to));
+    Outputs {
+        out: piece.out,
+        offset: piece.offset + (from - piece.from) * piece.stride,
+        stride: piece.stride,
+        columns: PANEL.min(linear.weight.n() - first),
+        first,
+        rows: (from - rows.start, to - rows.start),
+    }
+}
+
 /// The weight that a run has in the place of the shared one.
 fn own_weight<'a>(run: &SlotRun<'a>) -> Option<&'a PackedMatrix> {
     run.slots.and_then(|slots| slots.own.as_ref())
@@ -367,12 +381,16 @@ fn overlaps(rows: &Range<usize>, piece: &Piece<'_>) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::HashMap;
+    use std::sync::{Arc, LazyLock, Mutex};
+
     use proptest::prelude::*;
 
     use super::super::block_product::{BlockProduct, PackedMix};
     use super::super::blocks::Blocks;
     use super::super::circulant::Circulant;
     use super::super::int8::Int8Matrix;
+    use super::super::joint::JointLowRank;
     use super::super::packed::WeightFormat;
     use super::super::pre::PackedPre;
     use super::super::route::Router;
@@ -396,6 +414,8 @@ mod tests {
         sparse: Option<(Vec<u32>, Vec<u32>, Vec<f32>)>,
         circulant: Option<(usize, Vec<f32>)>,
         blocks: Option<PlainBlocks>,
+        /// Which of two pairs of matrices, d and g; the first ones twice.
+        joint: Option<(u64, Vec<f32>, Vec<f32>)>,
         scale: Option<PackedScale>,
         /// Experts, how many are chosen, and prototypes.
         router: Option<(usize, usize, Vec<f32>)>,
@@ -467,6 +487,30 @@ mod tests {
         }
     }
 
+    /// Ranks of the two pairs of matrices that adapters share.
+    fn joint_rank(which: u64) -> usize {
+        [21, 5][which as usize]
+    }
+
+    /// Down and up projection of a pair.
+    fn joint_matrices(which: u64, (n, k): (usize, usize)) -> (Vec<f32>, Vec<f32>) {
+        let r = joint_rank(which);
+        (random(r * k, 90 + which), random(n * r, 92 + which))
+    }
+
+    /// The same packed: one pair for all adapters.
+    fn kept_matrices(which: u64, (n, k): (usize, usize)) -> (Arc<RowMatrix>, Arc<PackedMatrix>) {
+        type Pairs = HashMap<(u64, usize, usize), (Arc<RowMatrix>, Arc<PackedMatrix>)>;
+        static PAIRS: LazyLock<Mutex<Pairs>> = LazyLock::new(Mutex::default);
+        let mut pairs = PAIRS.lock().expect("no test panics with it");
+        let pair = pairs.entry((which, n, k)).or_insert_with(|| {
+            let ((a, b), r) = (joint_matrices(which, (n, k)), joint_rank(which));
+            let b = PackedMatrix::from_f32(n, r, |i| &b[i * r..][..r]).expect("b");
+            (Arc::new(RowMatrix::new(WeightFormat::F32, &a, r, k)), Arc::new(b))
+        });
+        pair.clone()
+    }
+
     /// Two gates for each row of `x`: two of its own values.
     fn row_gates(x: &[f32], k: usize) -> Vec<f32> {
         x.chunks_exact(k).flat_map(|row| [row[0], row[k / 2]]).collect()
@@ -516,6 +560,10 @@ mod tests {
                     (b, random(n * k / b, seed ^ 13))
                 }),
                 blocks: has(24).then(|| PlainBlocks::random((n, k), seed)),
+                joint: has(31).then(|| {
+                    let which = u64::from(has(32));
+                    (which, random(joint_rank(which), seed ^ 31), random(n, seed ^ 32))
+                }),
                 router: has(21).then(|| {
                     let experts = 1 + (seed >> 16) as usize % 4;
                     (experts, 1 + (seed >> 20) as usize % experts, random(experts * k, seed ^ 12))
@@ -567,6 +615,12 @@ mod tests {
                 deltas.push(PackedDelta::Circulant(Circulant::new(kernel, (n / b, k / b, *b))));
             }
             deltas.extend(self.blocks.iter().map(|blocks| PackedDelta::BlockProduct(blocks.pack((n, k)))));
+            if let Some((which, d, g)) = &self.joint {
+                for _ in 0..2 - which {
+                    let (a, b) = kept_matrices(*which, (n, k));
+                    deltas.insert(0, PackedDelta::Joint(JointLowRank { a, b, d: d.clone(), g: g.clone() }));
+                }
+            }
             let own = self.own.as_ref().map(|w| PackedMatrix::from_f32(n, k, |i| &w[i * k..][..k]).expect("own"));
             let rows = self
                 .rows
@@ -639,6 +693,11 @@ mod tests {
                 let entries = rows.iter().zip(columns).zip(values).filter(|((row, _), _)| **row as usize == o);
                 y +=
                     entries.map(|((_, column), value)| f64::from(x[*column as usize]) * f64::from(*value)).sum::<f64>();
+            }
+            if let Some((which, d, g)) = &self.joint {
+                let (a, b) = joint_matrices(*which, (w.len() / k, k));
+                let part = |j: usize| f64::from(b[o * d.len() + j]) * f64::from(d[j]) * dot(x, &a[j * k..][..k]);
+                y += (2 - which) as f64 * f64::from(g[o]) * (0..d.len()).map(part).sum::<f64>();
             }
             if let Some((b, kernel)) = &self.circulant {
                 let value = |i: usize| kernel[(o / b * (k / b) + i / b) * b + (i % b + b - o % b) % b];

@@ -18,7 +18,7 @@ use super::words::{LANES, bf16_bits};
 pub(super) const PANEL: usize = 64;
 
 /// Number format of a packed weight.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum WeightFormat {
     /// bfloat16; the product rounds the activations to bfloat16 too and accumulates in f32.
     Bf16,

@@ -6,6 +6,7 @@ use std::ops::Range;
 
 use super::base::RowForm;
 use super::isa::Isa;
+use super::joint::JointPlan;
 use super::linear::SweepLinear;
 use super::pool::for_each;
 use super::rows::{RowMatrix, dot_rows};
@@ -21,6 +22,8 @@ pub(super) struct ShrinkPlan<'a> {
     pub(super) places: Vec<Vec<Place>>,
     /// What is to be computed: a run, some of its rows, and its place.
     tasks: Vec<(&'a SlotRun<'a>, Range<usize>, Place)>,
+    /// The terms whose matrices several runs share.
+    pub(super) joint: JointPlan<'a>,
     /// Elements of short vectors in total.
     pub(super) short: usize,
     /// Rows of words in total.
@@ -42,11 +45,13 @@ impl<'a> ShrinkPlan<'a> {
     /// Lays out the memory for `linears` of `m` rows.
     pub(super) fn new(linears: &'a [SweepLinear<'a>], m: usize) -> Self {
         let places = Vec::with_capacity(linears.len());
-        let mut plan = Self { places, tasks: Vec::new(), short: 0, word_rows: m, has_slots: false };
+        let joint = JointPlan::default();
+        let mut plan = Self { places, tasks: Vec::new(), joint, short: 0, word_rows: m, has_slots: false };
         for linear in linears {
             let places = linear.runs.iter().map(|run| plan.place(run)).collect();
             plan.places.push(places);
         }
+        (plan.joint, plan.short) = JointPlan::new(linears, plan.short);
         plan
     }
 
@@ -82,8 +87,12 @@ pub(super) fn shrink(
 ) {
     let (width, int8_width, m) = (form.terms_width(k), form.int8_width(k), x.len() / k);
     let (own_terms, own_int8, short) = (Shared::new(own_terms), Shared::new(own_int8), Shared::new(short));
-    for_each(plan.tasks.len(), |task| {
-        let (run, rows, place) = &plan.tasks[task];
+    for_each(plan.tasks.len() + plan.joint.num_tasks(), |task| {
+        let Some((run, rows, place)) = plan.tasks.get(task) else {
+            // SAFETY: every task runs once, and the joint terms have short vectors of their own.
+            unsafe { plan.joint.shrink(task - plan.tasks.len(), words, form, short) };
+            return;
+        };
         let slots = run.slots.expect("a task has slots");
         let plain = &words[rows.start * width..rows.end * width];
         let x = &x[rows.start * k..rows.end * k];
@@ -135,6 +144,8 @@ pub(super) fn shrink(
                 PackedDelta::Sparse(s) => s.transpose(x, h),
                 PackedDelta::Circulant(c) => c.multiply(x, h),
                 PackedDelta::BlockProduct(product) => product.shrink(x, h),
+                PackedDelta::Spectral(s) => s.multiply(x, h),
+                PackedDelta::Joint(_) => {}
             }
         }
         if let Some((indexes, replaced)) = &slots.rows {

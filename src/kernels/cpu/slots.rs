@@ -8,6 +8,7 @@ use super::block_product::BlockProduct;
 use super::circulant::Circulant;
 use super::dispatch::{dispatch, fma};
 use super::isa::Isa;
+use super::joint::JointLowRank;
 use super::packed::{PANEL, PackedMatrix, WeightFormat};
 use super::pre::PackedPre;
 use super::route::Router;
@@ -15,6 +16,7 @@ use super::rows::RowMatrix;
 use super::scale::PackedScale;
 use super::shared::Shared;
 use super::sparse::SparseRows;
+use super::spectral::SpectralRows;
 use super::words::LANES;
 
 /// What an adapter does to one linear, in the CPU's form. All matrices have the format of the base weight.
@@ -74,6 +76,10 @@ pub enum PackedDelta {
     Circulant(Circulant),
     /// Products of blocks, mixed.
     BlockProduct(BlockProduct),
+    /// `S x`, S: (n, k) sparse in a basis, in f32. It reads the row itself too.
+    Spectral(SpectralRows),
+    /// A low-rank term whose matrices other adapters share. It comes before the other terms.
+    Joint(JointLowRank),
 }
 
 /// Consecutive rows of `x` with one adapter.
@@ -118,7 +124,7 @@ impl PackedSlots {
     /// Whether a row is so much work before the sweep that it is a task by itself.
     pub(super) fn computes_by_row(&self) -> bool {
         self.deltas.iter().any(|delta| match delta {
-            PackedDelta::Circulant(_) => true,
+            PackedDelta::Circulant(_) | PackedDelta::Spectral(_) => true,
             PackedDelta::BlockProduct(product) => product.computes_by_row(),
             _ => false,
         })
@@ -126,17 +132,18 @@ impl PackedSlots {
 }
 
 impl PackedDelta {
-    /// The up projection; terms that are not a product of two matrices have none.
+    /// The up projection; terms that are not a product of two matrices of their own have none.
     pub(super) fn up(&self) -> Option<&PackedMatrix> {
         match self {
             Self::LowRank { b, .. } | Self::Routed { b, .. } | Self::Gated { b, .. } => Some(b),
             Self::ShardSum { m } => Some(m),
             Self::BlockProduct(product) => product.up(),
-            Self::Sparse(_) | Self::Circulant(_) => None,
+            Self::Sparse(_) | Self::Circulant(_) | Self::Spectral(_) | Self::Joint(_) => None,
         }
     }
 
-    /// Elements per row of its short vectors: a sparse term has its inputs there, a circulant one its outputs.
+    /// Elements per row of its short vectors: a sparse term has its inputs there, circulant and spectral ones their outputs;
+    /// a joint one has none here.
     pub(super) fn short_len(&self) -> usize {
         match self {
             Self::LowRank { b: up, .. }
@@ -146,6 +153,8 @@ impl PackedDelta {
             Self::Sparse(s) => s.k(),
             Self::Circulant(c) => c.num_outputs(),
             Self::BlockProduct(product) => product.short_len(),
+            Self::Spectral(s) => s.num_outputs(),
+            Self::Joint(_) => 0,
         }
     }
 }
@@ -183,8 +192,27 @@ impl Outputs<'_> {
     }
 }
 
-/// Replaced rows, terms and scale, but no scale that needs whole rows. `x` are the rows' inputs (rows, k); `short` the
-/// run's short vectors, of `run_rows` rows.
+/// Replaced rows of the weight. `short` are the run's short vectors, of `run_rows` rows.
+///
+/// # Safety
+/// Nobody else may use the outputs meanwhile.
+pub(super) unsafe fn replace_rows(slots: &PackedSlots, (short, run_rows): (&[f32], usize), outputs: &Outputs<'_>) {
+    let Some((indexes, _)) = &slots.rows else { return };
+    let before = slots.deltas.iter().map(PackedDelta::short_len).sum::<usize>() * run_rows;
+    let begin = indexes.partition_point(|index| (*index as usize) < outputs.first);
+    for row in outputs.rows.0..outputs.rows.1 {
+        let replaced = &short[before + row * indexes.len()..][..indexes.len()];
+        // SAFETY: the caller's contract; one row at a time.
+        let y = unsafe { outputs.row(row) };
+        for (index, value) in indexes.iter().zip(replaced).skip(begin) {
+            let Some(y) = y.get_mut(*index as usize - outputs.first) else { break };
+            *y = *value;
+        }
+    }
+}
+
+/// Terms, but for joint ones, and scale, but no scale that needs whole rows. `x` are the rows' inputs (rows, k); `short`
+/// the run's short vectors, of `run_rows` rows.
 ///
 /// # Safety
 /// Nobody else may use the outputs meanwhile.
@@ -195,19 +223,6 @@ pub(super) unsafe fn apply_slots(
     outputs: &Outputs<'_>,
 ) {
     let (from, to) = outputs.rows;
-    if let Some((indexes, _)) = &slots.rows {
-        let before = slots.deltas.iter().map(PackedDelta::short_len).sum::<usize>() * run_rows;
-        let begin = indexes.partition_point(|index| (*index as usize) < outputs.first);
-        for row in from..to {
-            let replaced = &short[before + row * indexes.len()..][..indexes.len()];
-            // SAFETY: the caller's contract; one row at a time.
-            let y = unsafe { outputs.row(row) };
-            for (index, value) in indexes.iter().zip(replaced).skip(begin) {
-                let Some(y) = y.get_mut(*index as usize - outputs.first) else { break };
-                *y = *value;
-            }
-        }
-    }
     let mut start = 0;
     for delta in &slots.deltas {
         let r = delta.short_len();
@@ -222,9 +237,10 @@ pub(super) unsafe fn apply_slots(
                 unsafe { expand_rows(h, up, outputs) };
             }
             // SAFETY: the caller's contract.
-            PackedDelta::Circulant(_) => unsafe { add_outputs(h, r, outputs) },
+            PackedDelta::Circulant(_) | PackedDelta::Spectral(_) => unsafe { add_outputs(h, r, outputs) },
             // SAFETY: the caller's contract.
             PackedDelta::BlockProduct(product) => unsafe { product.add(h, outputs) },
+            PackedDelta::Joint(_) => {}
             PackedDelta::Sparse(s) => {
                 // Rows are in eights unless they were prepared one by one.
                 let run = if slots.computes_by_row() { &[] } else { &short[start - run_rows * r..start] };

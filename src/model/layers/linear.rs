@@ -10,7 +10,7 @@ use crate::adapter::{Delta, LinearSlots, Pre, Scale, SiteId, Weight};
 use crate::kernels::cpu::{
     BaseMatrix, Int8Matrix, PackedMatrix, SlotRun, SweepLinear, add_op, gated_op, join_op, silu_mul_op,
 };
-use crate::kernels::{self, InputTerm, OutputTerm, SegmentTerms, Term};
+use crate::kernels::{self, InputTerm, OutputTerm, SegmentTerms, Spectral, Term};
 use crate::model::AdapterSegment;
 
 /// A weight in the format it is kept in.
@@ -237,6 +237,10 @@ impl Linear {
             Delta::Sparse { rows, columns, values } => Term::Sparse { rows, columns, values },
             Delta::Circulant { kernel } => Term::Circulant { kernel },
             Delta::BlockProduct { a, mix, b } => Term::BlockProduct { a, mix, b: b.as_ref() },
+            Delta::Spectral { basis, shape, rows, columns, values } => {
+                Term::Spectral(Spectral { basis, shape: *shape, rows, columns, values })
+            }
+            Delta::SharedLowRank { a, b, d, g } => Term::ScaledLowRank { a: a.tensor(), b: b.tensor(), d, g },
         });
         SegmentTerms {
             start: segment.start,
