@@ -131,7 +131,7 @@ struct Scratch {
 /// Leaves the outputs in the scratch: rows (query, head of the group) of head_dim.
 fn attend(isa: Isa, task: &Task<'_>, scratch: &mut Scratch) {
     match isa {
-        Isa::Avx512 | Isa::Avx512Bf16 => attend_wide(isa, task, scratch),
+        Isa::Avx512 | Isa::Avx512Vnni | Isa::Avx512Bf16 => attend_wide(isa, task, scratch),
         Isa::Avx2 | Isa::Portable => attend_narrow(isa, task, scratch),
     }
 }

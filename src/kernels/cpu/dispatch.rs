@@ -19,16 +19,18 @@ macro_rules! dispatch {
                     $body::<true>($($arg),*);
                 }
                 match isa {
-                    // SAFETY: `Isa` values above `Portable` come from detecting the features.
-                    #[expect(unsafe_code, reason = "calls code compiled for detected features")]
-                    $crate::kernels::cpu::Isa::Avx512 | $crate::kernels::cpu::Isa::Avx512Bf16 => unsafe {
-                        return avx512($($arg),*);
-                    },
-                    // SAFETY: as above.
-                    #[expect(unsafe_code, reason = "calls code compiled for detected features")]
-                    $crate::kernels::cpu::Isa::Avx2 => unsafe {
-                        return avx2($($arg),*);
-                    },
+                    $crate::kernels::cpu::Isa::Avx512
+                    | $crate::kernels::cpu::Isa::Avx512Vnni
+                    | $crate::kernels::cpu::Isa::Avx512Bf16 => {
+                        // SAFETY: `Isa` values above `Portable` come from detecting the features.
+                        #[expect(unsafe_code, reason = "calls code compiled for detected features")]
+                        return unsafe { avx512($($arg),*) };
+                    }
+                    $crate::kernels::cpu::Isa::Avx2 => {
+                        // SAFETY: as above.
+                        #[expect(unsafe_code, reason = "calls code compiled for detected features")]
+                        return unsafe { avx2($($arg),*) };
+                    }
                     $crate::kernels::cpu::Isa::Portable => {}
                 }
             }

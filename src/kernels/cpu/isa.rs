@@ -11,7 +11,9 @@ pub enum Isa {
     Avx2,
     /// AVX-512 F, BW and VL.
     Avx512,
-    /// AVX-512 with the dot products of bf16 and of bytes.
+    /// AVX-512 with the dot product of bytes.
+    Avx512Vnni,
+    /// AVX-512 with the dot products of bytes and of bf16.
     Avx512Bf16,
 }
 
@@ -27,18 +29,17 @@ impl Isa {
         let mut found = vec![Self::Portable];
         #[cfg(target_arch = "x86_64")]
         {
-            if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
-                found.push(Self::Avx2);
-            }
-            let avx512 = is_x86_feature_detected!("avx512f")
+            // To the compiler AVX-512 means AVX2, fused multiply-add and half-precision conversion too.
+            let avx2 = is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma");
+            let avx512 = avx2
+                && is_x86_feature_detected!("f16c")
+                && is_x86_feature_detected!("avx512f")
                 && is_x86_feature_detected!("avx512bw")
                 && is_x86_feature_detected!("avx512vl");
-            if avx512 {
-                found.push(Self::Avx512);
-            }
-            if avx512 && is_x86_feature_detected!("avx512bf16") && is_x86_feature_detected!("avx512vnni") {
-                found.push(Self::Avx512Bf16);
-            }
+            let vnni = avx512 && is_x86_feature_detected!("avx512vnni");
+            let bf16 = vnni && is_x86_feature_detected!("avx512bf16");
+            let sets = [(avx2, Self::Avx2), (avx512, Self::Avx512), (vnni, Self::Avx512Vnni), (bf16, Self::Avx512Bf16)];
+            found.extend(sets.into_iter().filter(|(has, _)| *has).map(|(_, set)| set));
         }
         found
     }

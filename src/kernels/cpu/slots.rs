@@ -302,7 +302,7 @@ pub(super) type PanelRows<'a> = [&'a mut [f32]; EXPAND_ROWS];
 /// `y[m, j] += sum_s b[j, s] * h[m, s]` for the columns of one panel and up to [`EXPAND_ROWS`] rows.
 pub(super) fn expand_tile(isa: Isa, h: &[f32], panel: &[u32], b: &PackedMatrix, y: &mut PanelRows<'_>) {
     match isa {
-        Isa::Avx512 | Isa::Avx512Bf16 => expand_wide(isa, h, panel, b, y),
+        Isa::Avx512 | Isa::Avx512Vnni | Isa::Avx512Bf16 => expand_wide(isa, h, panel, b, y),
         Isa::Avx2 | Isa::Portable => expand_narrow(isa, h, panel, b, y),
     }
 }

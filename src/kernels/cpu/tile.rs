@@ -18,7 +18,7 @@ pub(super) const AVX2_STEPS: usize = 64;
 pub(super) fn block_steps(isa: Isa) -> usize {
     match isa {
         Isa::Avx2 => AVX2_STEPS,
-        Isa::Portable | Isa::Avx512 | Isa::Avx512Bf16 => 512,
+        Isa::Portable | Isa::Avx512 | Isa::Avx512Vnni | Isa::Avx512Bf16 => 512,
     }
 }
 
@@ -128,7 +128,7 @@ pub(super) unsafe fn tile(rows: usize, isa: Isa, format: WeightFormat, args: Til
         #[cfg(target_arch = "x86_64")]
         (Isa::Avx512Bf16, WeightFormat::Bf16) => by_rows!(dot_bf16),
         #[cfg(target_arch = "x86_64")]
-        (Isa::Avx512Bf16 | Isa::Avx512, _) => by_rows!(generic_avx512, format),
+        (Isa::Avx512Bf16 | Isa::Avx512Vnni | Isa::Avx512, _) => by_rows!(generic_avx512, format),
         #[cfg(target_arch = "x86_64")]
         (Isa::Avx2, _) => by_rows!(avx2, format),
         _ => by_rows!(generic_portable, format),
@@ -158,13 +158,13 @@ unsafe fn dot_bf16<const M: usize>(args: TileArgs<'_>) {
         u16::try_from((1_u32 << lanes) - 1).expect("at most 16 lanes")
     });
     let mut acc = [[_mm512_setzero_ps(); 4]; M];
-    // SAFETY: masked lanes are neither read nor written; the others, and `x` and `w`, are in bounds by the caller's
-    // contract. Prefetching an address past the end is harmless.
+    // SAFETY: masked lanes are neither read nor written, so that a vector of them may lie outside of `y`; the other lanes,
+    // and `x` and `w`, are in bounds by the caller's contract. Prefetching an address past the end is harmless.
     unsafe {
         if !from_zero {
             for (r, row) in acc.iter_mut().enumerate() {
                 for (v, lane) in row.iter_mut().enumerate() {
-                    *lane = _mm512_maskz_loadu_ps(masks[v], y.add(r * y_stride + 16 * v));
+                    *lane = _mm512_maskz_loadu_ps(masks[v], y.wrapping_add(r * y_stride + 16 * v));
                 }
             }
         }
@@ -185,7 +185,7 @@ unsafe fn dot_bf16<const M: usize>(args: TileArgs<'_>) {
         }
         for (r, row) in acc.iter().enumerate() {
             for (v, lane) in row.iter().enumerate() {
-                _mm512_mask_storeu_ps(y.add(r * y_stride + 16 * v), masks[v], *lane);
+                _mm512_mask_storeu_ps(y.wrapping_add(r * y_stride + 16 * v), masks[v], *lane);
             }
         }
     }

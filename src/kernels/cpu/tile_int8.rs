@@ -76,11 +76,10 @@ pub(super) unsafe fn int8_tile(rows: usize, isa: Isa, args: &Int8Args<'_>) {
     }
     match isa {
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx512Bf16 => by_rows!(vnni),
+        Isa::Avx512Vnni | Isa::Avx512Bf16 => by_rows!(vnni),
+        // Without the dot product of bytes, wider vectors of 32-bit products take longer than pairs of 16-bit ones.
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx512 => by_rows!(plain_avx512),
-        #[cfg(target_arch = "x86_64")]
-        Isa::Avx2 => by_rows!(avx2),
+        Isa::Avx2 | Isa::Avx512 => by_rows!(avx2),
         _ => by_rows!(plain),
     }
 }
@@ -107,13 +106,6 @@ unsafe fn store<const M: usize>(args: &Int8Args<'_>, sums: &[[f32; PANEL]; M]) {
         // SAFETY: the caller's contract.
         unsafe { args.y.add(row * args.y_stride).copy_from_nonoverlapping(sums.as_ptr(), args.columns) };
     }
-}
-
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-unsafe fn plain_avx512<const M: usize>(args: &Int8Args<'_>) {
-    // SAFETY: the caller's contract.
-    unsafe { plain::<M>(args) };
 }
 
 /// The plain loops.
