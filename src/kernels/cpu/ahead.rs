@@ -2,34 +2,34 @@
 
 use super::tile::Fetch;
 
-/// Memory that is asked for a few lines at a time: more at once than the processor can wait for would hold it up.
+/// Memory that is asked for in shares, one with each tile, which asks for its lines one after the other: more at once than
+/// the processor can wait for would hold it up.
 #[derive(Debug, Default)]
 pub(super) struct Ahead {
     /// What is left to ask for, from `next` on.
     spans: Vec<Fetch>,
     next: usize,
-    /// Lines to ask for at a time.
+    /// Lines of a share.
     lines: usize,
 }
 
 impl Ahead {
-    /// Asks for `parts` in about `calls` equal shares, nothing of what was asked for before.
+    /// Deals `parts` out in about `calls` equal shares, each of one part; nothing is left of what was there before. Where
+    /// there are more parts than calls, the last ones are not asked for.
     pub(super) fn start<'a>(&mut self, parts: impl Iterator<Item = &'a [u32]>, calls: usize) {
         self.spans.clear();
-        self.spans.extend(parts.map(Fetch::of));
+        self.spans.extend(parts.map(Fetch::of).filter(|span| span.lines > 0));
         self.next = 0;
-        self.lines = self.spans.iter().map(|span| span.lines).sum::<usize>().div_ceil(calls.max(1));
+        let shares = (calls / self.spans.len().max(1)).max(1);
+        self.lines = self.spans.iter().map(|span| span.lines).max().unwrap_or(0).div_ceil(shares);
     }
 
-    /// Asks for the next share.
-    pub(super) fn share(&mut self) {
-        let mut left = self.lines;
-        while let Some(span) = self.spans.get_mut(self.next).filter(|_| left > 0) {
-            let lines = left.min(span.lines);
-            span.next_far(lines);
-            left -= lines;
-            self.next += usize::from(span.lines == 0);
-        }
+    /// The next share.
+    pub(super) fn share(&mut self) -> Fetch {
+        let Some(span) = self.spans.get_mut(self.next) else { return Fetch::NONE };
+        let share = span.take(self.lines);
+        self.next += usize::from(span.lines == 0);
+        share
     }
 }
 
@@ -41,18 +41,15 @@ mod tests {
     fn everything_is_asked_for_once_in_equal_shares() {
         let memory = vec![0_u32; 16 * 40];
         let mut ahead = Ahead::default();
-        ahead.start([&memory[..16 * 5], &memory[..0], &memory[16 * 5..16 * 21]].into_iter(), 4);
-        let left = |ahead: &Ahead| ahead.spans.iter().map(|span| span.lines).sum::<usize>();
-        let counts: Vec<usize> = (0..5)
-            .map(|_| {
-                let before = left(&ahead);
-                ahead.share();
-                before - left(&ahead)
-            })
-            .collect();
-        assert_eq!(counts, [6, 6, 6, 3, 0]);
-        ahead.start([&memory[..16]].into_iter(), 7);
-        ahead.share();
-        assert_eq!(left(&ahead), 0);
+        let mut shares = |parts: [&[u32]; 3], calls: usize| {
+            ahead.start(parts.into_iter(), calls);
+            let shares = std::iter::repeat_with(|| ahead.share()).take_while(|share| share.lines > 0);
+            shares.map(|share| ((share.at.addr() - memory.as_ptr().addr()) / 64, share.lines)).collect::<Vec<_>>()
+        };
+        let parts = [&memory[..16 * 5], &memory[..0], &memory[16 * 5..16 * 21]];
+        assert_eq!(shares(parts, 4), [(0, 5), (5, 8), (13, 8)]);
+        assert_eq!(shares(parts, 9), [(0, 4), (4, 1), (5, 4), (9, 4), (13, 4), (17, 4)]);
+        assert_eq!(shares(parts, 1), [(0, 5), (5, 16)]);
+        assert_eq!(shares([&memory[..0]; 3], 7), []);
     }
 }

@@ -54,8 +54,8 @@ pub(super) unsafe fn multiply_panel(
                 columns,
                 from_zero: block_idx == 0,
                 fetch: next.share(pass, passes),
+                far: ahead.share(),
             };
-            ahead.share();
             // SAFETY: the rows and columns are the caller's.
             unsafe {
                 tile(ROWS.min(m - row), isa, w.format(), args);
@@ -95,7 +95,8 @@ pub(super) unsafe fn multiply_int8_panel(
                 from_zero: block_idx == 0,
                 fetch: next.share(pass, passes),
             };
-            ahead.share();
+            let mut far = ahead.share();
+            far.next_far(far.lines);
             // SAFETY: the rows and columns are the caller's.
             unsafe { int8_tile(ROWS.min(m - row), isa, &args) };
         }

@@ -46,6 +46,8 @@ pub(super) struct TileArgs<'a> {
     pub(super) from_zero: bool,
     /// What to fetch meanwhile.
     pub(super) fetch: Fetch,
+    /// What to fetch for later, to a cache further away.
+    pub(super) far: Fetch,
 }
 
 /// Memory that is asked for while a tile is computed: it need not exist.
@@ -58,6 +60,9 @@ pub(super) struct Fetch {
 }
 
 impl Fetch {
+    /// Nothing.
+    pub(super) const NONE: Self = Self { at: std::ptr::null(), lines: 0 };
+
     /// All of `words`.
     pub(super) fn of(words: &[u32]) -> Self {
         Self { at: words.as_ptr(), lines: words.len().div_ceil(LINE_WORDS) }
@@ -77,9 +82,20 @@ impl Fetch {
         }
     }
 
-    /// The same for a cache further away; there are as many lines.
+    /// The same for a cache further away.
+    #[inline(always)]
     pub(super) fn next_far(&mut self, lines: usize) {
-        self.ask::<false>(lines);
+        if self.lines > 0 {
+            self.ask::<false>(lines);
+        }
+    }
+
+    /// Takes up to `lines` lines off its beginning.
+    pub(super) fn take(&mut self, lines: usize) -> Self {
+        let taken = Self { lines: lines.min(self.lines), ..*self };
+        self.at = self.at.wrapping_add(taken.lines * LINE_WORDS);
+        self.lines -= taken.lines;
+        taken
     }
 
     #[inline(always)]
@@ -105,7 +121,10 @@ impl Fetch {
 /// `y` must be valid for reads and writes of `columns` elements in each of `rows` rows at `y_stride`, and nobody else may
 /// touch them meanwhile. `isa` must be available.
 #[expect(unsafe_code, reason = "the output pointer is shared by panels that write different columns")]
-pub(super) unsafe fn tile(rows: usize, isa: Isa, format: WeightFormat, args: TileArgs<'_>) {
+pub(super) unsafe fn tile(rows: usize, isa: Isa, format: WeightFormat, mut args: TileArgs<'_>) {
+    if isa != Isa::Avx2 {
+        args.far.next_far(args.far.lines);
+    }
     let steps = args.w.len() / PANEL;
     assert!(args.x.len() >= (rows - 1) * args.x_stride + steps, "x holds every row of the tile");
     macro_rules! by_rows {

@@ -7,8 +7,8 @@
 #![expect(unsafe_code, reason = "vector loads and stores through raw pointers")]
 
 use std::arch::x86_64::{
-    __m256i, _mm256_and_si256, _mm256_castsi256_ps, _mm256_fmadd_ps, _mm256_loadu_ps, _mm256_set1_epi32,
-    _mm256_set1_ps, _mm256_setzero_ps, _mm256_slli_epi32, _mm256_storeu_ps,
+    __m256i, _mm256_and_si256, _mm256_castsi256_ps, _mm256_fmadd_ps, _mm256_loadu_ps, _mm256_loadu_si256,
+    _mm256_set1_epi32, _mm256_set1_ps, _mm256_setzero_ps, _mm256_slli_epi32, _mm256_storeu_ps,
 };
 use std::mem::MaybeUninit;
 
@@ -49,15 +49,36 @@ pub(super) unsafe fn tile<const M: usize>(args: TileArgs<'_>, format: WeightForm
 unsafe fn pairs<const M: usize, const V: usize>(args: &TileArgs<'_>) {
     let steps = args.w.len() / PANEL;
     // Clearing them first would cost as much as a twentieth of the product.
-    let mut x = [[MaybeUninit::<[f32; 2]>::uninit(); AVX2_STEPS]; M];
-    for (row, factors) in x.iter_mut().enumerate() {
+    let mut x = [[[MaybeUninit::<f32>::uninit(); AVX2_STEPS]; 2]; M];
+    for (row, [first, second]) in x.iter_mut().enumerate() {
         let words = &args.x[row * args.x_stride..][..steps];
-        for (pair, word) in factors[..steps].iter_mut().zip(words) {
-            pair.write([f32::from_bits(word << 16), f32::from_bits(word & 0xffff_0000)]);
-        }
+        // SAFETY: the caller's contract; both have room for the block's steps.
+        unsafe { split(words, first[..steps].as_mut_ptr().cast(), second[..steps].as_mut_ptr().cast()) };
     }
     // SAFETY: the caller's contract; the rows hold the two factors of each of the block's steps.
     unsafe { strips::<M, V, 2>(args, std::array::from_fn(|row| x[row].as_ptr().cast())) };
+}
+
+/// The first and second numbers of pairs of bf16.
+///
+/// # Safety
+/// The processor has the features, and both places are valid for writes of as many numbers as there are words.
+#[inline(always)]
+unsafe fn split(words: &[u32], first: *mut f32, second: *mut f32) {
+    let (vectors, rest) = words.as_chunks::<LANES>();
+    // SAFETY: the caller's contract.
+    unsafe {
+        let high = _mm256_set1_epi32(0xffff_0000_u32.cast_signed());
+        for (idx, vector) in vectors.iter().enumerate() {
+            let words = _mm256_loadu_si256(vector.as_ptr().cast());
+            _mm256_storeu_ps(first.add(idx * LANES), _mm256_castsi256_ps(_mm256_slli_epi32::<16>(words)));
+            _mm256_storeu_ps(second.add(idx * LANES), _mm256_castsi256_ps(_mm256_and_si256(words, high)));
+        }
+        for (idx, word) in rest.iter().enumerate() {
+            first.add(vectors.len() * LANES + idx).write(f32::from_bits(word << 16));
+            second.add(vectors.len() * LANES + idx).write(f32::from_bits(word & 0xffff_0000));
+        }
+    }
 }
 
 /// Words that are f32.
@@ -68,11 +89,12 @@ unsafe fn pairs<const M: usize, const V: usize>(args: &TileArgs<'_>) {
 unsafe fn singles<const M: usize, const V: usize>(args: &TileArgs<'_>) {
     let steps = args.w.len() / PANEL;
     let x = std::array::from_fn(|row| args.x[row * args.x_stride..][..steps].as_ptr().cast());
-    // SAFETY: the caller's contract; the rows hold a factor per step.
+    // SAFETY: the caller's contract; the rows hold a factor for each of the block's steps.
     unsafe { strips::<M, V, 1>(args, x) };
 }
 
-/// Strips of `V` vectors; `x` are rows of `PARTS` factors per step.
+/// Strips of `V` vectors; `x` are rows of factors: those of all steps, and where a step has a second one (`PARTS`), these
+/// [`AVX2_STEPS`] further on.
 ///
 /// # Safety
 /// As for [`tile`], and the rows of `x` must hold the factors of all steps.
@@ -82,8 +104,8 @@ unsafe fn strips<const M: usize, const V: usize, const PARTS: usize>(args: &Tile
     for idx in 0..count {
         let from = idx * width;
         let columns = width.min(args.columns - from);
-        let part =
-            TileArgs { w: &args.w[from..], y: args.y.wrapping_add(from), fetch: args.fetch.share(idx, count), ..*args };
+        let (w, y) = (&args.w[from..], args.y.wrapping_add(from));
+        let part = TileArgs { w, y, fetch: args.fetch.share(idx, count), far: args.far.share(idx, count), ..*args };
         // SAFETY: the strip lies in the tile; where the panel has fewer columns than the strip the sums go through memory
         // that has all.
         unsafe {
@@ -110,7 +132,9 @@ unsafe fn strips<const M: usize, const V: usize, const PARTS: usize>(args: &Tile
 /// `y` must be valid for reads and writes of `V` vectors in each of `M` rows; else as for [`strips`].
 #[inline(always)]
 unsafe fn strip<const M: usize, const V: usize, const PARTS: usize>(args: &TileArgs<'_>, x: [*const f32; M]) {
-    let mut fetch = args.fetch;
+    let (mut fetch, mut far) = (args.fetch, args.far);
+    let steps = args.w.len().div_ceil(PANEL);
+    let far_lines = far.lines.div_ceil(steps);
     // SAFETY: every step of `w` holds the strip's columns, on whole vectors of a packed matrix's lines; every row of `x`
     // holds its factors, and `y` is the caller's.
     unsafe {
@@ -121,10 +145,11 @@ unsafe fn strip<const M: usize, const V: usize, const PARTS: usize>(args: &TileA
                 *sum = _mm256_loadu_ps(args.y.add(row * args.y_stride + v * LANES));
             }
         }
-        for step in 0..args.w.len().div_ceil(PANEL) {
+        for step in 0..steps {
             let w = args.w.as_ptr().add(step * PANEL);
             // All strips together fetch as many lines as a step has.
             fetch.next(V / 2);
+            far.next_far(far_lines);
             for part in 0..PARTS {
                 let mut weights = [_mm256_setzero_ps(); V];
                 for (v, weight) in weights.iter_mut().enumerate() {
@@ -137,7 +162,7 @@ unsafe fn strip<const M: usize, const V: usize, const PARTS: usize>(args: &TileA
                     });
                 }
                 for (x, acc) in x.iter().zip(&mut acc) {
-                    let factor = _mm256_set1_ps(*x.add(step * PARTS + part));
+                    let factor = _mm256_set1_ps(*x.add(part * AVX2_STEPS + step));
                     for (sum, weight) in acc.iter_mut().zip(&weights) {
                         *sum = _mm256_fmadd_ps(factor, *weight, *sum);
                     }
