@@ -196,8 +196,9 @@ fn starting(request: &Request) -> Response {
 fn load(config: &ModelConfig, engine: &EngineConfig) -> Result<(Arc<Model>, Text, ModelRunner)> {
     let what = || format!("loading the model {} (model.path)", config.path);
     let dir = model::locate(config).with_context(what)?;
-    let text = Text::load(&dir).with_context(what)?;
-    let model = Arc::new(Model::load(&dir, config).with_context(what)?);
+    // The tokenizer takes a core for a while, and the weights wait for memory meanwhile.
+    let (text, model) = rayon::join(|| Text::load(&dir), || Model::load(&dir, config));
+    let (text, model) = (text.with_context(what)?, Arc::new(model.with_context(what)?));
     let runner = ModelRunner::new(model.clone(), engine).context("taking the engine's memory")?;
     Ok((model, text, runner))
 }

@@ -23,6 +23,7 @@ mod keys;
 mod kinds;
 mod layer_slots;
 mod linalg;
+mod loaded;
 mod lower;
 mod lowering;
 mod matching;
@@ -47,10 +48,11 @@ pub use gate_network::{GateNetwork, GateRule};
 pub use inspect::{Inspection, inspect, num_parts};
 pub use kinds::{CombineInput, CombineMode, CombineOptions, KINDS, Kind, REFUSED, Refused, combine};
 pub use layer_slots::{Activation, AttentionBranch, LayerSlots, Mix, StreamFunction};
+pub use loaded::LoadedAdapter;
 pub use lower::{digest, lower};
 pub use normal_form::{
-    Band, Basis, BlockMix, ButterflyFactor, Delta, EmbeddingPatch, KvPrefix, LinearSlots, LoadedAdapter,
-    LoweredAdapter, NormOverride, Pre, Scale, Spectral, Weight,
+    Band, Basis, BlockMix, ButterflyFactor, Delta, EmbeddingPatch, KvPrefix, LinearSlots, LoweredAdapter, NormOverride,
+    Pre, Scale, Spectral, Weight,
 };
 pub use shared_matrix::{SharedMatrix, WeakTable};
 pub use site::{BaseShape, BaseWeights, Site, SiteId, SiteKind, SiteTable};
