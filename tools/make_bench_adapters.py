@@ -37,6 +37,9 @@ VALUES = AFFINE_VALUES | LOWRANK_VALUES
 # The spread of values is scaled down, so that logits stay finite on 24 layers of random weights.
 SCALE = 0.05
 
+# Random matrices that are not trained: a seed gives all adapters the same.
+FROZEN = ("vera_A", "vera_B", "randlora_A", "randlora_B")
+
 KINDS: dict[str, tuple[str, dict]] = {
     "lora": ("LORA", {"r": 16, "lora_alpha": 32} | ALL),
     "dora": ("LORA", {"r": 16, "lora_alpha": 32, "use_dora": True} | ALL),
@@ -127,14 +130,15 @@ def make_xlora(model: torch.nn.Module, config: dict, out: Path) -> None:
 
 
 def vary(first: Path, others: list[Path]) -> None:
-    """Copies of an adapter with every value changed a little, so that no two are equal."""
+    """Copies of an adapter with every trained value changed a little, so that no two are equal."""
     for directory in others:
         shutil.copytree(first, directory, dirs_exist_ok=True)
         rng = generator(directory.name)
         change = lambda value: value * (1 + 0.02 * torch.randn(value.shape, generator=rng))
         for weights in sorted(directory.rglob("adapter_model.safetensors")):
             tensors = load_file(weights).items()
-            changed = {name: change(value) if value.is_floating_point() else value for name, value in tensors}
+            is_trained = lambda name, value: value.is_floating_point() and not name.endswith(FROZEN)
+            changed = {name: change(value) if is_trained(name, value) else value for name, value in tensors}
             save_file(changed, weights, metadata={"format": "pt"})
 
 

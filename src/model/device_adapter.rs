@@ -156,7 +156,7 @@ pub(super) fn pack_as(w: &Tensor, format: WeightFormat) -> Result<PackedMatrix> 
 }
 
 /// `a` (r, k) as rows, in `format`.
-pub(super) fn pack_rows(a: &Tensor, format: WeightFormat) -> Result<RowMatrix> {
+fn pack_rows(a: &Tensor, format: WeightFormat) -> Result<RowMatrix> {
     let (r, k) = a.dims2()?;
     match (format, a.dtype()) {
         (WeightFormat::Bf16, DType::BF16) => with_values::<bf16, _>(a, |values| RowMatrix::from_bf16(values, r, k)),

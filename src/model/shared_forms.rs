@@ -5,9 +5,9 @@ use std::sync::Arc;
 
 use candle_core::{Result, Tensor};
 
-use super::device_adapter::{host, pack_as, pack_rows};
+use super::device_adapter::{host, pack_as};
 use crate::adapter::{Delta, LinearSlots, SharedMatrix, WeakTable};
-use crate::kernels::cpu::{JointLowRank, PackedMatrix, RowMatrix, WeightFormat};
+use crate::kernels::cpu::{JointLowRank, PackedMatrix, WeightFormat};
 
 /// A matrix by its digest, and the format that it is packed in.
 type Key = ([u8; 32], WeightFormat);
@@ -16,15 +16,13 @@ type Key = ([u8; 32], WeightFormat);
 #[derive(Debug, Default)]
 pub(super) struct SharedForms {
     tensors: WeakTable<[u8; 32], SharedMatrix>,
-    downs: WeakTable<Key, RowMatrix>,
-    ups: WeakTable<Key, PackedMatrix>,
+    packed: WeakTable<Key, PackedMatrix>,
 }
 
 /// Those that one adapter reads packed.
 #[derive(Default)]
 pub(super) struct PackedForms {
-    downs: HashMap<Key, Arc<RowMatrix>>,
-    ups: HashMap<Key, Arc<PackedMatrix>>,
+    matrices: HashMap<Key, Arc<PackedMatrix>>,
 }
 
 impl SharedForms {
@@ -47,9 +45,11 @@ impl SharedForms {
         for (slots, format) in linears {
             for delta in &slots.deltas {
                 let Delta::SharedLowRank { a, b, .. } = delta else { continue };
-                let (down, up) = ((a.digest(), format), (b.digest(), format));
-                forms.downs.insert(down, self.downs.get_or_make(down, || pack_rows(a.tensor(), format))?);
-                forms.ups.insert(up, self.ups.get_or_make(up, || pack_as(b.tensor(), format))?);
+                for matrix in [a, b] {
+                    let key = (matrix.digest(), format);
+                    let packed = self.packed.get_or_make(key, || pack_as(matrix.tensor(), format))?;
+                    forms.matrices.insert(key, packed);
+                }
             }
         }
         Ok(forms)
@@ -67,7 +67,7 @@ impl PackedForms {
         (d, g): (&Tensor, &Tensor),
         format: WeightFormat,
     ) -> Result<JointLowRank> {
-        let (a, b) = (&self.downs[&(a.digest(), format)], &self.ups[&(b.digest(), format)]);
-        Ok(JointLowRank { a: a.clone(), b: b.clone(), d: host(d)?, g: host(g)? })
+        let packed = |matrix: &SharedMatrix| self.matrices[&(matrix.digest(), format)].clone();
+        Ok(JointLowRank { a: packed(a), b: packed(b), d: host(d)?, g: host(g)? })
     }
 }

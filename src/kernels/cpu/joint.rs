@@ -12,20 +12,20 @@
 use std::ops::Range;
 use std::sync::Arc;
 
+use super::ahead::Ahead;
 use super::base::RowForm;
+use super::gemm::{Target, multiply_panel};
 use super::isa::Isa;
 use super::linear::SweepLinear;
 use super::packed::{PANEL, PackedMatrix};
-use super::rows::{RowMatrix, dot_groups};
 use super::shared::Shared;
-use super::slots::{EXPAND_ROWS, Outputs, PackedDelta, expand_tile};
-use super::words::LANES;
+use super::slots::{EXPAND_ROWS, Outputs, PackedDelta, expand_sums};
 
 /// A low-rank term with vectors of its own between and behind matrices that others read too.
 #[derive(Debug)]
 pub struct JointLowRank {
     /// Down projection (r, k).
-    pub a: Arc<RowMatrix>,
+    pub a: Arc<PackedMatrix>,
     /// Up projection (n, r).
     pub b: Arc<PackedMatrix>,
     /// Scales the numbers between them (r).
@@ -36,8 +36,6 @@ pub struct JointLowRank {
 
 /// Rows of `x` of one task.
 const TASK_ROWS: usize = 48;
-/// Groups of a matrix's rows of one task.
-const TASK_GROUPS: usize = 2;
 
 /// Which rows meet which matrices, and where the numbers between lie.
 #[derive(Default)]
@@ -50,7 +48,7 @@ pub(super) struct JointPlan<'a> {
 
 /// A down projection, and what needs it, by ascending row.
 struct Down<'a> {
-    a: &'a RowMatrix,
+    a: &'a PackedMatrix,
     uses: Vec<Use<'a>>,
 }
 
@@ -68,11 +66,11 @@ struct Up<'a> {
     start: usize,
 }
 
-/// Some rows that adjoin and need one down projection, and some groups of it.
+/// Some rows that adjoin and need one down projection, and a panel of it.
 struct Task {
     down: usize,
     uses: Range<usize>,
-    groups: Range<usize>,
+    panel: usize,
 }
 
 impl<'a> JointPlan<'a> {
@@ -86,7 +84,7 @@ impl<'a> JointPlan<'a> {
                 up.start = end;
                 end += up.rows.len() * r;
                 for (idx, (row, term)) in up.rows.iter().enumerate() {
-                    assert_eq!((term.a.r(), term.a.k()), (r, linear.weight.k()), "the matrices fit the linear");
+                    assert_eq!((term.a.n(), term.a.k()), (r, linear.weight.k()), "the matrices fit the linear");
                     plan.down(&term.a).push(Use { row: *row, d: &term.d, at: up.start + idx * r });
                 }
             }
@@ -99,7 +97,7 @@ impl<'a> JointPlan<'a> {
         (plan, end)
     }
 
-    fn down(&mut self, a: &'a Arc<RowMatrix>) -> &mut Vec<Use<'a>> {
+    fn down(&mut self, a: &'a Arc<PackedMatrix>) -> &mut Vec<Use<'a>> {
         let found = self.downs.iter().position(|down| std::ptr::eq(down.a, a.as_ref()));
         let idx = found.unwrap_or_else(|| {
             self.downs.push(Down { a, uses: Vec::new() });
@@ -113,24 +111,29 @@ impl<'a> JointPlan<'a> {
         self.tasks.len()
     }
 
-    /// One task: the products of some rows with some groups of a down projection. `words` are the rows of `x`.
+    /// One task: the products of some rows with a panel of a down projection. `words` are the rows of `x`.
     ///
     /// # Safety
     /// Every task runs once, and nobody else uses the plan's part of `short` meanwhile.
     pub(super) unsafe fn shrink(&self, task: usize, words: &[u32], form: RowForm, short: Shared<'_, f32>) {
-        let Task { down, uses, groups } = &self.tasks[task];
+        let Task { down, uses, panel } = &self.tasks[task];
         let Down { a, uses: all } = &self.downs[*down];
         assert_eq!(a.format(), form.terms(), "the rows are like those of x");
         let (uses, width) = (&all[uses.clone()], form.terms_width(a.k()));
         let (from, to) = (uses[0].row, uses[uses.len() - 1].row + 1);
-        dot_groups(Isa::best(), &words[from * width..to * width], a, groups.clone(), |row, column, sums| {
-            let begin = uses.partition_point(|use_| use_.row < from + row);
-            for Use { d, at, .. } in uses[begin..].iter().take_while(|use_| use_.row == from + row) {
-                // SAFETY: every use has its place, and every group its part of that.
-                let h = unsafe { short.part(at + column..at + column + sums.len()) };
-                h.iter_mut().zip(sums).zip(&d[column..]).for_each(|((h, sum), d)| *h = sum * d);
-            }
-        });
+        let (first, columns) = (panel * PANEL, PANEL.min(a.n() - panel * PANEL));
+        let mut sums = [[0.0_f32; PANEL]; TASK_ROWS];
+        let target = Target { y: sums[..to - from].as_mut_ptr().cast(), stride: PANEL };
+        // SAFETY: there is a row of sums for each row.
+        unsafe {
+            let rows = &words[from * width..to * width];
+            multiply_panel(rows, a, *panel, target, Isa::best(), &mut Ahead::default());
+        }
+        for Use { row, d, at } in uses {
+            // SAFETY: every use has its place, and every panel its part of that.
+            let h = unsafe { short.part(at + first..at + first + columns) };
+            h.iter_mut().zip(&sums[row - from]).zip(&d[first..]).for_each(|((h, sum), d)| *h = sum * d);
+        }
     }
 
     /// Adds the terms of a linear in one panel to the outputs, whose rows are those of `x`.
@@ -146,8 +149,7 @@ impl<'a> JointPlan<'a> {
                 let rows = &up.rows[from..end.min(from + EXPAND_ROWS)];
                 let mut sums = [[0.0_f32; PANEL]; EXPAND_ROWS];
                 let h = &short[up.start + from * r..][..rows.len() * r];
-                let panel = up.b.panel(outputs.first / PANEL);
-                expand_tile(Isa::best(), h, panel, up.b, &mut sums.each_mut().map(|sums| sums.as_mut_slice()));
+                expand_sums(h, up.b, outputs.first / PANEL, &mut sums);
                 for ((row, term), sums) in rows.iter().zip(&sums) {
                     // SAFETY: the caller's contract; one row at a time.
                     let y = unsafe { outputs.row(*row) };
@@ -188,7 +190,6 @@ fn expansions<'a>(linear: &'a SweepLinear<'a>) -> Vec<Up<'a>> {
 
 impl Down<'_> {
     fn add_tasks(&self, down: usize, tasks: &mut Vec<Task>) {
-        let num_groups = self.a.r().div_ceil(LANES);
         let mut from = 0;
         while from < self.uses.len() {
             let first = self.uses[from].row;
@@ -201,10 +202,7 @@ impl Down<'_> {
             {
                 to += 1;
             }
-            for group in (0..num_groups).step_by(TASK_GROUPS) {
-                let groups = group..num_groups.min(group + TASK_GROUPS);
-                tasks.push(Task { down, uses: from..to, groups });
-            }
+            tasks.extend((0..self.a.n().div_ceil(PANEL)).map(|panel| Task { down, uses: from..to, panel }));
             from = to;
         }
     }

@@ -499,14 +499,15 @@ mod tests {
     }
 
     /// The same packed: one pair for all adapters.
-    fn kept_matrices(which: u64, (n, k): (usize, usize)) -> (Arc<RowMatrix>, Arc<PackedMatrix>) {
-        type Pairs = HashMap<(u64, usize, usize), (Arc<RowMatrix>, Arc<PackedMatrix>)>;
+    fn kept_matrices(which: u64, (n, k): (usize, usize)) -> (Arc<PackedMatrix>, Arc<PackedMatrix>) {
+        type Pairs = HashMap<(u64, usize, usize), (Arc<PackedMatrix>, Arc<PackedMatrix>)>;
         static PAIRS: LazyLock<Mutex<Pairs>> = LazyLock::new(Mutex::default);
         let mut pairs = PAIRS.lock().expect("no test panics with it");
         let pair = pairs.entry((which, n, k)).or_insert_with(|| {
             let ((a, b), r) = (joint_matrices(which, (n, k)), joint_rank(which));
             let b = PackedMatrix::from_f32(n, r, |i| &b[i * r..][..r]).expect("b");
-            (Arc::new(RowMatrix::new(WeightFormat::F32, &a, r, k)), Arc::new(b))
+            let a = PackedMatrix::from_f32(r, k, |i| &a[i * k..][..k]).expect("a");
+            (Arc::new(a), Arc::new(b))
         });
         pair.clone()
     }

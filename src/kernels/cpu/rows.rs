@@ -5,8 +5,6 @@
 
 #![expect(unsafe_code, reason = "vector loads and stores through raw pointers")]
 
-use std::ops::Range;
-
 use half::bf16;
 
 use super::dispatch::{dispatch, fma};
@@ -90,33 +88,15 @@ pub(super) fn dot_rows(isa: Isa, x: &[u32], a: &RowMatrix, h: &mut [f32]) {
     if a.r == 0 {
         return;
     }
-    assert_eq!(x.len() / row_words(a.format, a.k), h.len() / a.r, "a row of h for every row of x");
-    dot_groups(isa, x, a, 0..a.r.div_ceil(LANES), |row, column, sums| {
-        h[row * a.r + column..][..sums.len()].copy_from_slice(sums);
-    });
-}
-
-/// The same for some groups of [`LANES`] rows of `a`: `write(m, j, sums)` gets the products of a row of `x` with the rows of
-/// a group, which begin at j.
-///
-/// # Panics
-/// When there is no such group.
-pub(super) fn dot_groups(
-    isa: Isa,
-    x: &[u32],
-    a: &RowMatrix,
-    groups: Range<usize>,
-    mut write: impl FnMut(usize, usize, &[f32]),
-) {
     let (width, steps) = (row_words(a.format, a.k), a.format.steps(a.k));
-    for group_idx in groups {
+    assert_eq!(x.len() / width, h.len() / a.r, "a row of h for every row of x");
+    for (group_idx, lines) in a.lines.chunks_exact(steps).enumerate() {
         let columns = LANES.min(a.r - group_idx * LANES);
-        let lines = &a.lines[group_idx * steps..][..steps];
-        for (tile_idx, x) in x.chunks(TILE_ROWS * width).enumerate() {
+        for (x, h) in x.chunks(TILE_ROWS * width).zip(h.chunks_mut(TILE_ROWS * a.r)) {
             let mut sums = [[0.0; LANES]; TILE_ROWS];
             dot_tile(isa, (x, width), lines, a.format, &mut sums);
-            for (row, sums) in sums.iter().take(x.len() / width).enumerate() {
-                write(tile_idx * TILE_ROWS + row, group_idx * LANES, &sums[..columns]);
+            for (h, sums) in h.chunks_exact_mut(a.r).zip(&sums) {
+                h[group_idx * LANES..][..columns].copy_from_slice(&sums[..columns]);
             }
         }
     }

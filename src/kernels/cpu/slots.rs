@@ -17,6 +17,8 @@ use super::scale::PackedScale;
 use super::shared::Shared;
 use super::sparse::SparseRows;
 use super::spectral::SpectralRows;
+#[cfg(target_arch = "x86_64")]
+use super::tile_avx2 as avx2;
 use super::words::LANES;
 
 /// What an adapter does to one linear, in the CPU's form. All matrices have the format of the base weight.
@@ -307,6 +309,29 @@ pub(super) fn expand_tile(isa: Isa, h: &[f32], panel: &[u32], b: &PackedMatrix, 
     }
 }
 
+/// `sums[m, j] = sum_s b[j, s] * h[m, s]` for the columns of one panel and up to [`EXPAND_ROWS`] rows h of f32; one chain per
+/// sum, whatever the number of rows.
+pub(super) fn expand_sums(h: &[f32], b: &PackedMatrix, panel_idx: usize, sums: &mut [[f32; PANEL]; EXPAND_ROWS]) {
+    let (isa, panel, r) = (Isa::best(), b.panel(panel_idx), b.k());
+    #[cfg(target_arch = "x86_64")]
+    if let (Isa::Avx2, WeightFormat::Bf16) = (isa, b.format()) {
+        // SAFETY: the instruction set was detected.
+        unsafe {
+            match h.len() / r {
+                1 => avx2::expand::<1>(h, r, panel, sums),
+                2 => avx2::expand::<2>(h, r, panel, sums),
+                3 => avx2::expand::<3>(h, r, panel, sums),
+                4 => avx2::expand::<4>(h, r, panel, sums),
+                5 => avx2::expand::<5>(h, r, panel, sums),
+                _ => avx2::expand::<EXPAND_ROWS>(h, r, panel, sums),
+            }
+        }
+        return;
+    }
+    sums.as_flattened_mut().fill(0.0);
+    expand_tile(isa, h, panel, b, &mut sums.each_mut().map(|sums| sums.as_mut_slice()));
+}
+
 dispatch! {
     /// For 32 registers of 16 lanes: all columns at once.
     fn expand_wide(h: &[f32], panel: &[u32], b: &PackedMatrix, y: &mut PanelRows<'_>) => expand_wide_body
@@ -424,5 +449,42 @@ fn expand_body<const FMA: bool>(h: &[f32], b: &PackedMatrix, from: usize, y: &mu
         }
         y[done..done + count].iter_mut().zip(&sums[lane..]).for_each(|(y, sum)| *y += sum);
         done += count;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::kernels::cpu::testing::random;
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+
+        #[test]
+        fn sums_are_products_with_f32_whatever_the_number_of_rows(
+            n in 1_usize..150, r in 1_usize..300, rows in 1_usize..=EXPAND_ROWS, f32_weights: bool, seed: u64,
+        ) {
+            let (h, b) = (random(rows * r, seed), random(n * r, !seed));
+            let row = |i: usize| &b[i * r..][..r];
+            let b = if f32_weights { PackedMatrix::from_f32(n, r, row) } else { PackedMatrix::rounded(n, r, row) };
+            let b = b.expect("memory for a small matrix");
+            let plain = b.unpack();
+            for panel_idx in 0..n.div_ceil(PANEL) {
+                let mut together = [[f32::NAN; PANEL]; EXPAND_ROWS];
+                expand_sums(&h, &b, panel_idx, &mut together);
+                for (h, sums) in h.chunks_exact(r).zip(&together) {
+                    let mut alone = [[f32::NAN; PANEL]; EXPAND_ROWS];
+                    expand_sums(h, &b, panel_idx, &mut alone);
+                    prop_assert_eq!(&alone[0], sums);
+                    for (sum, b) in sums.iter().zip(plain.chunks_exact(r).skip(panel_idx * PANEL)) {
+                        let expected: f64 = h.iter().zip(b).map(|(h, b)| f64::from(*h) * f64::from(*b)).sum();
+                        // f32 summation of up to 300 products in [-1, 1].
+                        prop_assert!((f64::from(*sum) - expected).abs() < 1e-4, "{sum} {expected}");
+                    }
+                }
+            }
+        }
     }
 }

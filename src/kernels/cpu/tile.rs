@@ -23,7 +23,7 @@ pub(super) fn block_steps(isa: Isa) -> usize {
 }
 
 /// Words of a cache line.
-const LINE_WORDS: usize = 16;
+pub(super) const LINE_WORDS: usize = 16;
 
 /// One block's operands. Rows of `x` are 32-bit words in the weight's format: bf16 pairs, or f32.
 #[derive(Clone, Copy)]

@@ -13,7 +13,7 @@ use std::arch::x86_64::{
 use std::mem::MaybeUninit;
 
 use super::packed::{PANEL, WeightFormat};
-use super::tile::{AVX2_STEPS, TileArgs};
+use super::tile::{AVX2_STEPS, Fetch, LINE_WORDS, TileArgs};
 
 /// Columns of a vector.
 const LANES: usize = 8;
@@ -57,6 +57,56 @@ unsafe fn pairs<const M: usize, const V: usize>(args: &TileArgs<'_>) {
     }
     // SAFETY: the caller's contract; the rows hold the two factors of each of the block's steps.
     unsafe { strips::<M, V, 2>(args, std::array::from_fn(|row| x[row].as_ptr().cast())) };
+}
+
+/// `y[m, j] = sum_s w[j, s] h[m, s]` for the 64 columns of a panel of bf16 and `M` rows `h` of `r` numbers in f32, one chain
+/// over ascending `s` per output. Rows of y adjoin.
+///
+/// # Safety
+/// The processor has the features.
+///
+/// # Panics
+/// When lengths do not fit.
+#[target_feature(enable = "avx2,fma")]
+pub(super) unsafe fn expand<const M: usize>(h: &[f32], r: usize, panel: &[u32], y: &mut [[f32; PANEL]]) {
+    assert!(h.len() == M * r && panel.len() == r.div_ceil(2) * PANEL && y.len() >= M, "rows and steps fit");
+    assert!(panel.as_ptr().cast::<__m256i>().is_aligned(), "a panel of a packed matrix");
+    for (block_idx, w) in panel.chunks(AVX2_STEPS * PANEL).enumerate() {
+        let mut x = [[[MaybeUninit::<f32>::uninit(); AVX2_STEPS]; 2]; M];
+        for ([first, second], h) in x.iter_mut().zip(h.chunks_exact(r)) {
+            let (pairs, rest) = h[block_idx * 2 * AVX2_STEPS..].as_chunks::<2>();
+            let steps = pairs.len().min(w.len() / PANEL);
+            for ((first, second), pair) in first.iter_mut().zip(&mut *second).zip(&pairs[..steps]) {
+                first.write(pair[0]);
+                second.write(pair[1]);
+            }
+            if let ([last], true) = (rest, steps < w.len() / PANEL) {
+                first[steps].write(*last);
+                second[steps].write(0.0);
+            }
+        }
+        let args = TileArgs {
+            x: &[],
+            x_stride: 0,
+            w,
+            is_first: true,
+            y: y.as_mut_ptr().cast(),
+            y_stride: PANEL,
+            columns: PANEL,
+            from_zero: block_idx == 0,
+            fetch: Fetch { at: w.as_ptr_range().end, lines: w.len() / LINE_WORDS },
+            far: Fetch::NONE,
+        };
+        let x = std::array::from_fn(|row| x[row].as_ptr().cast());
+        // SAFETY: the rows hold the two factors of each of the block's steps, and y has the rows.
+        unsafe {
+            match M {
+                1 => strips::<M, 8, 2>(&args, x),
+                2 | 3 => strips::<M, 4, 2>(&args, x),
+                _ => strips::<M, 2, 2>(&args, x),
+            }
+        }
+    }
 }
 
 /// The first and second numbers of pairs of bf16.
