@@ -136,9 +136,12 @@ def vary(first: Path, others: list[Path]) -> None:
         rng = generator(directory.name)
         change = lambda value: value * (1 + 0.02 * torch.randn(value.shape, generator=rng))
         for weights in sorted(directory.rglob("adapter_model.safetensors")):
-            tensors = load_file(weights).items()
             is_trained = lambda name, value: value.is_floating_point() and not name.endswith(FROZEN)
-            changed = {name: change(value) if is_trained(name, value) else value for name, value in tensors}
+            changed, tensors = {}, load_file(weights)
+            for name, value in tensors.items():
+                # Rows of an embedding that shares its weight with the head are in the file twice.
+                same = next((other for other in changed if tensors[other].equal(value)), None)
+                changed[name] = changed[same].clone() if same else change(value) if is_trained(name, value) else value
             save_file(changed, weights, metadata={"format": "pt"})
 
 
