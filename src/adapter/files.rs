@@ -95,6 +95,10 @@ pub struct LowerReport {
     pub bytes: usize,
     /// Bytes of dense weight copies among them.
     pub own_weight_bytes: usize,
+    /// Bytes that dense copies would take if there was one wherever it costs less than what it stands for. Where these are
+    /// more than the budget was, lowering again with this budget makes them.
+    #[serde(skip)]
+    pub own_bytes_wanted: usize,
     /// Why modules have dense copies; the others use the shared weight.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub own_weights: Vec<OwnWeights>,

@@ -108,6 +108,7 @@ fn finish(mut lowering: Lowering<'_>) -> Result<(LoweredAdapter, LowerReport), A
         ranks: lowering.ranks.iter().copied().collect(),
         bytes: lowering.out.bytes(),
         own_weight_bytes: lowering.out.own_bytes(),
+        own_bytes_wanted: lowering.own_bytes_wanted(),
         own_weights: lowering.own_weights(),
         warnings: lowering.warnings,
     };

@@ -341,6 +341,12 @@ impl<'a> Lowering<'a> {
         fits
     }
 
+    /// Bytes of the dense copies that there are, and of those that found no room.
+    pub(super) fn own_bytes_wanted(&self) -> usize {
+        let elements: usize = self.without_room.iter().map(|site| self.site(*site).kind.num_elements()).sum();
+        self.own_bytes.saturating_add(elements.saturating_mul(self.options.formats.matrices.size_in_bytes()))
+    }
+
     /// What to say of linears that are served from a delta although a dense weight would cost less.
     pub(super) fn warn_of_room(&mut self) {
         if !self.without_room.is_empty() {

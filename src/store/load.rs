@@ -119,9 +119,15 @@ impl Loader {
         let hashed = options;
         // What an adapter needs is only known once it is understood, so dense copies start without a budget: lowering
         // stops before it makes one that is not reserved, and says what it needs so far. Reserving twice as much as
-        // the last time keeps the number of rounds small; where that is not to be had, exactly what is needed.
+        // the last time keeps the number of rounds small; where that is not to be had, exactly what is needed. Copies
+        // that are not needed, but cost less than what else would serve, are made where they can be reserved.
         let mut lower = || loop {
             match lower(&files, self.base.as_ref(), &options) {
+                Ok((_, LowerReport { own_bytes_wanted: own, .. }))
+                    if own > options.own_bytes_max && reservation.resize(Bytes { host: own, own }).is_ok() =>
+                {
+                    options.own_bytes_max = own;
+                }
                 Err(AdapterError::OverBudget { needed, .. }) if needed > options.own_bytes_max => {
                     options.own_bytes_max = reserve_own(&mut reservation, needed, 2 * options.own_bytes_max)?;
                 }

@@ -12,7 +12,7 @@ use tokio::task::JoinSet;
 
 use crate::store_support::{
     DENSE_BYTES, LOW_RANK_BYTES, Opened, adapter, files_below, merged, mixed_value, mixture, open, open_with, plain,
-    value, write_directory,
+    squares, value, write_directory,
 };
 
 async fn served(store: &Store, reference: &str) -> f32 {
@@ -690,6 +690,24 @@ async fn dense_copies_stay_within_their_budget_to_the_byte() {
     drop(leases);
     store.publish("c", adapter(3.0), &merged()).await.unwrap();
     assert_eq!((served(&store, "a").await, served(&store, "b").await, served(&store, "c").await), (1.0, 2.0, 3.0));
+}
+
+#[tokio::test]
+async fn a_dense_copy_that_costs_less_is_made_where_the_budget_has_room() {
+    let root = tempdir().unwrap();
+    let Opened { store, .. } = open_with(bounded(root.path(), 1 << 20, DENSE_BYTES)).await;
+    let first = store.publish("a", squares(1.0), &plain()).await.unwrap().report.unwrap();
+    assert_eq!(
+        (first.own_weight_bytes, first.bytes, first.warnings.as_slice()),
+        (DENSE_BYTES, DENSE_BYTES, [].as_slice())
+    );
+    assert_eq!(served(&store, "a").await, 4.0);
+    // While it is in use the budget has no room for another one, which is served all the same.
+    let lease = store.resolve("a").await.unwrap();
+    let second = store.publish("b", squares(2.0), &plain()).await.unwrap().report.unwrap();
+    assert_eq!((second.own_weight_bytes, second.bytes), (0, 4 * LOW_RANK_BYTES));
+    assert!(second.warnings.iter().any(|warning| warning.contains("merged_bytes_max")), "{:?}", second.warnings);
+    drop(lease);
 }
 
 #[tokio::test]

@@ -113,6 +113,18 @@ pub(crate) fn adapter(value: f32) -> AdapterFiles {
     AdapterFiles::new(config.to_string().into_bytes(), weights)
 }
 
+/// An adapter whose factors are more than a dense weight: the square of a rank-2 product, each entry `2 value` to the power
+/// of two.
+pub(crate) fn squares(value: f32) -> AdapterFiles {
+    let config = json!({"peft_type": "LOHA", "r": 2, "alpha": 2, "target_modules": ["q_proj"]});
+    let filled = |value: f32, shape| Tensor::full(value, shape, &Device::Cpu).unwrap();
+    let key = |part: &str| format!("base_model.model.model.layers.0.self_attn.q_proj.hada_{part}");
+    let (down, up) = (filled(1.0, (2, FEATURES)), filled(value, (FEATURES, 2)));
+    let tensors =
+        HashMap::from([(key("w1_a"), up.clone()), (key("w1_b"), down.clone()), (key("w2_a"), up), (key("w2_b"), down)]);
+    AdapterFiles::new(config.to_string().into_bytes(), safetensors::serialize(&tensors, None).unwrap())
+}
+
 /// An adapter that puts `number` virtual tokens before every prompt.
 pub(crate) fn virtual_tokens(number: usize) -> AdapterFiles {
     let config = json!({"peft_type": "PROMPT_TUNING", "task_type": "CAUSAL_LM", "num_virtual_tokens": number});
