@@ -20,6 +20,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+import bench_formats
 import fixture_dense  # noqa: F401  Rules for random values.
 import fixture_rotation  # noqa: F401  The same, and butterfly factors without a CUDA extension.
 import fixture_sparse  # noqa: F401
@@ -33,6 +34,8 @@ from fixture_lowrank import VALUES as LOWRANK_VALUES
 ALL = {"target_modules": LINEARS}
 # PEFT's default targets of most kinds.
 FEW = {"target_modules": ["q_proj", "v_proj"]}
+# Files that PEFT does not write: what is in them, and how they are made.
+FORMATS = bench_formats.formats(LINEARS, FEW["target_modules"])
 VALUES = AFFINE_VALUES | LOWRANK_VALUES
 # The spread of values is scaled down, so that logits stay finite on 24 layers of random weights.
 SCALE = 0.05
@@ -43,6 +46,8 @@ FROZEN = ("vera_A", "vera_B", "randlora_A", "randlora_B")
 KINDS: dict[str, tuple[str, dict]] = {
     "lora": ("LORA", {"r": 16, "lora_alpha": 32} | ALL),
     "dora": ("LORA", {"r": 16, "lora_alpha": 32, "use_dora": True} | ALL),
+    # Its adapters apply where a prompt has the token: `patchbay bench --vocab-size 2` makes such prompts.
+    "alora": ("LORA", {"r": 16, "lora_alpha": 32, "alora_invocation_tokens": [1]} | ALL),
     "ssf": ("SSF", ALL),
     "miss": ("MISS", {"r": 64} | ALL),
     "miss-bat": ("MISS", {"r": 64, "init_weights": "bat"} | FEW),
@@ -135,7 +140,7 @@ def vary(first: Path, others: list[Path]) -> None:
         shutil.copytree(first, directory, dirs_exist_ok=True)
         rng = generator(directory.name)
         change = lambda value: value * (1 + 0.02 * torch.randn(value.shape, generator=rng))
-        for weights in sorted(directory.rglob("adapter_model.safetensors")):
+        for weights in sorted(directory.rglob("*.safetensors")):
             is_trained = lambda name, value: value.is_floating_point() and not name.endswith(FROZEN)
             changed, tensors = {}, load_file(weights)
             for name, value in tensors.items():
@@ -146,38 +151,44 @@ def vary(first: Path, others: list[Path]) -> None:
 
 
 def make(model_dir: Path, kind: str, out: Path, count: int) -> None:
-    """All adapters of one kind: one made by PEFT, and variations of it."""
-    peft_type, config = KINDS[kind]
+    """All adapters of one kind: one that PEFT or its format's rule makes, and variations of it."""
     directories = [out / f"{kind}-{idx:02d}" for idx in range(count)]
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
     torch.manual_seed(0)
-    if peft_type == "SSF":
-        make_ssf(model, config, directories[0])
-    elif peft_type == "XLORA":
-        make_xlora(model, copy.deepcopy(config), directories[0])
+    if kind in FORMATS:
+        what, write = FORMATS[kind]
+        write(model, directories[0], randomize)
     else:
-        config = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(peft_type)](task_type="CAUSAL_LM", **config)
-        model = get_peft_model(model, config)
-        randomize(model, kind)
-        model.save_pretrained(directories[0])
+        peft_type, config = KINDS[kind]
+        what = json.dumps(config)
+        if peft_type == "SSF":
+            make_ssf(model, config, directories[0])
+        elif peft_type == "XLORA":
+            make_xlora(model, copy.deepcopy(config), directories[0])
+        else:
+            config = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(peft_type)](task_type="CAUSAL_LM", **config)
+            model = get_peft_model(model, config)
+            randomize(model, kind)
+            model.save_pretrained(directories[0])
     vary(directories[0], directories[1:])
-    size = (directories[0] / "adapter_model.safetensors").stat().st_size
-    print(f"{kind}: {count} adapters of {size / 1e6:.2f} MB, {json.dumps(KINDS[kind][1])}", flush=True)
+    size = sum(path.stat().st_size for path in directories[0].rglob("*.safetensors"))
+    print(f"{kind}: {count} adapters of {size / 1e6:.2f} MB, {what}", flush=True)
 
 
 def main() -> None:
     """Every kind asked for, one after the other."""
+    known = [*KINDS, *FORMATS]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--kinds", default=",".join(KINDS), help="names separated by commas (default: all)")
+    parser.add_argument("--kinds", default=",".join(known), help="names separated by commas (default: all)")
     parser.add_argument("--count", type=int, default=16)
     args = parser.parse_args()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     for kind in args.kinds.split(","):
-        if kind not in KINDS:
-            parser.error(f"unknown kind {kind}; known are {', '.join(KINDS)}")
+        if kind not in known:
+            parser.error(f"unknown kind {kind}; known are {', '.join(known)}")
     for kind in args.kinds.split(","):
         make(args.model, kind, args.out, args.count)
 

@@ -35,9 +35,9 @@ R = 8
 FEW = (1, 2)
 
 
-def sara(weight: torch.Tensor, rng: torch.Generator, spread: float = 0.5) -> tuple[dict, torch.Tensor]:
-    """The tenth of the entries with the smallest magnitude; the tensors, and the changed weight."""
-    flat = weight.abs().flatten().argsort()[: weight.numel() // 10]
+def sara(weight: torch.Tensor, rng: torch.Generator, spread: float = 0.5, share: int = 10) -> tuple[dict, torch.Tensor]:
+    """One in `share` of the entries, those with the smallest magnitude; the tensors, and the changed weight."""
+    flat = weight.abs().flatten().argsort()[: weight.numel() // share]
     places = torch.stack([flat // weight.shape[1], flat % weight.shape[1]])
     values = spread * torch.randn(flat.numel(), generator=rng)
     changed = weight.clone()
@@ -66,12 +66,12 @@ def column(weight: torch.Tensor, rng: torch.Generator) -> tuple[dict, torch.Tens
     return {"bone": blocks}, changed
 
 
-def svfit(weight: torch.Tensor, rng: torch.Generator, spread: float = 0.5) -> tuple[dict, torch.Tensor]:
-    """Other values for the six largest singular values."""
+def svfit(weight: torch.Tensor, rng: torch.Generator, spread: float = 0.5, r: int = 6) -> tuple[dict, torch.Tensor]:
+    """Other values for the r largest singular values."""
     left, values, right = torch.linalg.svd(weight, full_matrices=False)
     trained = values.clone()
-    trained[:6] *= 1 + spread * torch.randn(6, generator=rng)
-    return {"svfit_sigma": trained[:6].contiguous()}, (left * trained) @ right
+    trained[:r] *= 1 + spread * torch.randn(r, generator=rng)
+    return {"svfit_sigma": trained[:r].contiguous()}, (left * trained) @ right
 
 
 def flora(r1: int, r2: int, scale: float, spread: float = 0.1) -> Callable:
