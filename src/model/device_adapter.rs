@@ -180,7 +180,7 @@ pub(super) fn host(tensor: &Tensor) -> Result<Vec<f32>> {
 }
 
 fn pack_blocks(blocks: &Tensor) -> Result<Blocks> {
-    Ok(Blocks { s: blocks.dim(1)?, values: host(blocks)? })
+    Ok(Blocks::new(blocks.dim(1)?, &host(blocks)?))
 }
 
 fn pack_product(a: &Tensor, mix: &BlockMix, b: Option<&Tensor>, format: WeightFormat) -> Result<BlockProduct> {

@@ -4,17 +4,27 @@ use std::cell::RefCell;
 
 use super::dispatch::{dispatch, fma};
 use super::isa::Isa;
+use super::memory::Memory;
 
 /// Square matrices along a diagonal.
 #[derive(Clone, Debug)]
 pub struct Blocks {
     /// Length of a block.
-    pub s: usize,
-    /// Matrices (n, s, s) one after the other; they repeat when a row has more blocks.
-    pub values: Vec<f32>,
+    pub(super) s: usize,
+    /// Matrices (n, s, s) one after the other.
+    pub(super) values: Memory<f32>,
 }
 
 impl Blocks {
+    /// Matrices (n, s, s) one after the other; they repeat when a row has more blocks.
+    ///
+    /// # Panics
+    /// When `values` are not whole matrices, at least one.
+    pub fn new(s: usize, values: &[f32]) -> Self {
+        assert!(s > 0 && !values.is_empty() && values.len().is_multiple_of(s * s), "whole matrices of length {s}");
+        Self { s, values: Memory::copy_of(values) }
+    }
+
     /// Multiplies consecutive blocks of a row, the first of them with matrix `first`, each as a row with its matrix. The
     /// last block may be shorter: then the rest of it counts as zero.
     pub(super) fn multiply(&self, first: usize, row: &mut [f32]) {

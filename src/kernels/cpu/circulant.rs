@@ -11,9 +11,12 @@
 //! so a block costs 2 b multiplications instead of b^2, and the transforms of inputs and outputs are shared by all blocks.
 
 use std::cell::RefCell;
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use super::dispatch::{dispatch, fma};
 use super::isa::Isa;
+use super::memory::Memory;
 use super::words::LANES;
 
 /// A matrix (m b, n b) of circulant blocks.
@@ -26,9 +29,34 @@ pub struct Circulant {
     b: usize,
     padded: usize,
     /// Transforms of the blocks' first columns, divided by b, (m, n, padded).
-    spectra: Vec<f32>,
-    /// `(cos + sin)(2 pi j k / b)`, (b, padded).
-    table: Vec<f32>,
+    spectra: Memory<f32>,
+    table: Arc<Table>,
+}
+
+/// `(cos + sin)(2 pi j k / b)`, (b, padded).
+#[derive(Debug)]
+struct Table(Vec<f32>);
+
+/// The tables in use by length of a block: one for all matrices.
+static TABLES: Mutex<BTreeMap<usize, Weak<Table>>> = Mutex::new(BTreeMap::new());
+
+impl Table {
+    /// The table of blocks of length b, whose numbers `cas` are.
+    fn of(b: usize, cas: &[f64]) -> Arc<Self> {
+        let mut tables = TABLES.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(table) = tables.get(&b).and_then(Weak::upgrade) {
+            return table;
+        }
+        tables.retain(|_, table| table.strong_count() > 0);
+        let padded = b.next_multiple_of(LANES);
+        let mut values = vec![0.0; b * padded];
+        for (j, row) in values.chunks_exact_mut(padded).enumerate() {
+            row[..b].iter_mut().enumerate().for_each(|(k, value)| *value = cas[j * k % b] as f32);
+        }
+        let table = Arc::new(Self(values));
+        tables.insert(b, Arc::downgrade(&table));
+        table
+    }
 }
 
 /// Working memory of a thread: what one row becomes, blocks of the padded length.
@@ -62,11 +90,7 @@ impl Circulant {
                 cos + sin
             })
             .collect();
-        let mut table = vec![0.0; b * padded];
-        for (j, row) in table.chunks_exact_mut(padded).enumerate() {
-            row[..b].iter_mut().enumerate().for_each(|(k, value)| *value = cas[j * k % b] as f32);
-        }
-        let mut spectra = vec![0.0; m * n * padded];
+        let mut spectra = Memory::<f32>::zeros(m * n * padded).expect("memory for an adapter");
         for (row, spectrum) in kernel.chunks_exact(b).zip(spectra.chunks_exact_mut(padded)) {
             // The first column is the first row backwards, but for its first entry.
             for (k, value) in spectrum[..b].iter_mut().enumerate() {
@@ -74,7 +98,7 @@ impl Circulant {
                 *value = (terms.sum::<f64>() / b as f64) as f32;
             }
         }
-        Self { m, n, b, padded, spectra, table }
+        Self { m, n, b, padded, spectra, table: Table::of(b, &cas) }
     }
 
     /// Number of outputs.
@@ -158,7 +182,7 @@ fn transform<const FMA: bool>(c: &Circulant, (x, from): (&[f32], usize), (spectr
     for (x, spectrum) in x.chunks_exact(from).zip(spectra.chunks_exact_mut(to)) {
         spectrum.fill(0.0);
         let (fours, rest) = x[..c.b].as_chunks::<4>();
-        let (four_rows, rest_rows) = c.table.split_at(fours.len() * 4 * c.padded);
+        let (four_rows, rest_rows) = c.table.0.split_at(fours.len() * 4 * c.padded);
         for (x, rows) in fours.iter().zip(four_rows.chunks_exact(4 * c.padded)) {
             // Four at a time spare most of the sums' way through memory.
             let (first, others) = rows.split_at(c.padded);

@@ -17,7 +17,8 @@ use rayon::prelude::*;
 
 use super::dispatch::dispatch;
 use super::isa::Isa;
-use super::packed::{PANEL, WeightFormat, Words};
+use super::memory::Memory;
+use super::packed::{PANEL, WeightFormat};
 use super::words::LANES;
 
 /// Inputs that share a scale.
@@ -33,7 +34,7 @@ const SMALLEST: f32 = 1e-30;
 
 /// A weight matrix (n, k) in 8-bit integers, immutable once packed.
 pub struct Int8Matrix {
-    words: Words,
+    words: Memory<u32>,
     terms: WeightFormat,
     n: usize,
     k: usize,
@@ -59,8 +60,8 @@ impl Int8Matrix {
     ) -> std::io::Result<Self> {
         assert!(n > 0 && k > 0, "a matrix has rows and columns");
         let panel_words = groups(k) * GROUP_WORDS;
-        let mut words = Words::zeros(n.div_ceil(PANEL) * panel_words)?;
-        words.as_mut_slice().par_chunks_mut(panel_words).enumerate().for_each(|(panel_idx, panel)| {
+        let mut words = Memory::<u32>::zeros(n.div_ceil(PANEL) * panel_words)?;
+        words.par_chunks_mut(panel_words).enumerate().for_each(|(panel_idx, panel)| {
             let columns = PANEL.min(n - panel_idx * PANEL);
             let (mut row, mut rows) = (vec![0.0; k], vec![0; columns * int8_row_words(k)]);
             for (lane, words) in rows.chunks_exact_mut(int8_row_words(k)).enumerate() {
@@ -96,7 +97,7 @@ impl Int8Matrix {
 
     /// Bytes it takes in memory.
     pub fn bytes(&self) -> usize {
-        size_of_val(self.words.as_slice())
+        size_of_val(&*self.words)
     }
 
     /// The matrix that is multiplied with in row-major order (n, k): integers times scales, rounded to f32.
@@ -148,7 +149,7 @@ impl Int8Matrix {
     /// One panel, `[groups][GROUP_WORDS]`.
     pub(super) fn panel(&self, panel_idx: usize) -> &[u32] {
         let panel_words = groups(self.k) * GROUP_WORDS;
-        &self.words.as_slice()[panel_idx * panel_words..][..panel_words]
+        &self.words[panel_idx * panel_words..][..panel_words]
     }
 }
 

@@ -14,6 +14,7 @@ mod isa;
 mod joint;
 mod limits;
 mod linear;
+mod memory;
 mod norm;
 mod ops;
 mod packed;

@@ -9,9 +9,9 @@
 //! Missing columns of the last panel and the missing half of an odd `k` are zeros.
 
 use half::bf16;
-use memmap2::MmapMut;
 use rayon::prelude::*;
 
+use super::memory::Memory;
 use super::words::{LANES, bf16_bits};
 
 /// Columns per panel.
@@ -29,25 +29,16 @@ pub enum WeightFormat {
 /// Most of a panel that is fetched ahead.
 const FETCH_BYTES_MAX: usize = 8 << 10;
 
-/// From this size on a matrix gets a mapping of its own with huge pages.
-const MAPPED_BYTES_MIN: usize = 4 << 20;
-
 /// A weight matrix (n, k) in panels, immutable once packed.
 pub struct PackedMatrix {
-    words: Words,
+    words: Memory<u32>,
     format: WeightFormat,
     n: usize,
     k: usize,
 }
 
-/// Where the words lie; both start on a cache line.
-pub(super) enum Words {
-    Mapped(MmapMut),
-    Lines(Vec<Line>),
-}
-
 /// One cache line of words.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Default)]
 #[repr(C, align(64))]
 pub(super) struct Line(pub(super) [u32; 16]);
 
@@ -123,8 +114,8 @@ impl PackedMatrix {
     ) -> std::io::Result<Self> {
         assert!(n > 0 && k > 0, "a matrix has rows and columns");
         let panel_words = format.steps(k) * PANEL;
-        let mut words = Words::zeros(n.div_ceil(PANEL) * panel_words)?;
-        words.as_mut_slice().par_chunks_mut(panel_words).enumerate().for_each(|(panel_idx, panel)| {
+        let mut words = Memory::<u32>::zeros(n.div_ceil(PANEL) * panel_words)?;
+        words.par_chunks_mut(panel_words).enumerate().for_each(|(panel_idx, panel)| {
             // A few steps of all columns at a time stay in the nearest cache.
             for (part_idx, part) in panel.chunks_mut(LANES * PANEL).enumerate() {
                 let mut line = [0; LANES];
@@ -190,7 +181,7 @@ impl PackedMatrix {
     /// The words of one panel, `[steps][PANEL]`.
     pub(super) fn panel(&self, panel_idx: usize) -> &[u32] {
         let panel_words = self.format.steps(self.k) * PANEL;
-        &self.words.as_slice()[panel_idx * panel_words..][..panel_words]
+        &self.words[panel_idx * panel_words..][..panel_words]
     }
 }
 
@@ -200,43 +191,6 @@ impl WeightFormat {
         match self {
             Self::Bf16 => k.div_ceil(2),
             Self::F32 => k,
-        }
-    }
-}
-
-impl Words {
-    /// `len` zeros; `len` is a multiple of a line.
-    pub(super) fn zeros(len: usize) -> std::io::Result<Self> {
-        if len * size_of::<u32>() < MAPPED_BYTES_MIN {
-            return Ok(Self::Lines(vec![Line([0; 16]); len / 16]));
-        }
-        let map = MmapMut::map_anon(len * size_of::<u32>())?;
-        // Huge pages spare most of the address translation of a matrix that is read end to end in every step; a
-        // kernel that has none to give answers with an error that changes nothing.
-        #[cfg(target_os = "linux")]
-        let _ = map.advise(memmap2::Advice::HugePage);
-        Ok(Self::Mapped(map))
-    }
-
-    #[expect(unsafe_code, reason = "views memory as words")]
-    pub(super) fn as_slice(&self) -> &[u32] {
-        match self {
-            // SAFETY: a mapping is page-aligned, its length is a multiple of 4, and every bit pattern is a u32.
-            Self::Mapped(map) => unsafe { std::slice::from_raw_parts(map.as_ptr().cast(), map.len() / 4) },
-            // SAFETY: a line is 16 words without padding.
-            Self::Lines(lines) => unsafe { std::slice::from_raw_parts(lines.as_ptr().cast(), lines.len() * 16) },
-        }
-    }
-
-    #[expect(unsafe_code, reason = "views memory as words")]
-    pub(super) fn as_mut_slice(&mut self) -> &mut [u32] {
-        match self {
-            // SAFETY: as above, and the mutable borrow makes the view unique.
-            Self::Mapped(map) => unsafe { std::slice::from_raw_parts_mut(map.as_mut_ptr().cast(), map.len() / 4) },
-            // SAFETY: as above, and the mutable borrow makes the view unique.
-            Self::Lines(lines) => unsafe {
-                std::slice::from_raw_parts_mut(lines.as_mut_ptr().cast(), lines.len() * 16)
-            },
         }
     }
 }

@@ -9,6 +9,7 @@ use half::bf16;
 
 use super::dispatch::{dispatch, fma};
 use super::isa::Isa;
+use super::memory::Memory;
 use super::packed::{Line, WeightFormat};
 use super::words::{LANES, bf16_bits, row_words};
 
@@ -20,7 +21,7 @@ const CHAINS: usize = 4;
 /// A matrix (r, k) whose rows are the lanes of vectors of 32-bit words: bf16 pairs, or f32.
 #[derive(Clone, Debug)]
 pub struct RowMatrix {
-    lines: Vec<Line>,
+    lines: Memory<Line>,
     format: WeightFormat,
     r: usize,
     k: usize,
@@ -53,7 +54,7 @@ impl RowMatrix {
     fn of_words<T>(format: WeightFormat, values: &[T], (r, k): (usize, usize), word: impl Fn(&[T]) -> u32) -> Self {
         assert_eq!(values.len(), r * k, "the matrix is (r, k)");
         let steps = format.steps(k);
-        let mut lines = vec![Line([0; LANES]); r.div_ceil(LANES) * steps];
+        let mut lines = Memory::<Line>::zeros(r.div_ceil(LANES) * steps).expect("memory for an adapter");
         for (row_idx, row) in values.chunks_exact(k).enumerate() {
             let (group, lane) = (row_idx / LANES, row_idx % LANES);
             let group = &mut lines[group * steps..][..steps];

@@ -8,6 +8,7 @@
 
 use super::dispatch::{dispatch, fma};
 use super::isa::Isa;
+use super::memory::Memory;
 use super::packed::{PANEL, WeightFormat};
 use super::slots::Outputs;
 use super::words::bf16_bits;
@@ -40,7 +41,7 @@ struct Eight {
 #[derive(Debug)]
 enum Steps {
     /// The columns in the lower halves of words, bf16 values in the upper ones.
-    Narrow(Vec<[u32; EIGHT]>),
+    Narrow(Memory<[u32; EIGHT]>),
     Wide(Vec<WideStep>),
 }
 
@@ -80,8 +81,8 @@ impl SparseRows {
         assert!(rows.is_sorted(), "the entries are sorted by row");
         assert!(columns.iter().all(|column| (*column as usize) < k), "the entries are in {k} columns");
         let narrow = format == WeightFormat::Bf16 && k <= 1 << 16;
-        let mut steps = if narrow { Steps::Narrow(Vec::new()) } else { Steps::Wide(Vec::new()) };
         let (mut panels, mut eights) = (vec![0], Vec::new());
+        let (mut narrow_steps, mut wide_steps) = (Vec::new(), Vec::new());
         let mut from = 0;
         let num_panels = rows.last().map_or(0, |last| *last as usize / PANEL + 1);
         for panel_idx in 0..num_panels {
@@ -94,12 +95,18 @@ impl SparseRows {
             }
             runs.sort_by_key(|run| std::cmp::Reverse(run.len()));
             for runs in runs.chunks(EIGHT) {
-                let begin = steps.len();
                 for step in 0..runs[0].len() {
                     let entries = runs.iter().map(|run| run.clone().nth(step).map(|at| (columns[at], values[at])));
-                    steps.push(entries.map(Option::unwrap_or_default));
+                    let entries = entries.map(Option::unwrap_or_default);
+                    if narrow {
+                        narrow_steps.push(narrow_step(entries));
+                    } else {
+                        wide_steps.push(WideStep::of(entries));
+                    }
                 }
-                let mut eight = Eight { from: begin, to: steps.len(), rows: [0; EIGHT], count: runs.len() as u8 };
+                let to = u32::try_from(narrow_steps.len() + wide_steps.len()).expect("fewer steps than 2^32");
+                let begin = to - runs[0].len() as u32;
+                let mut eight = Eight { from: begin, to, rows: [0; EIGHT], count: runs.len() as u8 };
                 for (lane, run) in eight.rows.iter_mut().zip(runs) {
                     *lane = (rows[run.start] as usize % PANEL) as u8;
                 }
@@ -107,6 +114,7 @@ impl SparseRows {
             }
             panels.push(eights.len() as u32);
         }
+        let steps = if narrow { Steps::Narrow(Memory::copy_of(&narrow_steps)) } else { Steps::Wide(wide_steps) };
         Self { k, panels, eights, steps }
     }
 
@@ -162,32 +170,21 @@ impl SparseRows {
     }
 }
 
-impl Steps {
-    fn len(&self) -> u32 {
-        let len = match self {
-            Self::Narrow(steps) => steps.len(),
-            Self::Wide(steps) => steps.len(),
-        };
-        u32::try_from(len).expect("a matrix has fewer steps than 2^32")
-    }
+/// The entries of up to eight rows, the rest zeros.
+fn narrow_step(entries: impl Iterator<Item = (u32, f32)>) -> [u32; EIGHT] {
+    let mut step = [0; EIGHT];
+    step.iter_mut().zip(entries).for_each(|(word, (column, value))| *word = column | bf16_bits(value) << 16);
+    step
+}
 
-    fn push(&mut self, entries: impl Iterator<Item = (u32, f32)>) {
-        match self {
-            Self::Narrow(steps) => {
-                let mut step = [0; EIGHT];
-                step.iter_mut()
-                    .zip(entries)
-                    .for_each(|(word, (column, value))| *word = column | bf16_bits(value) << 16);
-                steps.push(step);
-            }
-            Self::Wide(steps) => {
-                let mut step = WideStep::default();
-                for (lane, entry) in entries.enumerate() {
-                    (step.columns[lane], step.values[lane]) = entry;
-                }
-                steps.push(step);
-            }
+impl WideStep {
+    /// The entries of up to eight rows, the rest zeros.
+    fn of(entries: impl Iterator<Item = (u32, f32)>) -> Self {
+        let mut step = Self::default();
+        for (lane, entry) in entries.enumerate() {
+            (step.columns[lane], step.values[lane]) = entry;
         }
+        step
     }
 }
 

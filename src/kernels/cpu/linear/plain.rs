@@ -189,7 +189,7 @@ impl Plain {
                 if has(14) {
                     let s = [3, 16, 70][(seed >> 15) as usize % 3];
                     let values = random(n.div_ceil(s) * s * s, seed ^ 14);
-                    return PackedScale::BlockDiag(Blocks { s, values });
+                    return PackedScale::BlockDiag(Blocks::new(s, &values));
                 }
                 match (1..=n / 2).rfind(|half| n.is_multiple_of(2 * half) && !(has(11) && *half > 4)) {
                     Some(half) if has(9) => PackedScale::PairRot { p, q: random(n, seed ^ 9), half },
@@ -241,7 +241,7 @@ impl Plain {
             .rows
             .as_ref()
             .map(|(indexes, rows)| (indexes.clone(), RowMatrix::new(WeightFormat::F32, rows, indexes.len(), k)));
-        let blocks = |s: &usize, values: &Vec<f32>| Blocks { s: *s, values: values.clone() };
+        let blocks = |s: &usize, values: &Vec<f32>| Blocks::new(*s, values);
         let pre = match self.pre.as_slice() {
             [] => None,
             [(_, 1, values)] => Some(PackedPre::Diag(values.clone())),
