@@ -97,7 +97,7 @@ def formats(every: list[str], few: list[str]) -> dict[str, tuple[str, Callable]]
     """What is made, and how, by the kind's name; on all linears or on a few."""
     return {
         "arrow": ("four experts of rank 8, two for each token", routed(4, 2, r=8, lora_alpha=16, target_modules=every)),
-        "svfit": ("64 singular values", by_formula("SVFIT", partial(svfit, spread=SPREAD, r=64), few, r=64)),
+        "svfit": ("16 singular values", by_formula("SVFIT", partial(svfit, spread=SPREAD, r=16), few, r=16)),
         "flora": ("a core of 16 by 16", by_formula("FLORA", flora(16, 16, 1.0, SPREAD / 16), every, r1=16, r2=16)),
         "sara": ("one entry in 50", by_formula("SARA", partial(sara, spread=SPREAD / 10, share=50), every)),
         "adaption-prompt": ("10 vectors in all layers but two", adaption_prompts(10, 22)),

@@ -2,6 +2,7 @@
 
 use std::fmt;
 
+use bytes::Bytes;
 use candle_core::DType;
 use serde::Serialize;
 
@@ -9,23 +10,23 @@ use serde::Serialize;
 #[derive(Clone, Debug, Default)]
 pub struct AdapterFiles {
     /// `adapter_config.json`.
-    pub config: Vec<u8>,
+    pub config: Bytes,
     /// `adapter_model.safetensors`, or what stands in its place in other libraries' directories.
-    pub weights: Vec<u8>,
+    pub weights: Bytes,
     /// The adapters in sub-directories `0`, `1` and so on, where the config names such ([`num_parts`](super::num_parts)).
     pub parts: Vec<AdapterFiles>,
 }
 
 impl AdapterFiles {
     /// An adapter of two files.
-    pub fn new(config: Vec<u8>, weights: Vec<u8>) -> Self {
-        Self { config, weights, parts: Vec::new() }
+    pub fn new(config: impl Into<Bytes>, weights: impl Into<Bytes>) -> Self {
+        Self { config: config.into(), weights: weights.into(), parts: Vec::new() }
     }
 
     /// The bytes of every file, in a fixed order.
     pub fn all(&self) -> impl Iterator<Item = &[u8]> {
         let parts = self.parts.iter().flat_map(|part| [&part.config, &part.weights]);
-        [&self.config, &self.weights].into_iter().chain(parts).map(Vec::as_slice)
+        [&self.config, &self.weights].into_iter().chain(parts).map(|bytes| &**bytes)
     }
 
     /// Bytes of all files.
@@ -65,8 +66,17 @@ pub struct LowerOptions {
     pub merge: bool,
     /// Formats the lowered tensors are stored in. Lowering itself computes in f32.
     pub formats: Formats,
-    /// Dense weight copies may take this many bytes; more is refused before they are made.
+    /// Dense weight copies may take this many bytes without being asked for.
     pub own_bytes_max: usize,
+}
+
+/// What a dense copy of a weight is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Need {
+    /// Nothing else serves the adapter.
+    Only,
+    /// Another form would serve, at a higher cost.
+    Cheaper,
 }
 
 /// Modules that are served from dense weights or tables of the adapter's own.
@@ -95,10 +105,6 @@ pub struct LowerReport {
     pub bytes: usize,
     /// Bytes of dense weight copies among them.
     pub own_weight_bytes: usize,
-    /// Bytes that dense copies would take if there was one wherever it costs less than what it stands for. Where these are
-    /// more than the budget was, lowering again with this budget makes them.
-    #[serde(skip)]
-    pub own_bytes_wanted: usize,
     /// Why modules have dense copies; the others use the shared weight.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub own_weights: Vec<OwnWeights>,

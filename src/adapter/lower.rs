@@ -8,7 +8,7 @@ use half::{bf16, f16};
 use sha2::{Digest, Sha256};
 
 use super::config::{CONFIG_FILE, Config};
-use super::lowering::Lowering;
+use super::lowering::{Ask, Lowering};
 use super::tensor_file::TensorFile;
 use super::{
     AdapterError, AdapterFiles, BaseWeights, Delta, Formats, GateNetwork, LowerOptions, LowerReport, LoweredAdapter,
@@ -26,7 +26,22 @@ pub fn lower(
     base: &dyn BaseWeights,
     options: &LowerOptions,
 ) -> Result<(LoweredAdapter, LowerReport), AdapterError> {
+    lower_within(files, base, options, &|_, _| false)
+}
+
+/// Like [`lower`]. Before dense copies of weights come to more than `options.own_bytes_max` bytes, or than was granted,
+/// `ask` is asked for as many as they then come to.
+///
+/// # Errors
+/// As [`lower`]; `OverBudget` where it was asked for what is needed, and refused.
+pub fn lower_within(
+    files: &AdapterFiles,
+    base: &dyn BaseWeights,
+    options: &LowerOptions,
+    ask: &Ask<'_>,
+) -> Result<(LoweredAdapter, LowerReport), AdapterError> {
     let mut lowering = open(files, base, options)?;
+    lowering.ask = Some(ask);
     run(&mut lowering)?;
     finish(lowering)
 }
@@ -67,13 +82,10 @@ pub(super) fn run(lowering: &mut Lowering<'_>) -> Result<(), AdapterError> {
     Ok(())
 }
 
-/// SHA-256 over the files' bytes and the options that change the adapter's effect.
-pub fn digest(files: &AdapterFiles, options: &LowerOptions) -> [u8; 32] {
+/// SHA-256 over the digest of an adapter's files and the options that change its effect.
+pub fn digest(content: &[u8; 32], options: &LowerOptions) -> [u8; 32] {
     let mut hasher = Sha256::new();
-    for bytes in files.all() {
-        hasher.update((bytes.len() as u64).to_le_bytes());
-        hasher.update(bytes);
-    }
+    hasher.update(content);
     hasher.update([u8::from(options.merge)]);
     for format in [options.formats.matrices, options.formats.values] {
         hasher.update(format.as_str());
@@ -108,7 +120,6 @@ fn finish(mut lowering: Lowering<'_>) -> Result<(LoweredAdapter, LowerReport), A
         ranks: lowering.ranks.iter().copied().collect(),
         bytes: lowering.out.bytes(),
         own_weight_bytes: lowering.out.own_bytes(),
-        own_bytes_wanted: lowering.own_bytes_wanted(),
         own_weights: lowering.own_weights(),
         warnings: lowering.warnings,
     };

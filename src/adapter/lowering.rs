@@ -10,9 +10,12 @@ use super::kinds::Kind;
 use super::matching::Matcher;
 use super::tensor_file::TensorFile;
 use super::{
-    AdapterError, AdapterFiles, BaseWeights, Delta, LowerOptions, LoweredAdapter, OwnWeights, Site, SiteId, SiteKind,
-    Weight,
+    AdapterError, AdapterFiles, BaseWeights, Delta, LowerOptions, LoweredAdapter, Need, OwnWeights, Site, SiteId,
+    SiteKind, Weight,
 };
+
+/// Whether dense copies may take so many bytes in all.
+pub(super) type Ask<'a> = dyn Fn(usize, Need) -> bool + 'a;
 
 /// What a kind lowers from and into. Tensors in `out` are f32, except whole weights and tables, which
 /// [`Lowering::own`] stores in their final format at once.
@@ -35,6 +38,8 @@ pub(super) struct Lowering<'a> {
     pub(super) parts: &'a [AdapterFiles],
     /// Keep terms that a dense weight would serve cheaper.
     pub(super) keep_terms: bool,
+    /// Who may grant more dense copies than the options.
+    pub(super) ask: Option<&'a Ask<'a>>,
     file: TensorFile<'a>,
     unread: ModuleKeys<SiteId>,
     shared: SharedKeys,
@@ -62,6 +67,7 @@ impl<'a> Lowering<'a> {
             warnings: Vec::new(),
             parts,
             keep_terms: false,
+            ask: None,
             file,
             unread,
             shared,
@@ -248,9 +254,20 @@ impl<'a> Lowering<'a> {
     /// Counts bytes of dense copies against the budget, before they are made.
     pub(super) fn reserve_own(&mut self, elements: usize) -> Result<(), AdapterError> {
         let bytes = elements.saturating_mul(self.options.formats.matrices.size_in_bytes());
-        self.own_bytes = self.own_bytes.saturating_add(bytes);
-        let (needed, limit) = (self.own_bytes, self.options.own_bytes_max);
-        if needed > limit { Err(AdapterError::OverBudget { needed, limit }) } else { Ok(()) }
+        let needed = self.own_bytes.saturating_add(bytes);
+        if !self.has_room(needed, Need::Only) {
+            return Err(AdapterError::OverBudget { needed, limit: self.options.own_bytes_max });
+        }
+        self.own_bytes = needed;
+        Ok(())
+    }
+
+    /// Whether dense copies may take `needed` bytes in all.
+    fn has_room(&mut self, needed: usize, need: Need) -> bool {
+        if needed > self.options.own_bytes_max && self.ask.is_some_and(|ask| ask(needed, need)) {
+            self.options.own_bytes_max = needed;
+        }
+        needed <= self.options.own_bytes_max
     }
 
     /// Gives a linear a dense weight of its own, made from the one it has (out, in) in f32. `reason` is for the report.
@@ -334,17 +351,11 @@ impl<'a> Lowering<'a> {
             return false;
         }
         let bytes = self.site(site).kind.num_elements().saturating_mul(self.options.formats.matrices.size_in_bytes());
-        let fits = self.has_own(site) || self.own_bytes.saturating_add(bytes) <= self.options.own_bytes_max;
+        let fits = self.has_own(site) || self.has_room(self.own_bytes.saturating_add(bytes), Need::Cheaper);
         if !fits {
             self.without_room.insert(site);
         }
         fits
-    }
-
-    /// Bytes of the dense copies that there are, and of those that found no room.
-    pub(super) fn own_bytes_wanted(&self) -> usize {
-        let elements: usize = self.without_room.iter().map(|site| self.site(*site).kind.num_elements()).sum();
-        self.own_bytes.saturating_add(elements.saturating_mul(self.options.formats.matrices.size_in_bytes()))
     }
 
     /// What to say of linears that are served from a delta although a dense weight would cost less.

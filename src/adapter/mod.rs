@@ -43,13 +43,13 @@ mod wavelets;
 pub use compose::{Part, compose, own_bytes_of};
 pub use convert::{Converted, Form, MergedModel, convert};
 pub use error::AdapterError;
-pub use files::{AdapterFiles, Formats, LowerOptions, LowerReport, OwnWeights};
+pub use files::{AdapterFiles, Formats, LowerOptions, LowerReport, Need, OwnWeights};
 pub use gate_network::{GateNetwork, GateRule};
 pub use inspect::{Inspection, inspect, num_parts};
 pub use kinds::{CombineInput, CombineMode, CombineOptions, KINDS, Kind, REFUSED, Refused, combine};
 pub use layer_slots::{Activation, AttentionBranch, LayerSlots, Mix, StreamFunction};
 pub use loaded::LoadedAdapter;
-pub use lower::{digest, lower};
+pub use lower::{digest, lower, lower_within};
 pub use normal_form::{
     Band, Basis, BlockMix, ButterflyFactor, Delta, EmbeddingPatch, KvPrefix, LinearSlots, LoweredAdapter, NormOverride,
     Pre, Scale, Spectral, Weight,

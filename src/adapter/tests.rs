@@ -1,5 +1,6 @@
 //! Lowering as a whole, against dense algebra on a small fake base; and against arbitrary bytes.
 
+use std::cell::RefCell;
 use std::collections::BTreeMap;
 
 use candle_core::{DType, Device, Tensor};
@@ -272,6 +273,41 @@ fn early_bat_files_are_read_with_a_warning() {
 }
 
 #[test]
+fn dense_copies_are_asked_for_and_told_apart_by_need() {
+    let base = FakeBase::new(false);
+    let targets = ["0.self_attn.q_proj"];
+    let config =
+        json!({"peft_type": "LOHA", "r": 4, "alpha": 4, "target_modules": targets, "modules_to_save": ["lm_head"]});
+    let factor = |(part, shape)| (key(Q, &format!("hada_{part}")), random(1, shape));
+    let (up, down) = ((HIDDEN, 4), (4, HIDDEN));
+    let mut tensors: Tensors = [("w1_a", up), ("w1_b", down), ("w2_a", up), ("w2_b", down)].map(factor).into();
+    tensors.push((key("lm_head", "weight"), random(3, (VOCAB, HIDDEN))));
+    let files = files(&config, &tensors);
+    let options = LowerOptions { own_bytes_max: 0, ..OPTIONS };
+    let lower_asking = |grants: &[Need]| {
+        let asked = RefCell::new(Vec::new());
+        let ask = |bytes: usize, need: Need| {
+            asked.borrow_mut().push((bytes, need));
+            grants.contains(&need)
+        };
+        let lowered = lower_within(&files, &base, &options, &ask).map(|(_, report)| report);
+        (lowered, asked.into_inner())
+    };
+    let (report, mut asked) = lower_asking(&[Need::Only, Need::Cheaper]);
+    let (square_bytes, table_bytes) = (4 * HIDDEN * HIDDEN, 4 * VOCAB * HIDDEN);
+    assert_eq!(report.unwrap().own_weight_bytes, square_bytes + table_bytes);
+    assert_eq!(asked.iter().map(|(bytes, _)| *bytes).max(), Some(square_bytes + table_bytes));
+    asked.sort_by_key(|(_, need)| *need == Need::Only);
+    assert_eq!(asked.iter().map(|(_, need)| *need).collect::<Vec<_>>(), [Need::Cheaper, Need::Only]);
+    let (report, _) = lower_asking(&[Need::Only]);
+    let report = report.unwrap();
+    assert_eq!(report.own_weight_bytes, table_bytes);
+    assert!(report.warnings[0].contains("merged_bytes_max"));
+    let (refused, _) = lower_asking(&[Need::Cheaper]);
+    assert!(matches!(refused, Err(AdapterError::OverBudget { .. })));
+}
+
+#[test]
 fn config_and_keys_must_agree() {
     let base = FakeBase::new(false);
     let check = |config: Value, tensors: &Tensors, names: &str| check_refused(&base, &config, tensors, names);
@@ -318,15 +354,14 @@ fn values_that_overflow_the_serving_format_are_refused() {
 
 #[test]
 fn the_digest_tells_content_and_options_apart() {
-    let files = files(&lora(&json!({}), &["0.self_attn.q_proj"]), &factors(Q));
-    let mut moved = files.clone();
-    moved.weights.insert(0, moved.config.pop().unwrap());
+    let (content, other) = ([1; 32], [2; 32]);
     let half = LowerOptions { formats: Formats::uniform(DType::BF16), ..OPTIONS };
-    let digests = [digest(&files, &OPTIONS), digest(&files, &MERGE), digest(&files, &half), digest(&moved, &OPTIONS)];
+    let digests = [(&content, &OPTIONS), (&content, &MERGE), (&content, &half), (&other, &OPTIONS)];
+    let digests = digests.map(|(content, options)| digest(content, options));
     for (idx, one) in digests.iter().enumerate() {
         assert_eq!(digests.iter().position(|other| other == one), Some(idx));
     }
-    assert_eq!(digest(&files, &LowerOptions { own_bytes_max: 0, ..OPTIONS }), digests[0]);
+    assert_eq!(digest(&content, &LowerOptions { own_bytes_max: 0, ..OPTIONS }), digests[0]);
 }
 
 #[test]
@@ -432,9 +467,11 @@ proptest! {
     ) {
         let mut files = sound().swap_remove(which);
         for (in_config, at, byte) in changes {
-            let bytes = if in_config { &mut files.config } else { &mut files.weights };
+            let file = if in_config { &mut files.config } else { &mut files.weights };
+            let mut bytes = file.to_vec();
             let at = at.index(bytes.len());
             bytes[at] = byte;
+            *file = bytes.into();
         }
         if let Some(cut) = cut {
             files.weights.truncate(cut.index(files.weights.len()));

@@ -1,5 +1,6 @@
 //! Loading: read, check, lower, account, make visible; one load per generation however many ask for it.
 
+use std::cell::RefCell;
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
@@ -13,8 +14,8 @@ use super::memory::{Bytes, Generation, Memory, Reservation};
 use super::objects::DirectoryContent;
 use super::record::ContentDigest;
 use crate::adapter::{
-    AdapterError, AdapterFiles, BaseWeights, Formats, LoadedAdapter, LowerOptions, LowerReport, LoweredAdapter, digest,
-    lower,
+    AdapterError, AdapterFiles, BaseWeights, Formats, LoadedAdapter, LowerOptions, LowerReport, LoweredAdapter, Need,
+    digest, lower_within,
 };
 
 /// Times a load is started over because the one joined ended without an answer.
@@ -114,47 +115,40 @@ impl Loader {
         content: impl FnOnce(&AdapterFiles) -> Result<ContentDigest, StoreError> + Send,
         started: Instant,
     ) -> Result<Prepared, StoreError> {
-        let mut reservation = self.memory.reservation();
-        let mut options = LowerOptions { merge, formats: self.formats, own_bytes_max: 0 };
-        let hashed = options;
-        // What an adapter needs is only known once it is understood, so dense copies start without a budget: lowering
-        // stops before it makes one that is not reserved, and says what it needs so far. Reserving twice as much as
-        // the last time keeps the number of rounds small; where that is not to be had, exactly what is needed. Copies
-        // that are not needed, but cost less than what else would serve, are made where they can be reserved.
-        let mut lower = || loop {
-            match lower(&files, self.base.as_ref(), &options) {
-                Ok((_, LowerReport { own_bytes_wanted: own, .. }))
-                    if own > options.own_bytes_max && reservation.resize(Bytes { host: own, own }).is_ok() =>
-                {
-                    options.own_bytes_max = own;
+        let reservation = RefCell::new(self.memory.reservation());
+        let options = LowerOptions { merge, formats: self.formats, own_bytes_max: 0 };
+        // What dense copies an adapter needs is only known once it is understood, so memory is reserved before each is made.
+        let lower = |cheaper: bool| {
+            let refusal = RefCell::new(None);
+            let ask = |own: usize, need: Need| {
+                if need == Need::Cheaper && !cheaper {
+                    return false;
                 }
-                Err(AdapterError::OverBudget { needed, .. }) if needed > options.own_bytes_max => {
-                    options.own_bytes_max = reserve_own(&mut reservation, needed, 2 * options.own_bytes_max)?;
-                }
-                lowered => return Ok::<_, StoreError>(lowered?),
-            }
+                let granted = reservation.borrow_mut().resize(Bytes { host: own, own });
+                granted.map_err(|error| *refusal.borrow_mut() = Some(error).filter(|_| need == Need::Only)).is_ok()
+            };
+            let lowered = lower_within(&files, self.base.as_ref(), &options, &ask);
+            lowered.map_err(|error| refusal.into_inner().unwrap_or(error.into()))
         };
-        // Hashing takes about half as long as lowering, and does not wait for it.
-        let (lowered, (content, digest)) = std::thread::scope(|scope| {
-            let digests = scope.spawn(|| (content(&files), digest(&files, &hashed)));
-            (lower(), digests.join().expect("hashing bytes does not panic"))
+        // Hashing does not wait for lowering.
+        let (lowered, content) = std::thread::scope(|scope| {
+            let content = scope.spawn(|| content(&files));
+            let lowered = match lower(true) {
+                // Copies that only make it cheaper may have taken the room of those that are needed.
+                Err(StoreError::Busy | StoreError::OverHostMemory { .. }) => lower(false),
+                Err(StoreError::Refused(error)) if matches!(*error, AdapterError::OverBudget { .. }) => lower(false),
+                lowered => lowered,
+            };
+            (lowered, content.join().expect("hashing bytes does not panic"))
         });
         let content = content?;
+        let digest = digest(&content.0, &options);
         let (lowered, report) = lowered?;
+        let mut reservation = reservation.into_inner();
         reservation.resize(Bytes { host: lowered.bytes(), own: report.own_weight_bytes })?;
         let load_seconds = started.elapsed().as_secs_f64();
         Ok(Prepared { files, content, lowered, report, digest, load_seconds, reservation })
     }
-}
-
-/// Reserves `wish` bytes for dense copies or, where they are not to be had, the `needed` ones; answers how many.
-fn reserve_own(reservation: &mut Reservation, needed: usize, wish: usize) -> Result<usize, StoreError> {
-    // The bytes of dense copies are host memory too.
-    if wish > needed && reservation.resize(Bytes { host: wish, own: wish }).is_ok() {
-        return Ok(wish);
-    }
-    reservation.resize(Bytes { host: needed, own: needed })?;
-    Ok(needed)
 }
 
 impl Prepared {

@@ -327,7 +327,7 @@ mod tests {
     fn links_that_stay_inside_are_followed() {
         let Dirs { base, roots, _temp } = dirs();
         symlink(base.join("extra/good"), base.join("root/link")).unwrap();
-        assert_eq!(read_path(&roots, Path::new("link"), LIMIT).unwrap().config, b"extra");
+        assert_eq!(read_path(&roots, Path::new("link"), LIMIT).unwrap().config, "extra");
         assert!(check_directory(&roots, "link").unwrap());
     }
 
@@ -375,9 +375,9 @@ mod tests {
         let good = base.join("root/good");
         fs::rename(good.join(WEIGHTS_FILE), good.join("adapter.safetensors")).unwrap();
         assert!(check_directory(&roots, "good").unwrap());
-        assert_eq!(read_path(&roots, Path::new("good"), LIMIT).unwrap().weights, b"weights");
+        assert_eq!(read_path(&roots, Path::new("good"), LIMIT).unwrap().weights, "weights");
         fs::write(good.join(WEIGHTS_FILE), "other").unwrap();
-        assert_eq!(read_path(&roots, Path::new("good"), LIMIT).unwrap().weights, b"other");
+        assert_eq!(read_path(&roots, Path::new("good"), LIMIT).unwrap().weights, "other");
     }
 
     /// `root/good` becomes an adapter that names two in sub-directories.
@@ -393,7 +393,7 @@ mod tests {
         let Dirs { base, roots, _temp } = dirs();
         write_mixture(&base);
         let files = read_path(&roots, Path::new("good"), 200).unwrap();
-        let configs: Vec<_> = files.parts.iter().map(|part| part.config.as_slice()).collect();
+        let configs: Vec<_> = files.parts.iter().map(|part| &*part.config).collect();
         assert_eq!(configs, [&b"first"[..], b"second"]);
         let total = files.num_bytes();
         assert!(read_path(&roots, Path::new("good"), total).is_ok());

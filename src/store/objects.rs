@@ -151,7 +151,7 @@ impl Objects {
         self.put_files(&blob_path(digest), files.config, files.weights).await
     }
 
-    async fn put_files(&self, dir: &Path, config: Vec<u8>, weights: Vec<u8>) -> Result<(), StoreError> {
+    async fn put_files(&self, dir: &Path, config: Bytes, weights: Bytes) -> Result<(), StoreError> {
         self.store.put(&dir.clone().join(CONFIG_FILE), config.into()).await?;
         self.store.put(&dir.clone().join(WEIGHTS_FILE), weights.into()).await?;
         Ok(())
@@ -167,11 +167,11 @@ impl Objects {
     }
 
     async fn blob_files(&self, dir: &Path) -> Result<AdapterFiles, StoreError> {
-        let [mut config, mut weights] = [Vec::new(), Vec::new()];
+        let [mut config, mut weights] = [Bytes::new(), Bytes::new()];
         for (name, bytes) in [(CONFIG_FILE, &mut config), (WEIGHTS_FILE, &mut weights)] {
             let path = dir.clone().join(name);
             let missing = || StoreError::storage(format!("{path} is missing"));
-            *bytes = self.read(&path, self.adapter_bytes_max).await?.ok_or_else(missing)?.into();
+            *bytes = self.read(&path, self.adapter_bytes_max).await?.ok_or_else(missing)?;
         }
         Ok(AdapterFiles::new(config, weights))
     }
@@ -260,7 +260,7 @@ impl Objects {
     async fn read_files(&self, name: &str, version: &DirectoryVersion) -> Result<Option<AdapterFiles>, StoreError> {
         let config = self.read(&directory_path(name, CONFIG_FILE), self.adapter_bytes_max).await?;
         let weights = self.read(&directory_path(name, version.weights_file), self.adapter_bytes_max).await?;
-        Ok(config.zip(weights).map(|(config, weights)| AdapterFiles::new(config.into(), weights.into())))
+        Ok(config.zip(weights).map(|(config, weights)| AdapterFiles::new(config, weights)))
     }
 
     async fn head(&self, path: &Path) -> Result<Option<ObjectMeta>, StoreError> {

@@ -222,7 +222,7 @@ mod tests {
 
     #[test]
     fn the_digest_separates_config_from_weights() {
-        let files = |config: &[u8], weights: &[u8]| AdapterFiles::new(config.into(), weights.into());
+        let files = |config: &[u8], weights: &[u8]| AdapterFiles::new(config.to_vec(), weights.to_vec());
         assert_ne!(ContentDigest::of(&files(b"ab", b"c")), ContentDigest::of(&files(b"a", b"bc")));
         let digest = ContentDigest::of(&files(b"a", b"b"));
         assert_eq!(ContentDigest::try_from(digest.to_string()), Ok(digest));

@@ -7,6 +7,7 @@
 use std::collections::{BTreeMap, HashSet};
 use std::io::{self, Read};
 
+use bytes::Bytes;
 use flate2::read::MultiGzDecoder;
 use tar::{Archive, Entry, EntryType};
 
@@ -30,12 +31,12 @@ const SHOWN_CHARS_MAX: usize = 200;
 ///
 /// # Errors
 /// `BadUpload` for what is not such an archive, `TooLarge` when its content exceeds `bytes_max`.
-pub fn unpack_tar(archive: &[u8], bytes_max: usize) -> Result<AdapterFiles, StoreError> {
+pub fn unpack_tar(archive: &Bytes, bytes_max: usize) -> Result<AdapterFiles, StoreError> {
     let limit = bytes_max.saturating_add(OVERHEAD_BYTES_MAX);
     if archive.starts_with(&GZIP_MAGIC) {
-        read_members(Counted::new(MultiGzDecoder::new(archive), limit), bytes_max)
+        read_members(Counted::new(MultiGzDecoder::new(&**archive), limit), bytes_max, None)
     } else {
-        read_members(Counted::new(archive, limit), bytes_max)
+        read_members(Counted::new(&**archive, limit), bytes_max, Some(archive))
     }
 }
 
@@ -67,13 +68,14 @@ impl<R: Read> Read for Counted<R> {
 /// The files kept of one directory.
 #[derive(Default)]
 struct Found {
-    config: Option<Vec<u8>>,
+    config: Option<Bytes>,
     /// By the names of [`WEIGHTS_FILES`].
-    weights: [Option<Vec<u8>>; 2],
+    weights: [Option<Bytes>; 2],
     pickle: Option<&'static str>,
 }
 
-fn read_members<R: Read>(reader: R, bytes_max: usize) -> Result<AdapterFiles, StoreError> {
+/// `plain` is the archive where the reader's bytes are its own: its files are parts of it then, not copies.
+fn read_members<R: Read>(reader: R, bytes_max: usize, plain: Option<&Bytes>) -> Result<AdapterFiles, StoreError> {
     let broken = |error: io::Error| unreadable(&error, bytes_max);
     let mut paths = HashSet::new();
     let mut found: BTreeMap<String, Found> = BTreeMap::new();
@@ -99,14 +101,22 @@ fn read_members<R: Read>(reader: R, bytes_max: usize) -> Result<AdapterFiles, St
             found.pickle = pickle;
             continue;
         }
-        let mut bytes = Vec::new();
         let left = bytes_max - kept;
-        member.by_ref().take((left as u64).saturating_add(1)).read_to_end(&mut bytes).map_err(broken)?;
+        let bytes = match plain {
+            Some(archive) => part_of(archive, &member, left),
+            None => {
+                let mut bytes = Vec::new();
+                member.by_ref().take((left as u64).saturating_add(1)).read_to_end(&mut bytes).map_err(broken)?;
+                Some(bytes.into())
+            }
+        };
+        let ends_early = || StoreError::BadUpload(format!("the archive ends within `{}`", shown(&path)));
+        let bytes = bytes.ok_or_else(ends_early)?;
         if bytes.len() > left {
             return Err(StoreError::TooLarge { limit: bytes_max });
         }
         if bytes.len() as u64 != member.size() {
-            return Err(StoreError::BadUpload(format!("the archive ends within `{}`", shown(&path))));
+            return Err(ends_early());
         }
         kept += bytes.len();
         match weights {
@@ -117,6 +127,14 @@ fn read_members<R: Read>(reader: R, bytes_max: usize) -> Result<AdapterFiles, St
     // To the very end: only then has the decompressor checked that nothing is missing or damaged.
     io::copy(&mut archive.into_inner(), &mut io::sink()).map_err(broken)?;
     choose(found)
+}
+
+/// A member's content, or no more than one byte beyond `left`; `None` where the archive ends before it.
+fn part_of<R: Read>(archive: &Bytes, member: &Entry<'_, R>, left: usize) -> Option<Bytes> {
+    let from = usize::try_from(member.raw_file_position()).ok()?;
+    let len = usize::try_from(member.size()).unwrap_or(usize::MAX).min(left.saturating_add(1));
+    let to = from.checked_add(len).filter(|to| *to <= archive.len())?;
+    Some(archive.slice(from..to))
 }
 
 /// The member's path with plain parts only, `/` between them; `None` for what has no content of its own.
@@ -247,6 +265,10 @@ mod tests {
 
     const LIMIT: usize = 1000;
 
+    fn unpack_tar(archive: &[u8], bytes_max: usize) -> Result<AdapterFiles, StoreError> {
+        super::unpack_tar(&Bytes::copy_from_slice(archive), bytes_max)
+    }
+
     /// A member with its path written as it is, which `tar` itself would refuse to do.
     fn member(path: &str, kind: EntryType, content: &[u8]) -> Vec<u8> {
         let mut header = Header::new_gnu();
@@ -283,7 +305,7 @@ mod tests {
 
     fn check_unpacks(archive: &[u8]) {
         let files = unpack_tar(archive, LIMIT).unwrap();
-        assert_eq!((files.config.as_slice(), files.weights.as_slice()), (&b"config"[..], &b"weights"[..]));
+        assert_eq!((&*files.config, &*files.weights), (&b"config"[..], &b"weights"[..]));
     }
 
     fn check_refused(archive: &[u8], message: &str) {
@@ -319,8 +341,8 @@ mod tests {
             members.extend(adapter(&format!("{prefix}2/")));
             members.extend(adapter(&format!("{prefix}x/1/")));
             let files = unpack_tar(&tar(&members), LIMIT).unwrap();
-            assert_eq!((files.config.as_slice(), files.parts.len()), (OF_TWO.as_bytes(), 2), "{prefix}");
-            assert!(files.parts.iter().all(|part| part.config == b"config" && part.weights == b"weights"));
+            assert_eq!((&*files.config, files.parts.len()), (OF_TWO.as_bytes(), 2), "{prefix}");
+            assert!(files.parts.iter().all(|part| part.config == "config" && part.weights == "weights"));
         }
     }
 
@@ -433,7 +455,7 @@ mod tests {
         let packed = gzip(&whole);
         for length in 0..whole.len() - 1024 {
             if let Ok(files) = unpack_tar(&whole[..length], LIMIT) {
-                assert_eq!((files.config.as_slice(), files.weights.as_slice()), (&b"config"[..], &b"weights"[..]));
+                assert_eq!((&*files.config, &*files.weights), (&b"config"[..], &b"weights"[..]));
             }
         }
         for length in 0..packed.len() - 8 {

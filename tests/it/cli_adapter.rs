@@ -85,7 +85,7 @@ fn check_says_why_an_adapter_cannot_be_served() {
     let mut files = adapter(1.0);
     write_directory(temp.path(), &files);
     check_fails(&check(temp.path(), &[]), "cannot be served on");
-    files.config = br#"{"peft_type": "UNHEARD_OF"}"#.to_vec();
+    files.config = br#"{"peft_type": "UNHEARD_OF"}"#[..].into();
     write_directory(temp.path(), &files);
     check_fails(&check(temp.path(), &[]), "UNHEARD_OF");
     std::fs::rename(temp.path().join("adapter_model.safetensors"), temp.path().join("adapter_model.bin")).unwrap();

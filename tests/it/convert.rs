@@ -4,6 +4,7 @@ use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
+use bytes::Bytes;
 use candle_core::{DType, Device, Tensor};
 use patchbay::adapter::{
     AdapterError, AdapterFiles, Converted, Form, Formats, LowerOptions, MergedModel, convert, lower,
@@ -158,11 +159,11 @@ fn oft_files_without_an_equal_are_refused() {
 }
 
 /// The same file with other tensors.
-fn with_tensors(bytes: &[u8], change: impl Fn(&str, Tensor) -> Tensor) -> Vec<u8> {
+fn with_tensors(bytes: &[u8], change: impl Fn(&str, Tensor) -> Tensor) -> Bytes {
     let tensors = candle_core::safetensors::load_buffer(bytes, &Device::Cpu).unwrap();
     let tensors: BTreeMap<String, Tensor> =
         tensors.into_iter().map(|(key, tensor)| (key.clone(), change(&key, tensor))).collect();
-    safetensors::serialize(&tensors, None).unwrap()
+    safetensors::serialize(&tensors, None).unwrap().into()
 }
 
 fn model_dir(name: &str) -> std::path::PathBuf {

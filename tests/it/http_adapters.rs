@@ -45,7 +45,7 @@ fn named(files: &AdapterFiles) -> Vec<(String, &[u8])> {
     let dirs = [(String::new(), files)].into_iter().chain(parts);
     dirs.flat_map(|(dir, files)| {
         [("adapter_config.json", &files.config), ("adapter_model.safetensors", &files.weights)]
-            .map(|(name, content)| (format!("{dir}{name}"), content.as_slice()))
+            .map(|(name, content)| (format!("{dir}{name}"), &**content))
     })
     .collect()
 }
@@ -59,7 +59,7 @@ fn tar_with(files: &AdapterFiles, weights_file: &str) -> Vec<u8> {
     for (name, content) in [("adapter_config.json", &files.config), (weights_file, &files.weights)] {
         let mut header = Header::new_gnu();
         header.set_size(content.len() as u64);
-        builder.append_data(&mut header, format!("out/{name}"), content.as_slice()).unwrap();
+        builder.append_data(&mut header, format!("out/{name}"), &**content).unwrap();
     }
     builder.into_inner().unwrap()
 }
@@ -323,7 +323,7 @@ async fn malformed_uploads_are_refused_and_leave_nothing() {
     let weights = part(r#"name="adapter_model.safetensors""#, &good.weights);
     let mut wrong = good.clone();
     wrong.weights.truncate(wrong.weights.len() - 1);
-    let zeros = AdapterFiles { config: vec![b' '; LIMIT], ..good.clone() };
+    let zeros = AdapterFiles { config: vec![b' '; LIMIT].into(), ..good.clone() };
     let endless_header = [format!("--{BOUNDARY}\r\nX: ").as_bytes(), &vec![b'x'; 6 << 20]].concat();
     let cases: Vec<(&str, Vec<u8>, u16, &str)> = vec![
         (MULTIPART, multipart(std::slice::from_ref(&config)), 400, "no part adapter_model.safetensors"),

@@ -10,7 +10,7 @@ fn read(dir: &str) -> AdapterFiles {
     let read = |name: &str| std::fs::read(fixtures::dir().join(dir).join(name)).unwrap_or_default();
     let parts = (0..).map(|number| format!("{dir}/{number}"));
     let parts = parts.take_while(|part| fixtures::dir().join(part).is_dir()).map(|part| self::read(&part)).collect();
-    AdapterFiles { config: read("adapter_config.json"), weights: read("adapter_model.safetensors"), parts }
+    AdapterFiles { parts, ..AdapterFiles::new(read("adapter_config.json"), read("adapter_model.safetensors")) }
 }
 
 #[test]

@@ -143,8 +143,8 @@ pub(crate) fn mixture(value: f32) -> AdapterFiles {
         (key("bias"), Tensor::ones(2, DType::F32, &Device::Cpu).unwrap()),
     ]);
     AdapterFiles {
-        config: config.to_string().into_bytes(),
-        weights: safetensors::serialize(&tensors, None).unwrap(),
+        config: config.to_string().into(),
+        weights: safetensors::serialize(&tensors, None).unwrap().into(),
         parts: vec![adapter(1.0), adapter(value)],
     }
 }

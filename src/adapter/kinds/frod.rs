@@ -55,8 +55,8 @@ const NORM_MIN: f64 = 1e-12;
 
 /// What the layers of a category share.
 struct Basis {
-    /// (in, in), f64.
-    v: Tensor,
+    /// `V^T`, row-major (in, in).
+    transposed: Vec<f64>,
     /// `V^-T`, (in, in), f64.
     inverse: Tensor,
     /// Rows, then columns, of the entries of S.
@@ -80,7 +80,7 @@ fn lower(lowering: &mut Lowering<'_>) -> Result<(), AdapterError> {
             bases.insert(category.clone(), basis(lowering, &category, in_features)?);
         }
         let basis = &bases[&category];
-        if basis.v.dims() != [in_features, in_features] {
+        if basis.inverse.dims() != [in_features, in_features] {
             let reason = format!("its category `{category}` has linears with different inputs");
             return Err(lowering.refuse(id, LAMBDA, reason));
         }
@@ -90,7 +90,7 @@ fn lower(lowering: &mut Lowering<'_>) -> Result<(), AdapterError> {
             0 => Vec::new(),
             _ => linalg::values(&lowering.require(id, VALUES, &[nnz])?)?,
         };
-        let middle = middle(&lambda, &values, &basis.places)?;
+        let scaled = basis.scaled(&lambda, &values)?;
         let reason = "the weight is rebuilt in another basis, which has full rank";
         lowering.serve_own(id, reason, |weight| {
             let coordinates = weight.to_dtype(DType::F64)?.matmul(&basis.inverse)?; // [out, in]
@@ -98,24 +98,26 @@ fn lower(lowering: &mut Lowering<'_>) -> Result<(), AdapterError> {
             let scale = norms.iter().map(|norm| if *norm > NORM_MIN { 1.0 / norm } else { 0.0 }).collect();
             let scale = Tensor::from_vec(scale, in_features, &Device::Cpu)?;
             let u = coordinates.broadcast_mul(&scale)?;
-            Ok(u.matmul(&middle)?.matmul(&basis.v.t()?)?.to_dtype(DType::F32)?)
+            Ok(u.matmul(&scaled)?.to_dtype(DType::F32)?)
         })?;
     }
     Ok(())
 }
 
-/// `S + diag(lambda)`, f64; entries of S at one place add up.
-fn middle(lambda: &[f64], values: &[f64], places: &[usize]) -> Result<Tensor, AdapterError> {
-    let n = lambda.len();
-    let mut middle = vec![0.0; n * n];
-    for (at, value) in lambda.iter().enumerate() {
-        middle[at * n + at] = *value;
+impl Basis {
+    /// `(S + diag(lambda)) V^T`, (in, in) f64; entries of S at one place add up.
+    fn scaled(&self, lambda: &[f64], values: &[f64]) -> Result<Tensor, AdapterError> {
+        let n = lambda.len();
+        let mut scaled = vec![0.0; n * n];
+        let (rows, columns) = self.places.split_at(values.len());
+        let diagonal = lambda.iter().enumerate().map(|(at, value)| (at, at, value));
+        let entries = rows.iter().zip(columns).zip(values).map(|((row, column), value)| (*row, *column, value));
+        for (row, column, value) in diagonal.chain(entries) {
+            let from = &self.transposed[column * n..][..n];
+            scaled[row * n..][..n].iter_mut().zip(from).for_each(|(sum, v)| *sum += value * v);
+        }
+        Ok(linalg::matrix(scaled, (n, n))?)
     }
-    let (rows, columns) = places.split_at(values.len());
-    for ((row, column), value) in rows.iter().zip(columns).zip(values) {
-        middle[row * n + column] += value;
-    }
-    Ok(linalg::matrix(middle, (n, n))?)
 }
 
 /// The name under which PEFT shares a basis: the last two components of the path, without layer numbers.
@@ -145,7 +147,8 @@ fn basis(lowering: &mut Lowering<'_>, category: &str, n: usize) -> Result<Basis,
         None => return Err(lowering.refuse_shared(&name(PLACES), "is missing")),
     };
     let places = lowering.require_shared_indexes(&name(PLACES), (&[2, nnz], n))?;
-    let inverse = linalg::inverse(&v.t()?.contiguous()?)?;
+    let transposed = v.t()?.contiguous()?;
+    let inverse = linalg::inverse(&transposed)?;
     let inverse = inverse.ok_or_else(|| lowering.refuse_shared(&name(BASIS), "has no inverse"))?;
-    Ok(Basis { v, inverse, places })
+    Ok(Basis { transposed: linalg::values(&transposed)?, inverse, places })
 }

@@ -16,9 +16,9 @@ pub(super) struct Ahead {
 impl Ahead {
     /// Deals `parts` out in about `calls` equal shares, each of one part; nothing is left of what was there before. Where
     /// there are more parts than calls, the last ones are not asked for.
-    pub(super) fn start<'a>(&mut self, parts: impl Iterator<Item = &'a [u32]>, calls: usize) {
+    pub(super) fn start(&mut self, parts: impl Iterator<Item = Fetch>, calls: usize) {
         self.spans.clear();
-        self.spans.extend(parts.map(Fetch::of).filter(|span| span.lines > 0));
+        self.spans.extend(parts.filter(|span| span.lines > 0));
         self.next = 0;
         let shares = (calls / self.spans.len().max(1)).max(1);
         self.lines = self.spans.iter().map(|span| span.lines).max().unwrap_or(0).div_ceil(shares);
@@ -42,7 +42,7 @@ mod tests {
         let memory = vec![0_u32; 16 * 40];
         let mut ahead = Ahead::default();
         let mut shares = |parts: [&[u32]; 3], calls: usize| {
-            ahead.start(parts.into_iter(), calls);
+            ahead.start(parts.into_iter().map(Fetch::of), calls);
             let shares = std::iter::repeat_with(|| ahead.share()).take_while(|share| share.lines > 0);
             shares.map(|share| ((share.at.addr() - memory.as_ptr().addr()) / 64, share.lines)).collect::<Vec<_>>()
         };

@@ -23,7 +23,7 @@ use super::pool::{for_each, for_ranges, num_threads};
 use super::shared::Shared;
 use super::shrink::{Place, ShrinkPlan, shrink};
 use super::silu::silu_mul;
-use super::slots::{Outputs, PackedDelta, PackedSlots, SlotRun, apply_slots, replace_rows};
+use super::slots::{Outputs, PackedSlots, SlotRun, apply_slots, replace_rows};
 
 /// Rows multiplied before their outputs are finished.
 const CHUNK_ROWS: usize = 192;
@@ -268,9 +268,9 @@ impl Sweep<'_> {
     /// The dense products of a piece. The terms of the next panel come from memory meanwhile.
     fn product(&self, linear: &SweepLinear<'_>, places: &[Place], piece: &Piece<'_>, ahead: &mut Ahead) {
         let slots = linear.runs.iter().filter(|run| overlaps(&run.rows, piece)).filter_map(|run| run.slots);
-        let ups = slots.flat_map(|slots| slots.deltas.iter().filter_map(PackedDelta::up));
         let tiles = num_tiles(piece.to - piece.from, linear.weight.form().terms(), self.k);
-        ahead.start(ups.map(|up| up.panel_ahead(piece.panel_idx + 1)), tiles);
+        let parts = slots.flat_map(|slots| &slots.deltas).flat_map(|delta| delta.ahead(piece.panel_idx + 1));
+        ahead.start(parts, tiles);
         let mut runs = linear.runs.iter().zip(places).filter(|(run, _)| overlaps(&run.rows, piece)).peekable();
         // The adapter's own weight, and how far a run's rows of words lie from its rows.
         let source = |(run, place): &(&SlotRun<'_>, &Place)| -> (Option<*const PackedMatrix>, usize) {

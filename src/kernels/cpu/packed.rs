@@ -12,6 +12,7 @@ use half::bf16;
 use rayon::prelude::*;
 
 use super::memory::Memory;
+use super::tile::Fetch;
 use super::words::{LANES, bf16_bits};
 
 /// Columns per panel.
@@ -27,7 +28,7 @@ pub enum WeightFormat {
 }
 
 /// Most of a panel that is fetched ahead.
-const FETCH_BYTES_MAX: usize = 8 << 10;
+pub(super) const FETCH_BYTES_MAX: usize = 8 << 10;
 
 /// A weight matrix (n, k) in panels, immutable once packed.
 pub struct PackedMatrix {
@@ -169,13 +170,12 @@ impl PackedMatrix {
         }
     }
 
-    /// The words of a panel that are worth fetching ahead, up to [`FETCH_BYTES_MAX`]; none where there is no such panel.
-    pub(super) fn panel_ahead(&self, panel_idx: usize) -> &[u32] {
-        if panel_idx >= self.n.div_ceil(PANEL) {
-            return &[];
+    /// What of a panel is worth fetching ahead; nothing where there is no such panel.
+    pub(super) fn panel_ahead(&self, panel_idx: usize) -> Fetch {
+        match panel_idx < self.n.div_ceil(PANEL) {
+            true => Fetch::of(self.panel(panel_idx)).up_to(FETCH_BYTES_MAX),
+            false => Fetch::NONE,
         }
-        let panel = self.panel(panel_idx);
-        &panel[..panel.len().min(FETCH_BYTES_MAX / size_of::<u32>())]
     }
 
     /// The words of one panel, `[steps][PANEL]`.

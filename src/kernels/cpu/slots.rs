@@ -17,6 +17,7 @@ use super::scale::PackedScale;
 use super::shared::Shared;
 use super::sparse::SparseRows;
 use super::spectral::SpectralRows;
+use super::tile::Fetch;
 #[cfg(target_arch = "x86_64")]
 use super::tile_avx2 as avx2;
 use super::words::LANES;
@@ -141,6 +142,14 @@ impl PackedDelta {
             Self::ShardSum { m } => Some(m),
             Self::BlockProduct(product) => product.up(),
             Self::Sparse(_) | Self::Circulant(_) | Self::Spectral(_) | Self::Joint(_) => None,
+        }
+    }
+
+    /// What it reads for a panel of outputs that is worth fetching ahead.
+    pub(super) fn ahead(&self, panel_idx: usize) -> [Fetch; 2] {
+        match self {
+            Self::Sparse(s) => s.panel_ahead(panel_idx),
+            other => [other.up().map_or(Fetch::NONE, |up| up.panel_ahead(panel_idx)), Fetch::NONE],
         }
     }
 

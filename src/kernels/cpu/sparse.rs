@@ -9,8 +9,9 @@
 use super::dispatch::{dispatch, fma};
 use super::isa::Isa;
 use super::memory::Memory;
-use super::packed::{PANEL, WeightFormat};
+use super::packed::{FETCH_BYTES_MAX, PANEL, WeightFormat};
 use super::slots::Outputs;
+use super::tile::Fetch;
 use super::words::bf16_bits;
 
 /// Rows of an eight, and rows of `x` that are multiplied together.
@@ -123,6 +124,24 @@ impl SparseRows {
         self.k
     }
 
+    /// What of a panel is worth fetching ahead: its eights and their first entries.
+    pub(super) fn panel_ahead(&self, panel_idx: usize) -> [Fetch; 2] {
+        let Some(eights) = self.eights_of(panel_idx) else { return [Fetch::NONE; 2] };
+        let (Some(first), Some(last)) = (eights.first(), eights.last()) else { return [Fetch::NONE; 2] };
+        let steps = first.from as usize..last.to as usize;
+        let steps = match &self.steps {
+            Steps::Narrow(all) => Fetch::of(&all[steps]),
+            Steps::Wide(all) => Fetch::of(&all[steps]),
+        };
+        [Fetch::of(eights), steps.up_to(FETCH_BYTES_MAX)]
+    }
+
+    /// The eights of a panel; none beyond the last panel that has any.
+    fn eights_of(&self, panel_idx: usize) -> Option<&[Eight]> {
+        let [from, to] = self.panels.get(panel_idx..panel_idx + 2)? else { return None };
+        Some(&self.eights[*from as usize..*to as usize])
+    }
+
     /// Eights of rows of `x` (rows, k) as (k, 8). Rows beyond the last whole eight are left out.
     pub(super) fn transpose(&self, x: &[f32], tiles: &mut [f32]) {
         for (x, tile) in x.chunks_exact(EIGHT * self.k).zip(tiles.chunks_exact_mut(EIGHT * self.k)) {
@@ -141,9 +160,7 @@ impl SparseRows {
     /// Nobody else may use the outputs meanwhile.
     pub(super) unsafe fn add(&self, x: &[f32], tiles: &[f32], outputs: &Outputs<'_>) {
         assert!(outputs.first.is_multiple_of(PANEL) && outputs.columns <= PANEL, "the outputs are those of a panel");
-        let panel_idx = outputs.first / PANEL;
-        let Some([from, to]) = self.panels.get(panel_idx..panel_idx + 2) else { return };
-        let eights = &self.eights[*from as usize..*to as usize];
+        let Some(eights) = self.eights_of(outputs.first / PANEL) else { return };
         let (mut row, to) = outputs.rows;
         let first = row;
         while row < to {

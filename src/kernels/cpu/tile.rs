@@ -63,9 +63,15 @@ impl Fetch {
     /// Nothing.
     pub(super) const NONE: Self = Self { at: std::ptr::null(), lines: 0 };
 
-    /// All of `words`.
-    pub(super) fn of(words: &[u32]) -> Self {
-        Self { at: words.as_ptr(), lines: words.len().div_ceil(LINE_WORDS) }
+    /// All of `elements`.
+    pub(super) fn of<T>(elements: &[T]) -> Self {
+        let lines = size_of_val(elements).div_ceil(LINE_WORDS * size_of::<u32>());
+        Self { at: elements.as_ptr().cast(), lines }
+    }
+
+    /// No more than its first `bytes`.
+    pub(super) fn up_to(self, bytes: usize) -> Self {
+        Self { lines: self.lines.min(bytes.div_ceil(LINE_WORDS * size_of::<u32>())), ..self }
     }
 
     /// Share `idx` of `count` even ones.

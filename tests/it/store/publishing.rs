@@ -135,10 +135,10 @@ async fn what_is_refused_leaves_nothing_behind() {
     let Opened { store, metrics, .. } = open_with(config).await;
     let good = adapter(1.0);
     let mut unknown_field = adapter(1.0);
-    unknown_field.config = br#"{"peft_type": "LORA", "r": 1, "surprise": true}"#.to_vec();
+    unknown_field.config = br#"{"peft_type": "LORA", "r": 1, "surprise": true}"#[..].into();
     let mut truncated = adapter(1.0);
     truncated.weights.truncate(good.weights.len() - 1);
-    let large = AdapterFiles { config: vec![b' '; limit], ..good.clone() };
+    let large = AdapterFiles { config: vec![b' '; limit].into(), ..good.clone() };
     for files in [unknown_field, truncated, AdapterFiles::default()] {
         let error = store.publish("a", files, &plain()).await.unwrap_err();
         assert!(matches!(error, StoreError::Refused(_)), "{error}");

@@ -227,7 +227,7 @@ fn what_does_not_fit_together_is_refused_by_module() {
     }
     let tensors = [("lora_A", random(1, (4, 8))), ("lora_B", random(2, (12, 4)))];
     let tensors = tensors.map(|(part, tensor)| (format!("base_model.model.{Q}.{part}.weight"), tensor));
-    let narrow = AdapterFiles { weights: safetensors::serialize(tensors, None).unwrap(), ..x.clone() };
+    let narrow = AdapterFiles { weights: safetensors::serialize(tensors, None).unwrap().into(), ..x.clone() };
     let error = combined(&[(&x, 1.0), (&narrow, 1.0)], with(CombineMode::Stack)).unwrap_err();
     assert!(error.contains("12 inputs") && error.contains("but 8") && error.contains("base models"), "{error}");
 }
