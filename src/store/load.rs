@@ -1,6 +1,6 @@
 //! Loading: read, check, lower, account, make visible; one load per generation however many ask for it.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
@@ -118,6 +118,7 @@ impl Loader {
         let reservation = RefCell::new(self.memory.reservation());
         let options = LowerOptions { merge, formats: self.formats, own_bytes_max: 0 };
         // What dense copies an adapter needs is only known once it is understood, so memory is reserved before each is made.
+        let dispensable = Cell::new(false);
         let lower = |cheaper: bool| {
             let refusal = RefCell::new(None);
             let ask = |own: usize, need: Need| {
@@ -125,6 +126,7 @@ impl Loader {
                     return false;
                 }
                 let granted = reservation.borrow_mut().resize(Bytes { host: own, own });
+                dispensable.set(dispensable.get() || need == Need::Cheaper && granted.is_ok());
                 granted.map_err(|error| *refusal.borrow_mut() = Some(error).filter(|_| need == Need::Only)).is_ok()
             };
             let lowered = lower_within(&files, self.base.as_ref(), &options, &ask);
@@ -133,12 +135,11 @@ impl Loader {
         // Hashing does not wait for lowering.
         let (lowered, content) = std::thread::scope(|scope| {
             let content = scope.spawn(|| content(&files));
-            let lowered = match lower(true) {
-                // Copies that only make it cheaper may have taken the room of those that are needed.
-                Err(StoreError::Busy | StoreError::OverHostMemory { .. }) => lower(false),
-                Err(StoreError::Refused(error)) if matches!(*error, AdapterError::OverBudget { .. }) => lower(false),
-                lowered => lowered,
-            };
+            let mut lowered = lower(true);
+            if lowered.as_ref().is_err_and(lacks_room) && dispensable.get() {
+                // Copies that only make it cheaper have taken the room of those that are needed.
+                lowered = lower(false);
+            }
             (lowered, content.join().expect("hashing bytes does not panic"))
         });
         let content = content?;
@@ -148,6 +149,15 @@ impl Loader {
         reservation.resize(Bytes { host: lowered.bytes(), own: report.own_weight_bytes })?;
         let load_seconds = started.elapsed().as_secs_f64();
         Ok(Prepared { files, content, lowered, report, digest, load_seconds, reservation })
+    }
+}
+
+/// Whether more memory would have helped.
+fn lacks_room(error: &StoreError) -> bool {
+    match error {
+        StoreError::Busy | StoreError::OverHostMemory { .. } => true,
+        StoreError::Refused(error) => matches!(**error, AdapterError::OverBudget { .. }),
+        _ => false,
     }
 }
 

@@ -9,7 +9,7 @@ use patchbay::server::ServerConfig;
 use serde_json::Value as Json;
 
 use crate::http_support::Service;
-use crate::store_support::{adapter, write_directory};
+use crate::store_support::{adapter, files_below, write_directory};
 
 const PROMPT_TOKENS: usize = 5;
 const OUTPUT_TOKENS: usize = 4;
@@ -132,6 +132,7 @@ fn cold_requests_find_their_adapter_on_disk() {
 
 #[test]
 fn runs_are_made_without_and_with_loading() {
+    let before = files_below(Path::new("adapters"));
     let plan = Plan { load_while: Some(PathBuf::from("adapters/reverse")), rounds: 2, ..plan(sample(1)) };
     let (report, table) = run(&plan);
     let loads: Vec<usize> = report
@@ -146,7 +147,7 @@ fn runs_are_made_without_and_with_loading() {
         .collect();
     assert!(loads.len() == 4 && loads[0] == 0 && loads[1] > 0 && loads[2] == 0 && loads[3] > 0, "{loads:?}");
     assert_eq!(table.lines().filter(|line| line.starts_with("base, loading ")).count(), 3, "{table}");
-    assert!(!Path::new("adapters/catalog").exists(), "uploads go to a scratch store");
+    assert_eq!(files_below(Path::new("adapters")), before, "uploads go to a scratch store");
 }
 
 #[test]

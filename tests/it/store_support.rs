@@ -19,7 +19,7 @@ pub(crate) const LOW_RANK_BYTES: usize = 2 * FEATURES * 4;
 /// Bytes that a merged adapter takes in f32.
 pub(crate) const DENSE_BYTES: usize = FEATURES * FEATURES * 4;
 
-/// A base with one linear of zeros. Reading its weight, which only merging does, waits while the gate is closed.
+/// A base with two linears of zeros; adapters change the first. Reading its weight, which only merging does, waits while the gate is closed.
 pub(crate) struct Base {
     sites: SiteTable,
     gate: Mutex<Gate>,
@@ -37,6 +37,7 @@ impl Base {
         let mut sites = SiteTable::default();
         let kind = SiteKind::Linear { in_features: FEATURES, out_features: FEATURES, bias: false, output_head: false };
         sites.push(Site { path: "model.layers.0.self_attn.q_proj".to_owned(), kind });
+        sites.push(Site { path: "model.layers.0.self_attn.o_proj".to_owned(), kind });
         Arc::new(Self { sites, gate: Mutex::default(), changed: Condvar::new() })
     }
 
@@ -123,6 +124,17 @@ pub(crate) fn squares(value: f32) -> AdapterFiles {
     let tensors =
         HashMap::from([(key("w1_a"), up.clone()), (key("w1_b"), down.clone()), (key("w2_a"), up), (key("w2_b"), down)]);
     AdapterFiles::new(config.to_string().into_bytes(), safetensors::serialize(&tensors, None).unwrap())
+}
+
+/// As [`squares`], and a second linear replaced, which needs a dense weight.
+pub(crate) fn squares_and_a_linear(value: f32) -> AdapterFiles {
+    let files = squares(value);
+    let mut config: serde_json::Value = serde_json::from_slice(&files.config).unwrap();
+    config["modules_to_save"] = json!(["o_proj"]);
+    let mut tensors = candle_core::safetensors::load_buffer(&files.weights, &Device::Cpu).unwrap();
+    let replaced = Tensor::full(value, (FEATURES, FEATURES), &Device::Cpu).unwrap();
+    tensors.insert("base_model.model.model.layers.0.self_attn.o_proj.weight".to_owned(), replaced);
+    AdapterFiles::new(config.to_string(), safetensors::serialize(&tensors, None).unwrap())
 }
 
 /// An adapter that puts `number` virtual tokens before every prompt.

@@ -200,6 +200,7 @@ fn expert(lowering: &mut Lowering<'_>, files: &AdapterFiles) -> Result<LoweredAd
         return Err(field_error("init_lora_weights", reason));
     }
     own.keep_terms = true;
+    own.ask = lowering.ask;
     run(&mut own)?;
     // Taken apart in full, so that a further slot cannot be forgotten here.
     let LoweredAdapter { linears, norms, embeddings, layers, virtual_tokens, kv_prefix, invocation_tokens, gates } =

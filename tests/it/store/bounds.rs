@@ -8,7 +8,8 @@ use tempfile::tempdir;
 
 use super::{bounded, served};
 use crate::store_support::{
-    DENSE_BYTES, LOW_RANK_BYTES, Opened, adapter, files_below, merged, open_with, plain, squares, write_directory,
+    DENSE_BYTES, LOW_RANK_BYTES, Opened, adapter, files_below, merged, open_with, plain, squares, squares_and_a_linear,
+    write_directory,
 };
 
 #[tokio::test]
@@ -71,6 +72,22 @@ async fn a_dense_copy_that_costs_less_is_made_where_the_budget_has_room() {
     assert_eq!((second.own_weight_bytes, second.bytes), (0, 4 * LOW_RANK_BYTES));
     assert!(second.warnings.iter().any(|warning| warning.contains("merged_bytes_max")), "{:?}", second.warnings);
     drop(lease);
+}
+
+#[tokio::test]
+async fn dense_copies_that_are_needed_go_before_those_that_cost_less() {
+    for (room, own) in [(2 * DENSE_BYTES, 2 * DENSE_BYTES), (2 * DENSE_BYTES - 1, DENSE_BYTES)] {
+        let root = tempdir().unwrap();
+        let Opened { store, .. } = open_with(bounded(root.path(), 1 << 20, room)).await;
+        let report = store.publish("a", squares_and_a_linear(1.0), &plain()).await.unwrap().report.unwrap();
+        assert_eq!(report.own_weight_bytes, own);
+        assert_eq!(report.warnings.is_empty(), own == room);
+    }
+    let root = tempdir().unwrap();
+    let Opened { store, .. } = open_with(bounded(root.path(), 1 << 20, DENSE_BYTES - 1)).await;
+    let error = store.publish("a", squares_and_a_linear(1.0), &plain()).await.unwrap_err();
+    let StoreError::Refused(refusal) = &error else { panic!("{error}") };
+    assert!(matches!(**refusal, AdapterError::OverBudget { .. }), "{error}");
 }
 
 #[tokio::test]
