@@ -23,15 +23,10 @@ impl AdapterFiles {
         Self { config: config.into(), weights: weights.into(), parts: Vec::new() }
     }
 
-    /// The bytes of every file, in a fixed order.
-    pub fn all(&self) -> impl Iterator<Item = &[u8]> {
-        let parts = self.parts.iter().flat_map(|part| [&part.config, &part.weights]);
-        [&self.config, &self.weights].into_iter().chain(parts).map(|bytes| &**bytes)
-    }
-
     /// Bytes of all files.
     pub fn num_bytes(&self) -> usize {
-        self.all().map(<[u8]>::len).sum()
+        let parts: usize = self.parts.iter().map(Self::num_bytes).sum();
+        self.config.len() + self.weights.len() + parts
     }
 }
 

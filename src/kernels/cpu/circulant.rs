@@ -155,46 +155,23 @@ fn multiply_row_body<const FMA: bool>(c: &Circulant, x: &[f32], scratch: &mut Sc
 /// Sums the products of one row of blocks' spectra with the parts of the inputs, over the blocks in turn.
 #[inline(always)]
 fn mix<const FMA: bool>(spectra: &[f32], (even, odd): (&[f32], &[f32]), (plus, minus): (&mut [f32], &mut [f32])) {
-    let (plus, minus) = (plus.as_chunks_mut::<LANES>().0, minus.as_chunks_mut::<LANES>().0);
-    let parts = (spectra.as_chunks::<LANES>().0, even.as_chunks::<LANES>().0, odd.as_chunks::<LANES>().0);
+    let (plus, _) = plus.as_chunks_mut::<LANES>();
+    let (minus, _) = minus.as_chunks_mut::<LANES>();
     let vectors = plus.len();
-    let (pairs, rest) = plus.as_chunks_mut::<2>();
-    let (minus_pairs, minus_rest) = minus.as_chunks_mut::<2>();
-    for (at, (plus, minus)) in pairs.iter_mut().zip(minus_pairs).enumerate() {
-        mix_vectors::<FMA, 2>(parts, (2 * at, vectors), (plus, minus));
-    }
-    for (plus, minus) in rest.iter_mut().zip(minus_rest) {
-        mix_vectors::<FMA, 1>(parts, (vectors - 1, vectors), (std::array::from_mut(plus), std::array::from_mut(minus)));
-    }
-}
-
-/// Numbers by whole vectors.
-type Vectors<'a> = &'a [[f32; LANES]];
-
-/// The vectors of every block from number `at` of its `vectors` on; so many sums do not wait for each other.
-#[inline(always)]
-fn mix_vectors<const FMA: bool, const V: usize>(
-    (spectra, even, odd): (Vectors<'_>, Vectors<'_>, Vectors<'_>),
-    (at, vectors): (usize, usize),
-    (plus, minus): (&mut [[f32; LANES]; V], &mut [[f32; LANES]; V]),
-) {
-    let (mut sums, mut differences) = ([[0.0_f32; LANES]; V], [[0.0_f32; LANES]; V]);
-    let blocks = spectra.chunks_exact(vectors).zip(even.chunks_exact(vectors).zip(odd.chunks_exact(vectors)));
-    for (spectra, (even, odd)) in blocks {
-        let (spectra, even, odd) = (&spectra[at..][..V], &even[at..][..V], &odd[at..][..V]);
-        for v in 0..V {
-            add_products::<FMA>(&spectra[v], &even[v], &mut sums[v]);
-            add_products::<FMA>(&spectra[v], &odd[v], &mut differences[v]);
+    let (spectra, even, odd) =
+        (spectra.as_chunks::<LANES>().0, even.as_chunks::<LANES>().0, odd.as_chunks::<LANES>().0);
+    for (at, (plus, minus)) in plus.iter_mut().zip(minus).enumerate() {
+        let (mut sums, mut differences) = ([0.0_f32; LANES], [0.0_f32; LANES]);
+        let parts = even.iter().zip(odd).zip(spectra).skip(at).step_by(vectors);
+        for ((even, odd), spectrum) in parts {
+            for ((sum, spectrum), even) in sums.iter_mut().zip(spectrum).zip(even) {
+                *sum = fma::<FMA>(*spectrum, *even, *sum);
+            }
+            for ((difference, spectrum), odd) in differences.iter_mut().zip(spectrum).zip(odd) {
+                *difference = fma::<FMA>(*spectrum, *odd, *difference);
+            }
         }
-    }
-    (*plus, *minus) = (sums, differences);
-}
-
-/// `sums += x y`.
-#[inline(always)]
-fn add_products<const FMA: bool>(x: &[f32; LANES], y: &[f32; LANES], sums: &mut [f32; LANES]) {
-    for lane in 0..LANES {
-        sums[lane] = fma::<FMA>(x[lane], y[lane], sums[lane]);
+        (*plus, *minus) = (sums, differences);
     }
 }
 
@@ -202,64 +179,25 @@ fn add_products<const FMA: bool>(x: &[f32; LANES], y: &[f32; LANES], sums: &mut 
 /// padded block is kept. One chain over ascending `j` per output.
 #[inline(always)]
 fn transform<const FMA: bool>(c: &Circulant, (x, from): (&[f32], usize), (spectra, to): (&mut [f32], usize)) {
-    for (x, spectra) in x.chunks(2 * from).zip(spectra.chunks_mut(2 * to)) {
-        // Two blocks share what is read of the table.
-        if x.len() > from {
-            let (left, right) = spectra.split_at_mut(to);
-            transform_two::<FMA>(c, (&x[..c.b], &x[from..][..c.b]), (left, right));
-        } else {
-            transform_one::<FMA>(c, &x[..c.b], &mut spectra[..to]);
+    for (x, spectrum) in x.chunks_exact(from).zip(spectra.chunks_exact_mut(to)) {
+        spectrum.fill(0.0);
+        let (fours, rest) = x[..c.b].as_chunks::<4>();
+        let (four_rows, rest_rows) = c.table.0.split_at(fours.len() * 4 * c.padded);
+        for (x, rows) in fours.iter().zip(four_rows.chunks_exact(4 * c.padded)) {
+            // Four at a time spare most of the sums' way through memory.
+            let (first, others) = rows.split_at(c.padded);
+            let (second, others) = others.split_at(c.padded);
+            let (third, fourth) = others.split_at(c.padded);
+            let rows = first.iter().zip(second).zip(third.iter().zip(fourth));
+            for (sum, ((first, second), (third, fourth))) in spectrum.iter_mut().zip(rows) {
+                let half = fma::<FMA>(x[1], *second, fma::<FMA>(x[0], *first, *sum));
+                *sum = fma::<FMA>(x[3], *fourth, fma::<FMA>(x[2], *third, half));
+            }
         }
-    }
-}
-
-#[inline(always)]
-fn transform_two<const FMA: bool>(c: &Circulant, x: (&[f32], &[f32]), (left, right): (&mut [f32], &mut [f32])) {
-    left.fill(0.0);
-    right.fill(0.0);
-    let ((fours, rest), (other_fours, other_rest)) = (x.0.as_chunks::<4>(), x.1.as_chunks::<4>());
-    let (four_rows, rest_rows) = c.table.0.split_at(fours.len() * 4 * c.padded);
-    let factors = fours.iter().zip(other_fours);
-    for ((x, z), rows) in factors.zip(four_rows.chunks_exact(4 * c.padded)) {
-        // Four at a time spare most of the sums' way through memory.
-        let (first, others) = rows.split_at(c.padded);
-        let (second, others) = others.split_at(c.padded);
-        let (third, fourth) = others.split_at(c.padded);
-        let rows = first.iter().zip(second).zip(third.iter().zip(fourth));
-        let sums = left.iter_mut().zip(right.iter_mut());
-        for ((left, right), ((first, second), (third, fourth))) in sums.zip(rows) {
-            let half = fma::<FMA>(x[1], *second, fma::<FMA>(x[0], *first, *left));
-            *left = fma::<FMA>(x[3], *fourth, fma::<FMA>(x[2], *third, half));
-            let half = fma::<FMA>(z[1], *second, fma::<FMA>(z[0], *first, *right));
-            *right = fma::<FMA>(z[3], *fourth, fma::<FMA>(z[2], *third, half));
-        }
-    }
-    for ((x, z), row) in rest.iter().zip(other_rest).zip(rest_rows.chunks_exact(c.padded)) {
-        for ((left, right), cas) in left.iter_mut().zip(right.iter_mut()).zip(row) {
-            *left = fma::<FMA>(*x, *cas, *left);
-            *right = fma::<FMA>(*z, *cas, *right);
-        }
-    }
-}
-
-#[inline(always)]
-fn transform_one<const FMA: bool>(c: &Circulant, x: &[f32], spectrum: &mut [f32]) {
-    spectrum.fill(0.0);
-    let (fours, rest) = x.as_chunks::<4>();
-    let (four_rows, rest_rows) = c.table.0.split_at(fours.len() * 4 * c.padded);
-    for (x, rows) in fours.iter().zip(four_rows.chunks_exact(4 * c.padded)) {
-        let (first, others) = rows.split_at(c.padded);
-        let (second, others) = others.split_at(c.padded);
-        let (third, fourth) = others.split_at(c.padded);
-        let rows = first.iter().zip(second).zip(third.iter().zip(fourth));
-        for (sum, ((first, second), (third, fourth))) in spectrum.iter_mut().zip(rows) {
-            let half = fma::<FMA>(x[1], *second, fma::<FMA>(x[0], *first, *sum));
-            *sum = fma::<FMA>(x[3], *fourth, fma::<FMA>(x[2], *third, half));
-        }
-    }
-    for (x, row) in rest.iter().zip(rest_rows.chunks_exact(c.padded)) {
-        for (sum, cas) in spectrum.iter_mut().zip(row) {
-            *sum = fma::<FMA>(*x, *cas, *sum);
+        for (x, row) in rest.iter().zip(rest_rows.chunks_exact(c.padded)) {
+            for (sum, cas) in spectrum.iter_mut().zip(row) {
+                *sum = fma::<FMA>(*x, *cas, *sum);
+            }
         }
     }
 }
