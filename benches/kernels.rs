@@ -14,8 +14,8 @@ use candle_core::{DType, Device, Result, Tensor};
 use criterion::Criterion;
 use half::bf16;
 use patchbay::kernels::cpu::{
-    BaseMatrix, Int8Matrix, Isa, PackedDelta, PackedMatrix, PackedSlots, RowMatrix, SlotRun, SweepLinear, WeightFormat,
-    dot_rate, int8_rate, join_op, read_bandwidth,
+    BaseMatrix, IntegerMatrix, IntegerWidth, Isa, PackedDelta, PackedMatrix, PackedSlots, RowMatrix, SlotRun,
+    SweepLinear, WeightFormat, dot_rate, integer_rate, join_op, read_bandwidth,
 };
 use patchbay::kernels::{AttentionPlan, AttentionShape, KvLayout, PagedKv, PagedSpan};
 
@@ -40,14 +40,18 @@ const LAYERS: usize = 24;
 const ROTATION_BYTES: usize = 256 << 20;
 
 /// Bytes per second from memory, and operations per second in cache of every [`Arithmetic`].
-static LIMITS: LazyLock<(f64, [f64; 3])> =
-    LazyLock::new(|| (read_bandwidth(), [dot_rate(WeightFormat::Bf16), dot_rate(WeightFormat::F32), int8_rate()]));
+static LIMITS: LazyLock<(f64, [f64; 4])> = LazyLock::new(|| {
+    let floats = [dot_rate(WeightFormat::Bf16), dot_rate(WeightFormat::F32)];
+    let integers = [integer_rate(IntegerWidth::Sixteen), integer_rate(IntegerWidth::Eight)];
+    (read_bandwidth(), [floats[0], floats[1], integers[0], integers[1]])
+});
 
 /// What a kernel multiplies.
 #[derive(Clone, Copy, Debug)]
 enum Arithmetic {
     Bf16,
     F32,
+    Int16,
     Int8,
 }
 
@@ -57,18 +61,21 @@ fn main() -> Result<()> {
         .warm_up_time(Duration::from_millis(500))
         .measurement_time(Duration::from_secs(2))
         .configure_from_args();
-    let (memory, [bf16_rate, f32_rate, int8_rate]) = *LIMITS;
+    let (memory, [bf16_rate, f32_rate, int16_rate, int8_rate]) = *LIMITS;
     println!(
-        "limits: {:.1} GB/s, bf16 {:.0} GFLOP/s, f32 {:.0} GFLOP/s, int8 {:.0} GOP/s ({:?}, {} threads)\n",
+        "limits: {:.1} GB/s, bf16 {:.0} GFLOP/s, f32 {:.0} GFLOP/s, int16 {:.0} GOP/s, int8 {:.0} GOP/s ({:?}, {} threads)\n",
         memory / 1e9,
         bf16_rate / 1e9,
         f32_rate / 1e9,
+        int16_rate / 1e9,
         int8_rate / 1e9,
         Isa::best(),
         rayon::current_num_threads()
     );
     for (linear, n, k) in LINEARS {
-        for (name, arithmetic) in [("linear", Arithmetic::Bf16), ("int8", Arithmetic::Int8)] {
+        for (name, arithmetic) in
+            [("linear", Arithmetic::Bf16), ("int16", Arithmetic::Int16), ("int8", Arithmetic::Int8)]
+        {
             let layers = layers((n, k), 0, arithmetic);
             for rows in ROWS {
                 bench_linear(&mut criterion, &format!("{name}/{linear}/{rows} rows"), &layers, rows, arithmetic)?;
@@ -142,14 +149,14 @@ struct Layer {
 
 enum Base {
     Float(PackedMatrix),
-    Int8(Int8Matrix),
+    Integers(IntegerMatrix),
 }
 
 impl Base {
     fn matrix(&self) -> BaseMatrix<'_> {
         match self {
             Self::Float(w) => w.into(),
-            Self::Int8(w) => w.into(),
+            Self::Integers(w) => w.into(),
         }
     }
 }
@@ -165,9 +172,10 @@ fn layers((n, k): (usize, usize), adapters: usize, arithmetic: Arithmetic) -> Ve
     };
     let base = || match arithmetic {
         Arithmetic::Bf16 | Arithmetic::F32 => Base::Float(packed(n, k)),
-        Arithmetic::Int8 => {
+        Arithmetic::Int16 | Arithmetic::Int8 => {
+            let width = if let Arithmetic::Int8 = arithmetic { IntegerWidth::Eight } else { IntegerWidth::Sixteen };
             let read = |row: usize, out: &mut [f32]| out.copy_from_slice(&values[row * k..][..k]);
-            Base::Int8(Int8Matrix::new(WeightFormat::Bf16, n, k, read).expect("memory"))
+            Base::Integers(IntegerMatrix::new(width, WeightFormat::Bf16, (n, k), read).expect("memory"))
         }
     };
     let layer = || Layer { weight: base(), adapters: (0..adapters).map(|_| adapter()).collect() };
@@ -179,7 +187,7 @@ fn layers((n, k): (usize, usize), adapters: usize, arithmetic: Arithmetic) -> Ve
 fn base_bytes(base: &Base) -> usize {
     match base {
         Base::Float(w) => w.n() * w.k() * size_of::<bf16>(),
-        Base::Int8(w) => w.bytes(),
+        Base::Integers(w) => w.bytes(),
     }
 }
 

@@ -120,7 +120,7 @@ impl BaseWeights for Model {
 
     fn may_be_quantised_from(&self, site: SiteId, weight: &Tensor) -> Result<bool> {
         match &self.parameters(site).weight {
-            Matrix::Int8(w) => Ok(w.may_be_of(&weight.flatten_all()?.to_vec1::<f32>()?)),
+            Matrix::Integers(w) => Ok(w.may_be_of(&weight.flatten_all()?.to_vec1::<f32>()?)),
             Matrix::Dense(_) | Matrix::Packed(_) | Matrix::Quantized { .. } => Ok(false),
         }
     }

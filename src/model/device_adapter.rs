@@ -15,8 +15,8 @@ use crate::adapter::{
 };
 use crate::kernels::ButterflyFactor;
 use crate::kernels::cpu::{
-    BlockProduct, Blocks, Circulant, Int8Matrix, NormSlots, PackedDelta, PackedMatrix, PackedMix, PackedPre,
-    PackedScale, PackedSlots, Router, RowMatrix, SparseRows, SpectralRows, WeightFormat,
+    BlockProduct, Blocks, Circulant, IntegerMatrix, IntegerWidth, NormSlots, PackedDelta, PackedMatrix, PackedMix,
+    PackedPre, PackedScale, PackedSlots, Router, RowMatrix, SparseRows, SpectralRows, WeightFormat,
 };
 use crate::kernels::{KvLayout, PagedKv};
 
@@ -121,16 +121,19 @@ pub(super) fn pack_matrix(w: &Tensor) -> Result<PackedMatrix> {
     pack_as(w, format)
 }
 
-/// Quantises a dense weight (n, k) for the CPU; what adapters add to it is in the format that [`pack_matrix`] would give it.
-pub(super) fn quantise_matrix(w: &Tensor) -> Result<Int8Matrix> {
-    let (n, k) = w.dims2()?;
+/// Makes a dense weight (n, k) integers for the CPU; what adapters add to it is in the format that [`pack_matrix`] would give
+/// it.
+pub(super) fn integer_matrix(width: IntegerWidth, w: &Tensor) -> Result<IntegerMatrix> {
+    let dims @ (_, k) = w.dims2()?;
     let packed = if w.dtype() == DType::BF16 {
         with_values::<bf16, _>(w, |values| {
-            Int8Matrix::new(WeightFormat::Bf16, n, k, |row, out| values[row * k..][..k].convert_to_f32_slice(out))
+            let read = |row: usize, out: &mut [f32]| values[row * k..][..k].convert_to_f32_slice(out);
+            IntegerMatrix::new(width, WeightFormat::Bf16, dims, read)
         })?
     } else {
         with_values::<f32, _>(&w.to_dtype(DType::F32)?, |values| {
-            Int8Matrix::new(WeightFormat::F32, n, k, |row, out| out.copy_from_slice(&values[row * k..][..k]))
+            let read = |row: usize, out: &mut [f32]| out.copy_from_slice(&values[row * k..][..k]);
+            IntegerMatrix::new(width, WeightFormat::F32, dims, read)
         })?
     };
     Ok(packed?)

@@ -4,15 +4,16 @@ use std::sync::Arc;
 
 use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{DType, Device, Tensor};
+use half::bf16;
 use mistralrs_quant::{GgufMatMul, QuantMethod, QuantMethodConfig};
 
 use super::checkpoint::Checkpoint;
 use super::device::activation_dtype;
-use super::device_adapter::{pack_matrix, quantise_matrix};
+use super::device_adapter::{integer_matrix, pack_matrix};
 use super::layers::{Embedding, Linear, Matrix, RmsNorm};
 use super::{KernelChoice, ModelConfig, ModelError, QuantChoice};
 use crate::adapter::{Formats, Site, SiteId, SiteKind, SiteTable};
-use crate::kernels::cpu::PackedMatrix;
+use crate::kernels::cpu::{IntegerMatrix, IntegerWidth, PackedMatrix, WeightFormat};
 
 /// Makes layers by module path. A family calls it in forward order, so the site table is in that order too.
 pub(super) struct Loader {
@@ -22,21 +23,15 @@ pub(super) struct Loader {
     weight_dtype: DType,
     /// Format of activations, norms and biases.
     dtype: DType,
-    quant: Option<Quant>,
+    /// The blocks that linears are quantised in.
+    blocks: Option<GgmlDType>,
     /// Whether dense weights are packed for the CPU's kernels.
     pack: bool,
+    /// Whether packed weights are quantised to 8-bit integers.
+    int8: bool,
     sites: SiteTable,
     parameters: Vec<Parameters>,
     weight_bytes: usize,
-}
-
-/// How linears are quantised.
-#[derive(Clone, Copy)]
-enum Quant {
-    /// In GGUF blocks.
-    Blocks(GgmlDType),
-    /// In 8-bit integers, for the CPU's kernels.
-    Int8,
 }
 
 /// The base's tensors at one site.
@@ -71,8 +66,7 @@ impl Loader {
     ) -> Result<Self, ModelError> {
         let dtype = activation_dtype(&device, weight_dtype);
         let pack = device.is_cpu() && config.kernels == KernelChoice::Auto;
-        let quant = config.quant.map(quant);
-        if matches!(quant, Some(Quant::Int8)) && !pack {
+        if config.quant == Some(QuantChoice::Int8) && !pack {
             return Err(ModelError::Field {
                 file: "[model]",
                 field: "quant".to_owned(),
@@ -84,8 +78,9 @@ impl Loader {
             device,
             weight_dtype,
             dtype,
-            quant,
+            blocks: config.quant.and_then(blocks),
             pack,
+            int8: config.quant == Some(QuantChoice::Int8),
             sites: SiteTable::default(),
             parameters: Vec::new(),
             weight_bytes: 0,
@@ -103,11 +98,7 @@ impl Loader {
     ) -> Result<Linear, ModelError> {
         let shape = [out_features, in_features];
         let name = format!("{path}.weight");
-        let blocks = match self.quant {
-            Some(Quant::Blocks(quant)) => quant_for_rows(quant, in_features),
-            Some(Quant::Int8) | None => None,
-        };
-        let weight = match blocks {
+        let weight = match self.blocks.and_then(|blocks| quant_for_rows(blocks, in_features)) {
             Some(quant) => self.quantized(&name, &shape, quant)?,
             None => self.weight(&name, &shape)?,
         };
@@ -158,8 +149,11 @@ impl Loader {
             tracing::warn!(tensors = unused.join(", "), "the checkpoint has tensors that the model does not use");
         }
         // The kernels multiply with adapters' matrices in the format of the weights that these lie beside.
-        let blocks = matches!(self.quant, Some(Quant::Blocks(_)));
-        let matrices = if self.pack && !blocks && self.weight_dtype == DType::BF16 { DType::BF16 } else { self.dtype };
+        let matrices = if self.pack && self.blocks.is_none() && self.weight_dtype == DType::BF16 {
+            DType::BF16
+        } else {
+            self.dtype
+        };
         let adapter_formats = Formats { matrices, values: self.dtype };
         Loaded {
             sites: self.sites,
@@ -175,15 +169,15 @@ impl Loader {
     /// A weight in the form that its layer multiplies with, but for blocks.
     fn weight(&mut self, name: &str, shape: &[usize]) -> Result<Matrix, ModelError> {
         if self.pack {
-            // The most usual case is packed from the file as it is, without a copy in between.
+            let integers = self.integers(shape[1]);
+            // The most usual cases are packed from the file as it is, without a copy in between.
             if self.weight_dtype == DType::BF16
-                && self.quant.is_none()
+                && !self.int8
                 && let (DType::BF16, bytes) = self.checkpoint.stored_bytes(name, shape)?
             {
-                let packed =
-                    PackedMatrix::from_bf16_bytes(shape[0], shape[1], bytes).map_err(candle_core::Error::from)?;
-                self.weight_bytes += bytes.len();
-                return Ok(Matrix::Packed(Arc::new(packed)));
+                let (packed, bytes) = pack_bytes(integers, (shape[0], shape[1]), bytes)?;
+                self.weight_bytes += bytes;
+                return Ok(packed);
             }
             let dense = self.checkpoint.load(name, shape, self.weight_dtype, &self.device)?;
             return self.packed(&dense);
@@ -191,12 +185,21 @@ impl Loader {
         Ok(Matrix::Dense(self.tensor(name, shape, self.weight_dtype)?))
     }
 
+    /// The integers that packed weights with rows of `k` elements are made.
+    fn integers(&self, k: usize) -> Option<IntegerWidth> {
+        match self.weight_dtype {
+            _ if self.int8 => Some(IntegerWidth::Eight),
+            DType::BF16 if self.blocks.is_none() => IntegerWidth::for_bf16(k),
+            _ => None,
+        }
+    }
+
     /// A dense weight in the form of the CPU's kernels.
     fn packed(&mut self, dense: &Tensor) -> Result<Matrix, ModelError> {
-        if let Some(Quant::Int8) = self.quant {
-            let packed = quantise_matrix(dense)?;
+        if let Some(width) = self.integers(dense.dim(1)?) {
+            let packed = integer_matrix(width, dense)?;
             self.weight_bytes += packed.bytes();
-            return Ok(Matrix::Int8(Arc::new(packed)));
+            return Ok(Matrix::Integers(Arc::new(packed)));
         }
         self.weight_bytes += dense.elem_count() * dense.dtype().size_in_bytes();
         Ok(Matrix::Packed(Arc::new(pack_matrix(dense)?)))
@@ -222,9 +225,27 @@ impl Loader {
     }
 }
 
-fn quant(choice: QuantChoice) -> Quant {
-    Quant::Blocks(match choice {
-        QuantChoice::Int8 => return Quant::Int8,
+/// A bf16 weight (n, k), given as bytes, in the form of the CPU's kernels; and the bytes that it takes there.
+fn pack_bytes(
+    integers: Option<IntegerWidth>,
+    (n, k): (usize, usize),
+    bytes: &[u8],
+) -> candle_core::Result<(Matrix, usize)> {
+    let Some(width) = integers else {
+        return Ok((Matrix::Packed(Arc::new(PackedMatrix::from_bf16_bytes(n, k, bytes)?)), bytes.len()));
+    };
+    let packed = IntegerMatrix::new(width, WeightFormat::Bf16, (n, k), |row, out| {
+        let (values, _) = bytes[2 * row * k..][..2 * k].as_chunks();
+        out.iter_mut().zip(values).for_each(|(out, bytes)| *out = bf16::from_le_bytes(*bytes).to_f32());
+    })?;
+    let bytes = packed.bytes();
+    Ok((Matrix::Integers(Arc::new(packed)), bytes))
+}
+
+/// The blocks of a quantised format, where it has blocks.
+fn blocks(choice: QuantChoice) -> Option<GgmlDType> {
+    Some(match choice {
+        QuantChoice::Int8 => return None,
         QuantChoice::Q4_0 => GgmlDType::Q4_0,
         QuantChoice::Q5_0 => GgmlDType::Q5_0,
         QuantChoice::Q8_0 => GgmlDType::Q8_0,

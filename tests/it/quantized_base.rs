@@ -4,7 +4,9 @@ use std::collections::HashMap;
 use std::path::Path;
 
 use candle_core::{Device, Tensor};
+use half::bf16;
 use patchbay::adapter::{BaseWeights, LinearSlots, LoweredAdapter, SiteKind, Weight};
+use patchbay::kernels::cpu::Isa;
 use patchbay::model::{DtypeChoice, KernelChoice, Model, ModelConfig, QuantChoice};
 use rand::{Rng as _, SeedableRng as _};
 use rand_chacha::ChaCha8Rng;
@@ -27,7 +29,7 @@ const WIDE_FORMATS: &[(QuantChoice, f32)] =
 /// The quantised product also rounds the activations, to 8 bits by blocks of 32; a dense copy does not.
 const ACTIVATION_ROUNDING: f32 = 0.05;
 
-/// A model of random weights that is wider than the fixtures.
+/// A model of random weights that is wider than the fixtures. bf16 holds them.
 struct Wide {
     dir: TempDir,
 }
@@ -54,7 +56,8 @@ impl Wide {
         let mut matrix = |name: String, rows: usize, columns: usize| {
             // Uniform with variance 1 / columns, so that activations keep their size from layer to layer.
             let bound = (3. / columns as f32).sqrt();
-            let values: Vec<f32> = (0..rows * columns).map(|_| random.random_range(-bound..bound)).collect();
+            let values = (0..rows * columns).map(|_| bf16::from_f32(random.random_range(-bound..bound)).to_f32());
+            let values: Vec<f32> = values.collect();
             tensors.insert(name, Tensor::from_vec(values, (rows, columns), &Device::Cpu).unwrap());
         };
         let (hidden, intermediate) = (Self::HIDDEN, Self::INTERMEDIATE);
@@ -84,9 +87,13 @@ impl Wide {
         Self { dir }
     }
 
-    fn load(&self, quant: Option<QuantChoice>) -> Model {
+    fn config(&self, quant: Option<QuantChoice>) -> ModelConfig {
         let path = self.dir.path().to_string_lossy().into_owned();
-        fixtures::load_model_with(&ModelConfig { quant, path, ..fixtures::model_config("llama") })
+        ModelConfig { quant, path, ..fixtures::model_config("llama") }
+    }
+
+    fn load(&self, quant: Option<QuantChoice>) -> Model {
+        fixtures::load_model_with(&self.config(quant))
     }
 }
 
@@ -231,6 +238,29 @@ fn int8_quantises_every_linear_and_the_head_and_no_row_knows_the_others() {
         let bits = |logits: &Tensor| logits.flatten_all().unwrap().to_vec1::<f32>().unwrap();
         assert_eq!(bits(together), bits(alone));
     }
+}
+
+#[test]
+fn bf16_takes_integers_where_those_are_faster_and_comes_nearer() {
+    let wide = Wide::new();
+    let bf16 = ModelConfig { dtype: DtypeChoice::Bf16, ..wide.config(None) };
+    let (exact, rounded) = (wide.load(None), fixtures::load_model_with(&bf16));
+    let integers = Isa::best().prefers_integers();
+    let norms = Wide::HIDDEN * (2 * Wide::LAYERS + 1) * 4;
+    let embedding = Wide::VOCAB * Wide::HIDDEN * 2;
+    let multiplied = Wide::LINEAR_ELEMENTS + Wide::VOCAB * Wide::HIDDEN;
+    // Integers have a byte of scale for 64.
+    let scales = if integers { multiplied / 64 } else { 0 };
+    assert_eq!(rounded.info().weight_bytes, norms + embedding + 2 * multiplied + scales);
+    for (id, site) in exact.sites().iter() {
+        let changed = relative_difference(&rounded.weight(id).unwrap(), &exact.weight(id).unwrap());
+        // Half of a unit, of which a group's largest has 2,048 or more.
+        assert!(changed <= if integers { 1. / 4096. } else { 0. }, "{} changed by {changed}", site.path);
+    }
+    let difference = relative_difference(&prompt_logits(rounded), &prompt_logits(exact));
+    // bf16 keeps 8 bits of every activation, integers 13 of a group's largest.
+    let bound = if integers { 1e-3 } else { 1.5e-2 };
+    assert!(difference > 0. && difference < bound, "{difference}");
 }
 
 #[test]

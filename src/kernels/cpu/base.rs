@@ -1,8 +1,8 @@
 //! The shared weight of a linear, in whichever form it is kept.
 
 use super::ahead::Ahead;
-use super::gemm::{Target, multiply_int8_panel, multiply_panel};
-use super::int8::{Int8Matrix, int8_row_words, quantise_row};
+use super::gemm::{Target, multiply_integer_panel, multiply_panel};
+use super::integers::{IntegerMatrix, IntegerWidth, quantise_row};
 use super::isa::Isa;
 use super::packed::{PackedMatrix, WeightFormat};
 use super::words::{row_words, write_row};
@@ -12,8 +12,8 @@ use super::words::{row_words, write_row};
 pub enum BaseMatrix<'a> {
     /// In the format of what adapters add to it.
     Float(&'a PackedMatrix),
-    /// In 8-bit integers.
-    Int8(&'a Int8Matrix),
+    /// In integers.
+    Integers(&'a IntegerMatrix),
 }
 
 impl<'a> From<&'a PackedMatrix> for BaseMatrix<'a> {
@@ -22,9 +22,9 @@ impl<'a> From<&'a PackedMatrix> for BaseMatrix<'a> {
     }
 }
 
-impl<'a> From<&'a Int8Matrix> for BaseMatrix<'a> {
-    fn from(w: &'a Int8Matrix) -> Self {
-        Self::Int8(w)
+impl<'a> From<&'a IntegerMatrix> for BaseMatrix<'a> {
+    fn from(w: &'a IntegerMatrix) -> Self {
+        Self::Integers(w)
     }
 }
 
@@ -33,7 +33,7 @@ impl BaseMatrix<'_> {
     pub fn n(self) -> usize {
         match self {
             Self::Float(w) => w.n(),
-            Self::Int8(w) => w.n(),
+            Self::Integers(w) => w.n(),
         }
     }
 
@@ -41,15 +41,15 @@ impl BaseMatrix<'_> {
     pub fn k(self) -> usize {
         match self {
             Self::Float(w) => w.k(),
-            Self::Int8(w) => w.k(),
+            Self::Integers(w) => w.k(),
         }
     }
 
     /// What rows of activations are made into for it and for what adapters add.
     pub fn form(self) -> RowForm {
         match self {
-            Self::Float(w) => RowForm { terms: w.format(), int8: false },
-            Self::Int8(w) => RowForm { terms: w.terms(), int8: true },
+            Self::Float(w) => RowForm { terms: w.format(), integers: None },
+            Self::Integers(w) => RowForm { terms: w.terms(), integers: Some(w.width()) },
         }
     }
 }
@@ -59,8 +59,8 @@ impl BaseMatrix<'_> {
 pub struct RowForm {
     /// For the adapters' terms and weights, and for a shared weight that is not in integers.
     terms: WeightFormat,
-    /// Whether the shared weight is in integers.
-    int8: bool,
+    /// For a shared weight in integers.
+    integers: Option<IntegerWidth>,
 }
 
 /// Rows of activations as words.
@@ -68,8 +68,8 @@ pub struct RowForm {
 pub(super) struct RowWords<'a> {
     /// In the terms' format, each of [`RowForm::terms_width`]; may be missing where only a base in integers reads them.
     pub(super) terms: &'a [u32],
-    /// In integers, each of [`RowForm::int8_width`], for a base in integers.
-    pub(super) int8: &'a [u32],
+    /// In integers, each of [`RowForm::integers_width`], for a base in integers.
+    pub(super) integers: &'a [u32],
 }
 
 impl RowForm {
@@ -79,8 +79,8 @@ impl RowForm {
     }
 
     /// Whether the shared weight is in integers.
-    pub(super) fn is_int8(self) -> bool {
-        self.int8
+    pub(super) fn has_integers(self) -> bool {
+        self.integers.is_some()
     }
 
     /// Words of a row of `k` elements in the terms' format.
@@ -89,17 +89,17 @@ impl RowForm {
     }
 
     /// Words of a row of `k` elements in integers; none where the base is not.
-    pub(super) fn int8_width(self, k: usize) -> usize {
-        if self.int8 { int8_row_words(k) } else { 0 }
+    pub(super) fn integers_width(self, k: usize) -> usize {
+        self.integers.map_or(0, |width| width.row_words(k))
     }
 
     /// Writes one row in both forms; a form without room is left out.
-    pub(super) fn write(self, row: &[f32], terms: &mut [u32], int8: &mut [u32]) {
+    pub(super) fn write(self, row: &[f32], terms: &mut [u32], integers: &mut [u32]) {
         if !terms.is_empty() {
             write_row(Isa::best(), self.terms, row, terms);
         }
-        if !int8.is_empty() {
-            quantise_row(Isa::best(), row, int8);
+        if let Some(width) = self.integers {
+            quantise_row(Isa::best(), width, row, integers);
         }
     }
 }
@@ -118,7 +118,7 @@ pub(super) unsafe fn multiply(
     ahead: &mut Ahead,
 ) {
     let form = base.form();
-    let (terms_width, int8_width) = (form.terms_width(base.k()), form.int8_width(base.k()));
+    let (terms_width, integers_width) = (form.terms_width(base.k()), form.integers_width(base.k()));
     // SAFETY: the caller's contract; the best instruction set is available.
     unsafe {
         match (own, base) {
@@ -126,9 +126,9 @@ pub(super) unsafe fn multiply(
                 let rows = &words.terms[from * terms_width..to * terms_width];
                 multiply_panel(rows, w, panel_idx, target, Isa::best(), ahead);
             }
-            (None, BaseMatrix::Int8(w)) => {
-                let rows = &words.int8[from * int8_width..to * int8_width];
-                multiply_int8_panel(rows, w, panel_idx, target, Isa::best(), ahead);
+            (None, BaseMatrix::Integers(w)) => {
+                let rows = &words.integers[from * integers_width..to * integers_width];
+                multiply_integer_panel(rows, w, panel_idx, target, Isa::best(), ahead);
             }
         }
     }

@@ -1,11 +1,11 @@
 //! The matrix product with packed weights.
 
 use super::ahead::Ahead;
-use super::int8::{GROUP_WORDS, Int8Matrix, groups, int8_row_words};
+use super::integers::{IntegerMatrix, groups};
 use super::isa::Isa;
 use super::packed::{Line, PANEL, PackedMatrix, WeightFormat};
 use super::tile::{Fetch, ROWS, TileArgs, block_steps, tile};
-use super::tile_int8::{BLOCK_GROUPS, Int8Args, int8_tile};
+use super::tile_integers::{IntegerArgs, block_groups, integer_tile};
 use super::words::row_words;
 
 /// Where a panel's product goes: the first row's first column, and the elements between rows.
@@ -64,30 +64,31 @@ pub(super) unsafe fn multiply_panel(
     }
 }
 
-/// All rows `x` of integers, as [`super::int8`] lays them out, times one panel of `w`.
+/// All rows `x` of integers, as [`super::integers`] lays them out, times one panel of `w`.
 ///
 /// # Safety
 /// As for [`multiply_panel`].
 #[expect(unsafe_code, reason = "threads write different columns of one output")]
-pub(super) unsafe fn multiply_int8_panel(
+pub(super) unsafe fn multiply_integer_panel(
     x: &[u32],
-    w: &Int8Matrix,
+    w: &IntegerMatrix,
     panel_idx: usize,
     target: Target,
     isa: Isa,
     ahead: &mut Ahead,
 ) {
-    let x_stride = int8_row_words(w.k());
+    let width = w.width();
+    let x_stride = width.row_words(w.k());
     let m = x.len() / x_stride;
     let passes = m.div_ceil(ROWS);
-    for (block_idx, block) in w.panel(panel_idx).chunks(BLOCK_GROUPS * GROUP_WORDS).enumerate() {
+    for (block_idx, block) in w.panel(panel_idx).chunks(block_groups(width) * width.group_words()).enumerate() {
         let next = Fetch { at: block.as_ptr_range().end, lines: size_of_val(block) / size_of::<Line>() };
         for (pass, row) in (0..m).step_by(ROWS).enumerate() {
-            let args = Int8Args {
+            let args = IntegerArgs {
                 x: &x[row * x_stride..],
                 x_stride,
                 groups: groups(w.k()),
-                first_group: block_idx * BLOCK_GROUPS,
+                first_group: block_idx * block_groups(width),
                 w: block,
                 y: target.y.wrapping_add(row * target.stride),
                 y_stride: target.stride,
@@ -98,7 +99,7 @@ pub(super) unsafe fn multiply_int8_panel(
             let mut far = ahead.share();
             far.next_far(far.lines);
             // SAFETY: the rows and columns are the caller's.
-            unsafe { int8_tile(ROWS.min(m - row), isa, &args) };
+            unsafe { integer_tile(ROWS.min(m - row), isa, width, &args) };
         }
     }
 }
@@ -108,7 +109,7 @@ mod tests {
     use half::bf16;
     use proptest::prelude::*;
 
-    use super::super::int8::quantise_row;
+    use super::super::integers::{GROUP, IntegerWidth, quantise_row};
     use super::super::pool::for_each;
     use super::super::shared::Shared;
     use super::super::words::write_row;
@@ -197,34 +198,41 @@ mod tests {
         }
     }
 
-    /// The whole product with 8-bit integers.
+    /// The whole product with integers.
     #[expect(unsafe_code, reason = "calls the kernel")]
-    fn matmul_int8(x: &[f32], m: usize, w: &Int8Matrix, y: &mut [f32], isa: Isa) {
-        let width = int8_row_words(w.k());
+    fn matmul_integers(x: &[f32], m: usize, w: &IntegerMatrix, y: &mut [f32], isa: Isa) {
+        let width = w.width().row_words(w.k());
         let mut words = vec![0; m * width];
         for (row, words) in x.chunks_exact(w.k()).zip(words.chunks_exact_mut(width)) {
-            quantise_row(isa, row, words);
+            quantise_row(isa, w.width(), row, words);
         }
         let output = Shared::new(y);
         for_each(w.n().div_ceil(PANEL), |panel_idx| {
             let target = Target { y: output.at(panel_idx * PANEL), stride: w.n() };
             // SAFETY: a panel's columns are written by its task only.
-            unsafe { multiply_int8_panel(&words, w, panel_idx, target, isa, &mut Ahead::default()) };
+            unsafe { multiply_integer_panel(&words, w, panel_idx, target, isa, &mut Ahead::default()) };
         });
     }
 
-    /// The formula of [`super::super::int8`] with everything quantised here, in other words than there: groups of 64, the
-    /// largest magnitude is 127.
-    fn int8_reference(x: &[f32], w: &[f32], (m, n, k): (usize, usize, usize)) -> Vec<f32> {
-        let quantise = |values: &[f32]| -> (Vec<i64>, f32) {
-            let largest = values.iter().fold(0.0_f32, |largest, value| largest.max(value.abs()));
-            let inverse = 127.0 / largest;
-            (values.iter().map(|value| (value * inverse).round_ties_even() as i64).collect(), largest / 127.0)
+    /// The formula of [`super::super::integers`] with everything quantised here, in other words than there.
+    fn integer_reference(x: &[f32], w: &[f32], (m, n, k): (usize, usize, usize), width: IntegerWidth) -> Vec<f32> {
+        let largest = |values: &[f32]| values.iter().fold(0.0_f32, |largest, value| largest.max(value.abs()));
+        let to = |integer: f32| move |values: &[f32]| (integer / largest(values), largest(values) / integer);
+        let power = |values: &[f32]| {
+            let exponent = (f64::from(largest(values)).log2().floor() as i32 - 11).max(-126);
+            (2_f32.powi(-exponent), 2_f32.powi(exponent))
         };
-        let rows = |matrix: &[f32]| -> Vec<Vec<(Vec<i64>, f32)>> {
-            matrix.chunks_exact(k).map(|row| row.chunks(64).map(quantise).collect()).collect()
+        let rows = |matrix: &[f32], scale: &dyn Fn(&[f32]) -> (f32, f32)| -> Vec<Vec<(Vec<i64>, f32)>> {
+            let group = |values: &[f32]| {
+                let (inverse, scale) = scale(values);
+                (values.iter().map(|value| (value * inverse).round_ties_even() as i64).collect(), scale)
+            };
+            matrix.chunks_exact(k).map(|row| row.chunks(GROUP).map(group).collect()).collect()
         };
-        let (x, w) = (rows(x), rows(w));
+        let (x, w) = match width {
+            IntegerWidth::Eight => (rows(x, &to(127.0)), rows(w, &to(127.0))),
+            IntegerWidth::Sixteen => (rows(x, &to(8191.0)), rows(w, &power)),
+        };
         let mut y = vec![0.0; m * n];
         for (row, out) in x.iter().zip(y.chunks_exact_mut(n)) {
             for (column, value) in w.iter().zip(out) {
@@ -237,6 +245,8 @@ mod tests {
         y
     }
 
+    const WIDTHS: [IntegerWidth; 2] = [IntegerWidth::Eight, IntegerWidth::Sixteen];
+
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(48))]
 
@@ -247,26 +257,76 @@ mod tests {
             let (x, mut w) = (random(m * k, seed), random(n * k, !seed));
             // The extremes too, whose products would overflow 16 bits in pairs.
             w.iter_mut().take(k).for_each(|w| *w = w.signum());
-            let packed = Int8Matrix::new(WeightFormat::F32, n, k, |i, row| row.copy_from_slice(&w[i * k..][..k]));
-            let packed = packed.expect("memory for a small matrix");
-            let expected = int8_reference(&x, &w, (m, n, k));
-            for isa in Isa::available() {
-                let mut y = vec![f32::NAN; m * n];
-                matmul_int8(&x, m, &packed, &mut y, isa);
-                prop_assert_eq!(&y, &expected, "{:?}", isa);
+            for width in WIDTHS {
+                let read = |i: usize, row: &mut [f32]| row.copy_from_slice(&w[i * k..][..k]);
+                let packed = IntegerMatrix::new(width, WeightFormat::F32, (n, k), read);
+                let packed = packed.expect("memory for a small matrix");
+                let expected = integer_reference(&x, &w, (m, n, k), width);
+                for isa in Isa::available() {
+                    let mut y = vec![f32::NAN; m * n];
+                    matmul_integers(&x, m, &packed, &mut y, isa);
+                    prop_assert_eq!(&y, &expected, "{:?} {:?}", isa, width);
+                }
             }
+        }
+
+        #[test]
+        fn sixteen_bits_are_nearer_to_the_exact_product_than_rounding_to_bf16(
+            n in 1_usize..70, k in 64_usize..700, outlier in 0_usize..64, size in 0_i32..10, seed: u64,
+        ) {
+            let (mut x, mut w) = (random(k, seed), random(n * k, !seed));
+            w.iter_mut().for_each(|w| *w = bf16::from_f32(*w).to_f32());
+            x[outlier] *= 2_f32.powi(size);
+            let read = |i: usize, row: &mut [f32]| row.copy_from_slice(&w[i * k..][..k]);
+            let packed = IntegerMatrix::new(IntegerWidth::Sixteen, WeightFormat::Bf16, (n, k), read).expect("w");
+            let mut y = vec![f32::NAN; n];
+            matmul_integers(&x, 1, &packed, &mut y, Isa::best());
+            let exact = reference(&x, &w, (1, n, k), WeightFormat::F32);
+            let rounded = reference(&x, &w, (1, n, k), WeightFormat::Bf16);
+            let squares = |found: &mut dyn Iterator<Item = f64>| -> f64 { found.zip(&exact).map(|(f, e)| (f - e).powi(2)).sum() };
+            let integers = squares(&mut y.iter().map(|y| f64::from(*y)));
+            // A single output may be lucky; what both lose is that of many products.
+            let largest = x.iter().fold(0.0_f32, |largest, x| largest.max(x.abs()));
+            let luck = n as f64 * (f64::from(largest) / 8192.0).powi(2) * k as f64;
+            prop_assert!(integers <= squares(&mut rounded.iter().copied()) + luck, "{integers}");
         }
     }
 
     #[test]
     fn the_largest_integers_do_not_overflow() {
         let (m, n, k) = (7, 65, 130);
-        let ones = |len: usize| vec![-1.0_f32; len];
-        let packed = Int8Matrix::new(WeightFormat::F32, n, k, |_, row| row.copy_from_slice(&ones(k))).expect("w");
-        for isa in Isa::available() {
-            let mut y = vec![f32::NAN; m * n];
-            matmul_int8(&ones(m * k), m, &packed, &mut y, isa);
-            assert!(y.iter().all(|y| (y - 130.0).abs() < 1e-3), "{isa:?} {y:?}");
+        // As large as its exponent allows.
+        for (width, value) in [(IntegerWidth::Eight, 1.0), (IntegerWidth::Sixteen, f32::from_bits(0x3fff_ffff))] {
+            let values = |len: usize| vec![-value; len];
+            let read = |_: usize, row: &mut [f32]| row.fill(-value);
+            let packed = IntegerMatrix::new(width, WeightFormat::F32, (n, k), read).expect("w");
+            for isa in Isa::available() {
+                let mut y = vec![f32::NAN; m * n];
+                matmul_integers(&values(m * k), m, &packed, &mut y, isa);
+                assert!(y.iter().all(|y| (y / (value * value) - 130.0).abs() < 1e-3), "{isa:?} {y:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn what_is_no_number_stays_none_and_extremes_stay_in_range() {
+        let (n, k) = (3, 70);
+        for (weight, row) in [(f32::INFINITY, 1.0), (f32::NAN, 1.0), (1.0, f32::NAN), (1.0, f32::NEG_INFINITY)] {
+            for width in WIDTHS {
+                let read = |i: usize, w: &mut [f32]| w.fill(if i == 1 { weight } else { 1.0 });
+                let packed = IntegerMatrix::new(width, WeightFormat::F32, (n, k), read).expect("w");
+                for isa in Isa::available() {
+                    let mut y = vec![0.0; n];
+                    matmul_integers(&vec![row; k], 1, &packed, &mut y, isa);
+                    let finite = if row.is_finite() { [true, false, true] } else { [false; 3] };
+                    assert_eq!(y.iter().map(|y| y.is_finite()).collect::<Vec<_>>(), finite, "{isa:?} {width:?} {y:?}");
+                }
+            }
+        }
+        for tiny in [0.0, 1e-44, 1e-38, 1e-35] {
+            let read = |_: usize, w: &mut [f32]| w.fill(tiny);
+            let packed = IntegerMatrix::new(IntegerWidth::Sixteen, WeightFormat::F32, (n, k), read).expect("w");
+            assert!(packed.unpack().iter().all(|w| (w - tiny).abs() < 2_f32.powi(-126)), "{tiny}");
         }
     }
 

@@ -24,6 +24,17 @@ impl Isa {
         *BEST.get_or_init(|| Self::available().into_iter().next_back().unwrap_or(Self::Portable))
     }
 
+    /// Whether it multiplies pairs of 16-bit integers faster than what it has for bf16.
+    pub fn prefers_integers(self) -> bool {
+        match self {
+            // A product and an addition of twice as many numbers as a fused multiply-add takes; with VNNI they are one.
+            Self::Avx2 | Self::Avx512Vnni => true,
+            // There the additions share the units of the products.
+            Self::Avx512 => false,
+            Self::Portable | Self::Avx512Bf16 => false,
+        }
+    }
+
     /// Every set the running processor can execute, best last.
     pub fn available() -> Vec<Self> {
         let mut found = vec![Self::Portable];

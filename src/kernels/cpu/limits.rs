@@ -6,8 +6,8 @@ use std::time::{Duration, Instant};
 use rayon::prelude::*;
 
 use super::ahead::Ahead;
-use super::gemm::{Target, multiply_int8_panel, multiply_panel};
-use super::int8::{Int8Matrix, int8_row_words, quantise_row};
+use super::gemm::{Target, multiply_integer_panel, multiply_panel};
+use super::integers::{IntegerMatrix, IntegerWidth, quantise_row};
 use super::isa::Isa;
 use super::packed::{PANEL, PackedMatrix, WeightFormat};
 use super::tile::ROWS;
@@ -97,24 +97,27 @@ pub fn dot_rate(format: WeightFormat) -> f64 {
     })
 }
 
-/// Like [`dot_rate`] for 8-bit integers.
+/// Like [`dot_rate`] for integers.
 ///
 /// # Panics
 /// Never but for lack of memory.
-pub fn int8_rate() -> f64 {
-    let k = 4 * DOT_STEPS;
-    let mut words = vec![0; ROWS * int8_row_words(k)];
-    for words in words.chunks_exact_mut(int8_row_words(k)) {
-        quantise_row(Isa::best(), &vec![0.25; k], words);
+pub fn integer_rate(width: IntegerWidth) -> f64 {
+    let k = match width {
+        IntegerWidth::Eight => 4 * DOT_STEPS,
+        IntegerWidth::Sixteen => 2 * DOT_STEPS,
+    };
+    let mut words = vec![0; ROWS * width.row_words(k)];
+    for words in words.chunks_exact_mut(width.row_words(k)) {
+        quantise_row(Isa::best(), width, &vec![0.25; k], words);
     }
     tile_rate(k, || {
-        let w = Int8Matrix::new(WeightFormat::Bf16, PANEL, k, |_, row| row.fill(0.5)).expect("a small matrix");
-        let words = words.clone();
+        let w = IntegerMatrix::new(width, WeightFormat::Bf16, (PANEL, k), |_, row| row.fill(0.5));
+        let (w, words) = (w.expect("a small matrix"), words.clone());
         move |target| {
             #[expect(unsafe_code, reason = "calls the kernel")]
             // SAFETY: the target is a tile's.
             unsafe {
-                multiply_int8_panel(black_box(&words), &w, 0, target, Isa::best(), &mut Ahead::default());
+                multiply_integer_panel(black_box(&words), &w, 0, target, Isa::best(), &mut Ahead::default());
             }
         }
     })

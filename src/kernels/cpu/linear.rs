@@ -91,16 +91,16 @@ pub(crate) fn sweep(x: &[f32], linears: &[SweepLinear<'_>], finish: Finish<'_>, 
     SCRATCH.with_borrow_mut(|scratch| {
         let plan = ShrinkPlan::new(linears, m);
         // Integers suffice where no row has an adapter.
-        let terms_width = if plan.has_slots || !form.is_int8() { form.terms_width(k) } else { 0 };
-        let widths = (terms_width, form.int8_width(k));
+        let terms_width = if plan.has_slots || !form.has_integers() { form.terms_width(k) } else { 0 };
+        let widths = (terms_width, form.integers_width(k));
         let terms = grown(&mut scratch.terms, plan.word_rows * widths.0);
-        let int8 = grown(&mut scratch.int8, plan.word_rows * widths.1);
+        let integers = grown(&mut scratch.integers, plan.word_rows * widths.1);
         let short = grown(&mut scratch.short, plan.short);
         let (plain_terms, own_terms) = terms.split_at_mut(m * widths.0);
-        let (plain_int8, own_int8) = int8.split_at_mut(m * widths.1);
-        to_words(x, k, form, widths, (plain_terms, plain_int8));
-        shrink((x, plain_terms, form), k, &plan, ((own_terms, own_int8), short));
-        let words = RowWords { terms, int8 };
+        let (plain_integers, own_integers) = integers.split_at_mut(m * widths.1);
+        to_words(x, k, form, widths, (plain_terms, plain_integers));
+        shrink((x, plain_terms, form), k, &plan, ((own_terms, own_integers), short));
+        let words = RowWords { terms, integers };
         let sweep = Sweep { linears, finish, x, k, words, plan: &plan, short, row, y: Shared::new(y), m };
         sweep.run();
         sweep.finish_whole_rows();
@@ -123,7 +123,7 @@ fn check(linear: &SweepLinear<'_>, m: usize, k: usize, form: RowForm) {
 #[derive(Default)]
 struct Scratch {
     terms: Vec<u32>,
-    int8: Vec<u32>,
+    integers: Vec<u32>,
     short: Vec<f32>,
 }
 
@@ -146,20 +146,20 @@ fn to_words(
     x: &[f32],
     k: usize,
     form: RowForm,
-    (terms_width, int8_width): (usize, usize),
-    (terms, int8): (&mut [u32], &mut [u32]),
+    (terms_width, integers_width): (usize, usize),
+    (terms, integers): (&mut [u32], &mut [u32]),
 ) {
-    let (terms, int8) = (Shared::new(terms), Shared::new(int8));
+    let (terms, integers) = (Shared::new(terms), Shared::new(integers));
     for_ranges(x.len() / k, WORDS_GRAIN / k, |rows| {
         for row in rows {
             // SAFETY: every task has rows of its own.
-            let (terms, int8) = unsafe {
+            let (terms, integers) = unsafe {
                 (
                     terms.part(row * terms_width..(row + 1) * terms_width),
-                    int8.part(row * int8_width..(row + 1) * int8_width),
+                    integers.part(row * integers_width..(row + 1) * integers_width),
                 )
             };
-            form.write(&x[row * k..][..k], terms, int8);
+            form.write(&x[row * k..][..k], terms, integers);
         }
     });
 }

@@ -9,7 +9,7 @@ mod circulant;
 mod dispatch;
 mod exp;
 mod gemm;
-mod int8;
+mod integers;
 mod isa;
 mod joint;
 mod limits;
@@ -35,7 +35,11 @@ pub(super) mod testing;
 mod tile;
 #[cfg(target_arch = "x86_64")]
 mod tile_avx2;
+#[cfg(target_arch = "x86_64")]
+mod tile_int16;
+#[cfg(target_arch = "x86_64")]
 mod tile_int8;
+mod tile_integers;
 mod words;
 
 pub(crate) use attention::QuerySpan;
@@ -43,10 +47,10 @@ pub use base::{BaseMatrix, RowForm};
 pub use block_product::{BlockProduct, Matrices, PackedMix};
 pub use blocks::Blocks;
 pub use circulant::Circulant;
-pub use int8::Int8Matrix;
+pub use integers::{IntegerMatrix, IntegerWidth};
 pub use isa::Isa;
 pub use joint::JointLowRank;
-pub use limits::{dot_rate, int8_rate, read_bandwidth};
+pub use limits::{dot_rate, integer_rate, read_bandwidth};
 pub use linear::SweepLinear;
 pub use norm::{Norm, NormRun, NormSlots};
 pub use ops::join_op;

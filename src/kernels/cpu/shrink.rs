@@ -83,10 +83,10 @@ pub(super) fn shrink(
     (x, words, form): (&[f32], &[u32], RowForm),
     k: usize,
     plan: &ShrinkPlan<'_>,
-    ((own_terms, own_int8), short): ((&mut [u32], &mut [u32]), &mut [f32]),
+    ((own_terms, own_integers), short): ((&mut [u32], &mut [u32]), &mut [f32]),
 ) {
-    let (width, int8_width, m) = (form.terms_width(k), form.int8_width(k), x.len() / k);
-    let (own_terms, own_int8, short) = (Shared::new(own_terms), Shared::new(own_int8), Shared::new(short));
+    let (width, integers_width, m) = (form.terms_width(k), form.integers_width(k), x.len() / k);
+    let (own_terms, own_integers, short) = (Shared::new(own_terms), Shared::new(own_integers), Shared::new(short));
     for_each(plan.tasks.len() + plan.joint.num_tasks(), |task| {
         let Some((run, rows, place)) = plan.tasks.get(task) else {
             // SAFETY: every task runs once, and the joint terms have short vectors of their own.
@@ -104,10 +104,11 @@ pub(super) fn shrink(
             let mut copy = vec![0.0; k];
             for (idx, (row, words)) in x.chunks_exact(k).zip(words.chunks_exact_mut(width)).enumerate() {
                 // SAFETY: as above.
-                let int8 = unsafe { own_int8.part((from + idx) * int8_width..(from + idx + 1) * int8_width) };
+                let integers =
+                    unsafe { own_integers.part((from + idx) * integers_width..(from + idx + 1) * integers_width) };
                 copy.copy_from_slice(row);
                 pre.apply(&mut copy);
-                form.write(&copy, words, int8);
+                form.write(&copy, words, integers);
             }
             weighed = words;
         }

@@ -8,7 +8,7 @@ use mistralrs_quant::{GgufMatMul, QuantMethod};
 
 use crate::adapter::{Delta, LinearSlots, Pre, Scale, SiteId, Weight};
 use crate::kernels::cpu::{
-    BaseMatrix, Int8Matrix, PackedMatrix, SlotRun, SweepLinear, add_op, gated_op, join_op, silu_mul_op,
+    BaseMatrix, IntegerMatrix, PackedMatrix, SlotRun, SweepLinear, add_op, gated_op, join_op, silu_mul_op,
 };
 use crate::kernels::{self, InputTerm, OutputTerm, SegmentTerms, Spectral, Term};
 use crate::model::AdapterSegment;
@@ -20,8 +20,8 @@ pub(in crate::model) enum Matrix {
     Dense(Tensor),
     /// Packed for the CPU's kernels.
     Packed(Arc<PackedMatrix>),
-    /// Quantised to 8-bit integers for the CPU's kernels.
-    Int8(Arc<Int8Matrix>),
+    /// In integers for the CPU's kernels.
+    Integers(Arc<IntegerMatrix>),
     /// Quantised in GGUF blocks: the blocks, and what multiplies with them.
     Quantized {
         /// The blocks.
@@ -49,7 +49,7 @@ impl Matrix {
     fn product(&self, x: &Tensor) -> Result<Tensor> {
         match self {
             Self::Dense(w) => kernels::linear(x, w),
-            Self::Packed(_) | Self::Int8(_) => {
+            Self::Packed(_) | Self::Integers(_) => {
                 let weight = self.packed().expect("the kernels' own form");
                 let runs = vec![SlotRun::bare(0..x.dim(0)?)];
                 join_op(x, &[SweepLinear { weight, bias: None, runs }])
@@ -62,7 +62,7 @@ impl Matrix {
     pub(in crate::model) fn packed(&self) -> Option<BaseMatrix<'_>> {
         match self {
             Self::Packed(w) => Some(BaseMatrix::Float(w)),
-            Self::Int8(w) => Some(BaseMatrix::Int8(w)),
+            Self::Integers(w) => Some(BaseMatrix::Integers(w)),
             Self::Dense(_) | Self::Quantized { .. } => None,
         }
     }
@@ -72,7 +72,7 @@ impl Matrix {
         match self {
             Self::Dense(w) => w.dims2(),
             Self::Packed(w) => Ok((w.n(), w.k())),
-            Self::Int8(w) => Ok((w.n(), w.k())),
+            Self::Integers(w) => Ok((w.n(), w.k())),
             Self::Quantized { blocks, .. } => blocks.shape().dims2(),
         }
     }
@@ -82,7 +82,7 @@ impl Matrix {
         match self {
             Self::Dense(w) => w.index_select(&Tensor::new(ids, w.device())?, 0),
             Self::Packed(w) => read_rows(ids, w.k(), |id, row| w.read_row(id, row)),
-            Self::Int8(w) => read_rows(ids, w.k(), |id, row| w.read_row(id, row)),
+            Self::Integers(w) => read_rows(ids, w.k(), |id, row| w.read_row(id, row)),
             Self::Quantized { .. } => unreachable!("embeddings are not quantised in blocks"),
         }
     }
@@ -92,7 +92,7 @@ impl Matrix {
         match self {
             Self::Dense(w) => w.to_device(&Device::Cpu)?.to_dtype(DType::F32),
             Self::Packed(w) => Tensor::from_vec(w.unpack(), (w.n(), w.k()), &Device::Cpu),
-            Self::Int8(w) => Tensor::from_vec(w.unpack(), (w.n(), w.k()), &Device::Cpu),
+            Self::Integers(w) => Tensor::from_vec(w.unpack(), (w.n(), w.k()), &Device::Cpu),
             Self::Quantized { blocks, .. } => blocks.dequantize(&Device::Cpu)?.to_dtype(DType::F32),
         }
     }

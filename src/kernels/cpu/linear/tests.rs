@@ -1,6 +1,6 @@
 use proptest::prelude::*;
 
-use super::super::int8::Int8Matrix;
+use super::super::integers::{IntegerMatrix, IntegerWidth};
 use super::super::isa::Isa;
 use super::super::packed::{PackedMatrix, WeightFormat};
 use super::super::rows::RowMatrix;
@@ -56,14 +56,16 @@ proptest! {
 
     #[test]
     fn adapters_over_integers_equal_the_plain_formula_and_a_row_itself_alone(
-        n in 1_usize..150, k in 1_usize..150, lens in proptest::collection::vec(1_usize..5, 1..5), seed: u64,
+        n in 1_usize..150, k in 1_usize..150, lens in proptest::collection::vec(1_usize..5, 1..5), sixteen: bool, seed: u64,
     ) {
         let m: usize = lens.iter().sum();
-        // Multiples of 1/127, the largest of every group 1: quantising them changes nothing but the last bit.
-        let mut x: Vec<f32> = random(m * k, seed).iter().map(|v| (v * 127.0).round() / 127.0).collect();
+        let (width, largest) =
+            if sixteen { (IntegerWidth::Sixteen, 8191.0) } else { (IntegerWidth::Eight, 127.0) };
+        // Multiples of a unit, the largest of every group 1: quantising them changes nothing but the last bit.
+        let mut x: Vec<f32> = random(m * k, seed).iter().map(|v| (v * largest).round() / largest).collect();
         x.chunks_exact_mut(k).for_each(|row| row.chunks_mut(64).for_each(|group| group[0] = 1.0));
         let (w, bias) = (random(n * k, seed ^ 1), random(n, seed ^ 2));
-        let packed = Int8Matrix::new(WeightFormat::F32, n, k, |i, row| row.copy_from_slice(&w[i * k..][..k])).expect("w");
+        let packed = IntegerMatrix::new(width, WeightFormat::F32, (n, k), |i, row| row.copy_from_slice(&w[i * k..][..k])).expect("w");
         let w = packed.unpack();
         let linear = |runs| SweepLinear { weight: (&packed).into(), bias: Some(&bias), runs };
         let adapters: Vec<Plain> = (0..lens.len()).map(|i| Plain::random((n, k), seed.rotate_left(11 * i as u32))).collect();
@@ -101,7 +103,7 @@ proptest! {
                     let bound = if plain.pre.is_empty() || plain.own.is_some() {
                         6e-4 * expected.abs().max(1.0)
                     } else {
-                        8f64.powi(plain.pre.len() as i32) / 254.0 * 150.0 * scales
+                        8f64.powi(plain.pre.len() as i32) / (2.0 * f64::from(largest)) * 150.0 * scales
                     };
                     prop_assert!((f64::from(*found) - expected).abs() < bound, "{found} {expected}");
                 }
