@@ -148,18 +148,25 @@ metrics! {
 }
 
 impl Metrics {
-    /// The label value for an adapter: its name while fewer than the bound have one, else `other`; `base` for none.
+    /// Gives an adapter that is there a label of its own while fewer than the bound have one; the label value as
+    /// [`Metrics::adapter_label`] answers it from then on.
+    pub fn claim_adapter_label<'a>(&self, name: &'a str) -> &'a str {
+        let mut labelled = self.labelled.lock().unwrap_or_else(PoisonError::into_inner);
+        if !labelled.contains(name) {
+            if labelled.len() >= self.labelled_max {
+                return OTHER;
+            }
+            labelled.insert(name.to_owned());
+        }
+        name
+    }
+
+    /// The label value for an adapter: its name if it has claimed a label and was not forgotten, else `other`; `base` for
+    /// none.
     pub fn adapter_label<'a>(&self, adapter: Option<&'a str>) -> &'a str {
         let Some(name) = adapter else { return BASE };
-        let mut labelled = self.labelled.lock().unwrap_or_else(PoisonError::into_inner);
-        if labelled.contains(name) {
-            return name;
-        }
-        if labelled.len() >= self.labelled_max {
-            return OTHER;
-        }
-        labelled.insert(name.to_owned());
-        name
+        let labelled = self.labelled.lock().unwrap_or_else(PoisonError::into_inner);
+        if labelled.contains(name) { name } else { OTHER }
     }
 
     /// Counts something under the label of each adapter, or under the base's where there is none. Of a request that
@@ -201,7 +208,8 @@ impl Metrics {
         if let (false, Some((previous, old))) = (unchanged, current.as_ref()) {
             let _ = self.lora_requests_info.remove_label_values(&old.each_ref().map(String::as_str));
             for name in previous.resident.iter().filter(|name| !activity.resident.contains(name)) {
-                self.adapter_resident.with_label_values(&[self.adapter_label(Some(name))]).set(0);
+                let label = self.adapter_label(Some(name));
+                self.adapter_resident.with_label_values(&[label]).set(0);
             }
         }
         let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |d| d.as_secs_f64());

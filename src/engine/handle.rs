@@ -1,9 +1,10 @@
 //! The rest of the server's view of the engine thread.
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{self, Receiver, SyncSender};
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError, SyncSender};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
+use std::time::Duration;
 
 use super::admission::{Admission, Submission};
 use super::step::Engine;
@@ -12,6 +13,9 @@ use crate::metrics::{AdapterActivity, Metrics};
 
 /// Clients of sequences that a shutdown cuts off see this.
 const SHUTTING_DOWN: &str = "the server is shutting down";
+
+/// How often an idle engine looks whether adapters in its slots have left the host's memory.
+const TIDY_INTERVAL: Duration = Duration::from_secs(1);
 
 /// Everything that can wake the engine thread.
 enum Event {
@@ -119,9 +123,11 @@ impl EngineHandle {
 fn run(mut engine: Engine, events: &Receiver<Event>) {
     loop {
         let first = if engine.is_idle() {
-            // An error means that the last handle is gone.
-            let Ok(event) = events.recv() else { return };
-            Some(event)
+            match wait(&mut engine, events) {
+                Some(event) => Some(event),
+                // The last handle is gone.
+                None => return,
+            }
         } else {
             None
         };
@@ -138,4 +144,16 @@ fn run(mut engine: Engine, events: &Receiver<Event>) {
         }
         engine.step();
     }
+}
+
+/// The next event of an idle engine; `None` when there will be none.
+fn wait(engine: &mut Engine, events: &Receiver<Event>) -> Option<Event> {
+    while engine.tidy() {
+        match events.recv_timeout(TIDY_INTERVAL) {
+            Ok(event) => return Some(event),
+            Err(RecvTimeoutError::Timeout) => {}
+            Err(RecvTimeoutError::Disconnected) => return None,
+        }
+    }
+    events.recv().ok()
 }

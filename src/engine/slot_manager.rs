@@ -48,6 +48,11 @@ impl SlotManager {
         self.touch(slot_idx);
     }
 
+    /// Whether no running sequence uses the slot.
+    pub(super) fn is_unpinned(&self, slot_idx: usize) -> bool {
+        self.slots[slot_idx].pins == 0
+    }
+
     /// Empties an unpinned slot.
     pub(super) fn vacate(&mut self, slot_idx: usize) {
         let slot = &mut self.slots[slot_idx];

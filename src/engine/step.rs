@@ -4,7 +4,7 @@
 //! accepted before it, so equal arrivals give equal steps.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::Instant;
 
 use candle_core::Device;
@@ -20,6 +20,7 @@ use super::sequence::{End, Sequence};
 use super::slot_manager::SlotManager;
 use super::status::Status;
 use super::{EngineConfig, FinishReason, Forward, GenerationEvent, TokenEvent, TokenLogprob};
+use crate::adapter::LoadedAdapter;
 use crate::metrics::Metrics;
 use crate::model::{Batch, DeviceAdapter};
 
@@ -38,9 +39,9 @@ pub struct Engine {
     scheduler: Scheduler,
     blocks: BlockManager,
     slots: SlotManager,
-    /// The adapter in each slot, and the name it was last asked for by.
+    /// The adapter in each slot, and whose copy it is: the adapter that was last asked for with its content.
     residents: Vec<Option<Arc<DeviceAdapter>>>,
-    resident_names: Vec<Option<String>>,
+    resident_of: Vec<Weak<LoadedAdapter>>,
     observer: Observer,
     status: Arc<Status>,
     admission: Arc<Admission>,
@@ -77,7 +78,7 @@ impl Engine {
             blocks: BlockManager::new(limits.num_blocks),
             slots: SlotManager::new(config.adapter_slots),
             residents: vec![None; config.adapter_slots],
-            resident_names: vec![None; config.adapter_slots],
+            resident_of: std::iter::repeat_with(Weak::new).take(config.adapter_slots).collect(),
             observer,
             status,
             admission,
@@ -115,6 +116,7 @@ impl Engine {
         let started = Instant::now();
         let num_sequences = self.scheduler.len();
         self.end_left();
+        self.release_departed();
         let scheduled = self.schedule();
         let some_ended = self.scheduler.len() < num_sequences;
         assert!(some_ended || !scheduled.is_empty(), "a step brings some sequence further");
@@ -131,6 +133,15 @@ impl Engine {
             self.observer.stepped(batch.token_ids.len(), started.elapsed());
             self.publish();
         }
+    }
+
+    /// Empties the slots of adapters that nobody holds any more: what left the host's memory leaves the device's. Between steps
+    /// too, when idle; answers whether slots are still held.
+    pub fn tidy(&mut self) -> bool {
+        if self.release_departed() {
+            self.publish();
+        }
+        self.residents.iter().any(Option::is_some)
     }
 
     /// Ends every sequence with a message to its client, which must be safe to show.
@@ -167,6 +178,21 @@ impl Engine {
         }
     }
 
+    /// Empties the slots whose adapters are gone; answers whether there were any.
+    fn release_departed(&mut self) -> bool {
+        let mut any = false;
+        for slot in 0..self.residents.len() {
+            // Sequences hold their adapter, so a slot in use stays.
+            let departed = self.residents[slot].is_some() && self.resident_of[slot].strong_count() == 0;
+            if departed && self.slots.is_unpinned(slot) {
+                self.slots.vacate(slot);
+                self.residents[slot] = None;
+                any = true;
+            }
+        }
+        any
+    }
+
     /// Decides the step and brings the adapter it wants to the device; returns running indexes in batch order.
     fn schedule(&mut self) -> Vec<usize> {
         let schedule = self.scheduler.schedule(&mut self.blocks, &mut self.slots);
@@ -175,6 +201,9 @@ impl Engine {
         for sequence in self.scheduler.running.iter_mut().filter(|sequence| sequence.times.scheduled.is_none()) {
             sequence.times.scheduled = Some(now);
             sequence.cached_tokens = Some(sequence.computed.saturating_sub(sequence.leading));
+            if let (Some(slot), Some(adapter)) = (sequence.slot, &sequence.adapter) {
+                self.resident_of[slot] = Arc::downgrade(adapter);
+            }
             let queried = self.config.prefix_cache && sequence.prompt_logprobs.is_none();
             self.observer.scheduled(sequence, if queried { sequence.prompt_len } else { 0 });
         }
@@ -188,15 +217,12 @@ impl Engine {
     fn load(&mut self, load: &SlotLoad) {
         // The old copy leaves first: there is memory for as many copies as slots.
         self.residents[load.slot] = None;
-        self.resident_names[load.slot] = None;
         // Nothing that a panic could leave half-changed is used again: the copy is dropped.
         let copy = catch_unwind(AssertUnwindSafe(|| self.forward.adapter_to_device(&load.adapter.lowered)));
         match copy {
             Ok(Ok(lowered)) => {
                 self.residents[load.slot] = Some(Arc::new(lowered));
-                // A composition has no name that anyone could ask for.
-                let named = load.adapter.parts.is_empty();
-                self.resident_names[load.slot] = named.then(|| load.adapter.name.clone());
+                self.resident_of[load.slot] = Arc::downgrade(&load.adapter);
                 self.observer.adapter_copied();
                 return;
             }
@@ -301,8 +327,11 @@ impl Engine {
         let waiting = self.scheduler.waiting.len();
         self.status.waiting_changed(self.waiting_published, waiting);
         self.waiting_published = waiting;
-        let resident = self.resident_names.iter().filter_map(Option::as_deref);
-        self.observer.publish(&self.scheduler, &self.blocks, resident, &self.status);
+        let held = self.residents.iter().zip(&self.resident_of).filter(|(resident, _)| resident.is_some());
+        let resident: Vec<_> = held.filter_map(|(_, adapter)| adapter.upgrade()).collect();
+        // A composition has no name that anyone could ask for.
+        let names = resident.iter().filter(|adapter| adapter.parts.is_empty()).map(|adapter| adapter.name.as_str());
+        self.observer.publish(&self.scheduler, &self.blocks, names, &self.status);
     }
 }
 

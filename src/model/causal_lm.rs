@@ -81,7 +81,7 @@ impl Model {
     /// # Errors
     /// When the device is out of memory.
     pub fn adapter_to_device(&self, adapter: &LoweredAdapter) -> Result<DeviceAdapter> {
-        let packed_form = |site| self.parameters(site).weight.packed().map(|w| (w.form().terms(), w.k()));
+        let packed_form = |site| self.parameters(site).weight.packed().map(|w| (w.form(), w.k()));
         let place = Placement {
             device: &self.info.device,
             dtype: self.info.dtype,

@@ -15,8 +15,8 @@ use crate::adapter::{
 };
 use crate::kernels::ButterflyFactor;
 use crate::kernels::cpu::{
-    BlockProduct, Blocks, Circulant, IntegerMatrix, IntegerWidth, NormSlots, PackedDelta, PackedMatrix, PackedMix,
-    PackedPre, PackedScale, PackedSlots, Router, RowMatrix, SparseRows, SpectralRows, WeightFormat,
+    BlockProduct, Blocks, Circulant, IntegerMatrix, IntegerWidth, NormSlots, OwnMatrix, PackedDelta, PackedMatrix,
+    PackedMix, PackedPre, PackedScale, PackedSlots, Router, RowForm, RowMatrix, SparseRows, SpectralRows, WeightFormat,
 };
 use crate::kernels::{KvLayout, PagedKv};
 
@@ -61,11 +61,11 @@ impl DeviceAdapter {
         Self { tensors, ..Self::default() }
     }
 
-    /// Places `adapter`; `packed_form` names the format and the inputs of a site's base weight where that is packed.
+    /// Places `adapter`; `packed_form` names the form of rows for a site's base weight, and its inputs, where that is packed.
     pub(super) fn new(
         adapter: &LoweredAdapter,
         place: &Placement<'_>,
-        packed_form: impl Fn(SiteId) -> Option<(WeightFormat, usize)>,
+        packed_form: impl Fn(SiteId) -> Option<(RowForm, usize)>,
     ) -> Result<Self> {
         let pack_layers = place.layout == KvLayout::Heads;
         let mut placed = Self::default();
@@ -79,7 +79,7 @@ impl DeviceAdapter {
                 }
             }
         }
-        let shared = place.shared.packed(to_pack.iter().map(|(_, slots, (format, _))| (*slots, *format)))?;
+        let shared = place.shared.packed(to_pack.iter().map(|(_, slots, (form, _))| (*slots, form.terms())))?;
         let packed = to_pack.into_par_iter().map(|(site, slots, form)| Ok((site, pack_slots(slots, form, &shared)?)));
         placed.packed = packed.collect::<Result<_>>()?;
         for (site, norm) in &adapter.norms {
@@ -196,7 +196,8 @@ fn pack_product(a: &Tensor, mix: &BlockMix, b: Option<&Tensor>, format: WeightFo
     Ok(BlockProduct::new(format, (&host(a)?, a.dims3()?), mix, b)?)
 }
 
-fn pack_slots(slots: &LinearSlots, (format, k): (WeightFormat, usize), shared: &PackedForms) -> Result<PackedSlots> {
+fn pack_slots(slots: &LinearSlots, (form, k): (RowForm, usize), shared: &PackedForms) -> Result<PackedSlots> {
+    let format = form.terms();
     let mut deltas = Vec::with_capacity(slots.deltas.len());
     for delta in &slots.deltas {
         deltas.push(match delta {
@@ -241,7 +242,11 @@ fn pack_slots(slots: &LinearSlots, (format, k): (WeightFormat, usize), shared: &
         rows,
         own: match &slots.weight {
             Weight::Base => None,
-            Weight::Own(w) => Some(pack_as(w, format)?),
+            // What is not quantised over 8 bits is what the base itself would be in these integers.
+            Weight::Own(w) => Some(match form.integers() {
+                Some(IntegerWidth::Sixteen) => OwnMatrix::Integers(integer_matrix(IntegerWidth::Sixteen, w)?),
+                Some(IntegerWidth::Eight) | None => OwnMatrix::Float(pack_as(w, format)?),
+            }),
         },
         deltas,
         scale: match &slots.scale {

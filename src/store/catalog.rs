@@ -424,9 +424,10 @@ impl Shared {
     pub(super) fn count_error(&self, name: &str) {
         let label = {
             let known = self.known();
-            known.names.contains_key(name) || known.directories.contains_key(name)
+            let published = known.names.get(name).is_some_and(|state| state.current != Current::Retired);
+            published || known.directories.contains_key(name)
         };
-        let label = if label { self.metrics.adapter_label(Some(name)) } else { "other" };
+        let label = if label { self.metrics.claim_adapter_label(name) } else { "other" };
         self.metrics.adapter_errors.with_label_values(&[label]).inc();
     }
 }

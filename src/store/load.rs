@@ -268,7 +268,7 @@ impl Shared {
         let seconds = prepared.load_seconds;
         let name = &generation.name;
         // Counted before it can be seen, so that whoever uses the adapter finds its load counted.
-        let label = self.metrics.adapter_label(Some(name));
+        let label = self.metrics.claim_adapter_label(name);
         self.metrics.adapter_load_seconds.with_label_values(&[label]).observe(seconds);
         let (adapter, report) = prepared.commit(generation);
         let facts = LoadFacts { generation: generation.clone(), report, load_ms: seconds * 1e3 };

@@ -19,7 +19,7 @@ fn touched() -> Metrics {
     m.request_success.with_label_values(&["stop"]).inc();
     m.admission_rejections.with_label_values(&["queue_full"]).inc();
     m.http_requests.with_label_values(&["/health", "200"]).inc();
-    let adapter = [m.adapter_label(Some("a"))];
+    let adapter = [m.claim_adapter_label("a")];
     for counter in [&m.adapter_requests, &m.adapter_prompt_tokens, &m.adapter_generation_tokens, &m.adapter_errors] {
         counter.with_label_values(&adapter).inc();
     }
@@ -135,7 +135,7 @@ fn adapters_beyond_the_bound_share_one_label() {
     let m = metrics(2);
     for idx in 0..1000 {
         let name = format!("a{idx}");
-        m.adapter_requests.with_label_values(&[m.adapter_label(Some(&name))]).inc();
+        m.adapter_requests.with_label_values(&[m.claim_adapter_label(&name)]).inc();
     }
     m.adapter_requests.with_label_values(&[m.adapter_label(None)]).inc();
     let text = m.render();
@@ -147,10 +147,20 @@ fn adapters_beyond_the_bound_share_one_label() {
 #[test]
 fn a_removed_adapter_gives_its_label_back() {
     let m = metrics(1);
-    m.adapter_bytes.with_label_values(&[m.adapter_label(Some("old"))]).set(7);
-    assert_eq!(m.adapter_label(Some("new")), "other");
+    let activity = |resident: &[&str]| AdapterActivity {
+        slots_max: 4,
+        resident: resident.iter().map(|name| (*name).to_owned()).collect(),
+        waiting: Vec::new(),
+    };
+    m.adapter_bytes.with_label_values(&[m.claim_adapter_label("old")]).set(7);
+    m.set_adapter_activity(&activity(&["old"]));
+    assert_eq!(m.claim_adapter_label("new"), "other");
     m.forget_adapter("old");
-    assert_eq!(m.adapter_label(Some("new")), "new");
+    // Its last tokens and its leaving the device count for nobody by name.
+    m.for_adapter_labels(["old"].into_iter(), |label| m.adapter_generation_tokens.with_label_values(&[label]).inc());
+    m.set_adapter_activity(&activity(&[]));
+    assert_eq!(m.claim_adapter_label("new"), "new");
+    assert_eq!(m.adapter_label(Some("old")), "other");
     assert!(!m.render().contains("\"old\""));
 }
 

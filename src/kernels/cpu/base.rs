@@ -54,6 +54,25 @@ impl BaseMatrix<'_> {
     }
 }
 
+/// An adapter's weight in the place of the shared one (n, k).
+#[derive(Debug)]
+pub enum OwnMatrix {
+    /// In the format of an adapter's terms.
+    Float(PackedMatrix),
+    /// In the integers of the shared one.
+    Integers(IntegerMatrix),
+}
+
+impl OwnMatrix {
+    /// The weight as the kernels take it.
+    pub(super) fn matrix(&self) -> BaseMatrix<'_> {
+        match self {
+            Self::Float(w) => BaseMatrix::Float(w),
+            Self::Integers(w) => BaseMatrix::Integers(w),
+        }
+    }
+}
+
 /// The forms of words that rows of activations are needed in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RowForm {
@@ -78,9 +97,17 @@ impl RowForm {
         self.terms
     }
 
-    /// Whether the shared weight is in integers.
-    pub(super) fn has_integers(self) -> bool {
-        self.integers.is_some()
+    /// The integers of the shared weight.
+    pub fn integers(self) -> Option<IntegerWidth> {
+        self.integers
+    }
+
+    /// Whether the rows' words serve a weight.
+    pub(super) fn serves(self, weight: BaseMatrix<'_>) -> bool {
+        match weight {
+            BaseMatrix::Float(w) => w.format() == self.terms,
+            BaseMatrix::Integers(w) => Some(w.width()) == self.integers,
+        }
     }
 
     /// Words of a row of `k` elements in the terms' format.
@@ -104,31 +131,36 @@ impl RowForm {
     }
 }
 
-/// Rows `from..to` of `words` times one panel of the shared weight, or of `own` where there is one.
+/// Rows `from..to` of `words` in `form` times one panel of a weight.
 ///
 /// # Safety
 /// As for [`multiply_panel`].
 #[expect(unsafe_code, reason = "threads write different columns of one output")]
 pub(super) unsafe fn multiply(
-    words: RowWords<'_>,
+    (words, form): (RowWords<'_>, RowForm),
     (from, to): (usize, usize),
-    (base, own): (BaseMatrix<'_>, Option<&PackedMatrix>),
+    weight: BaseMatrix<'_>,
     panel_idx: usize,
     target: Target,
     ahead: &mut Ahead,
 ) {
-    let form = base.form();
-    let (terms_width, integers_width) = (form.terms_width(base.k()), form.integers_width(base.k()));
     // SAFETY: the caller's contract; the best instruction set is available.
     unsafe {
-        match (own, base) {
-            (Some(w), _) | (None, BaseMatrix::Float(w)) => {
-                let rows = &words.terms[from * terms_width..to * terms_width];
-                multiply_panel(rows, w, panel_idx, target, Isa::best(), ahead);
+        match weight {
+            BaseMatrix::Float(w) => {
+                let width = form.terms_width(w.k());
+                multiply_panel(&words.terms[from * width..to * width], w, panel_idx, target, Isa::best(), ahead);
             }
-            (None, BaseMatrix::Integers(w)) => {
-                let rows = &words.integers[from * integers_width..to * integers_width];
-                multiply_integer_panel(rows, w, panel_idx, target, Isa::best(), ahead);
+            BaseMatrix::Integers(w) => {
+                let width = form.integers_width(w.k());
+                multiply_integer_panel(
+                    &words.integers[from * width..to * width],
+                    w,
+                    panel_idx,
+                    target,
+                    Isa::best(),
+                    ahead,
+                );
             }
         }
     }

@@ -15,10 +15,10 @@ use std::cell::RefCell;
 use std::ops::Range;
 
 use super::ahead::Ahead;
-use super::base::{BaseMatrix, RowForm, RowWords, multiply};
+use super::base::{BaseMatrix, OwnMatrix, RowForm, RowWords, multiply};
 use super::gemm::{Target, num_tiles};
 use super::isa::Isa;
-use super::packed::{PANEL, PackedMatrix};
+use super::packed::PANEL;
 use super::pool::{for_each, for_ranges, num_threads};
 use super::shared::Shared;
 use super::shrink::{Place, ShrinkPlan, shrink};
@@ -91,7 +91,7 @@ pub(crate) fn sweep(x: &[f32], linears: &[SweepLinear<'_>], finish: Finish<'_>, 
     SCRATCH.with_borrow_mut(|scratch| {
         let plan = ShrinkPlan::new(linears, m);
         // Integers suffice where no row has an adapter.
-        let terms_width = if plan.has_slots || !form.has_integers() { form.terms_width(k) } else { 0 };
+        let terms_width = if plan.has_slots || form.integers().is_none() { form.terms_width(k) } else { 0 };
         let widths = (terms_width, form.integers_width(k));
         let terms = grown(&mut scratch.terms, plan.word_rows * widths.0);
         let integers = grown(&mut scratch.integers, plan.word_rows * widths.1);
@@ -109,12 +109,12 @@ pub(crate) fn sweep(x: &[f32], linears: &[SweepLinear<'_>], finish: Finish<'_>, 
 
 fn check(linear: &SweepLinear<'_>, m: usize, k: usize, form: RowForm) {
     let mut next = 0;
-    let fits = |w: &PackedMatrix| (w.n(), w.k(), w.format()) == (linear.weight.n(), k, form.terms());
+    let fits = |w: BaseMatrix<'_>| (w.n(), w.k()) == (linear.weight.n(), k) && form.serves(w);
     assert_eq!((linear.weight.k(), linear.weight.form()), (k, form), "the weights of a sweep have one width and form");
     for run in &linear.runs {
         assert_eq!(run.rows.start, next, "the runs tile the rows in order");
         next = run.rows.end;
-        assert!(run.slots.and_then(|slots| slots.own.as_ref()).is_none_or(fits), "an own weight fits the linear");
+        assert!(own_weight(run).is_none_or(fits), "an own weight fits the linear");
     }
     assert_eq!(next, m, "the runs tile the rows");
 }
@@ -273,8 +273,9 @@ impl Sweep<'_> {
         ahead.start(parts, tiles);
         let mut runs = linear.runs.iter().zip(places).filter(|(run, _)| overlaps(&run.rows, piece)).peekable();
         // The adapter's own weight, and how far a run's rows of words lie from its rows.
-        let source = |(run, place): &(&SlotRun<'_>, &Place)| -> (Option<*const PackedMatrix>, usize) {
-            (own_weight(run).map(std::ptr::from_ref), place.word_row - run.rows.start)
+        let source = |(run, place): &(&SlotRun<'_>, &Place)| -> (Option<*const OwnMatrix>, usize) {
+            let own = run.slots.and_then(|slots| slots.own.as_ref());
+            (own.map(std::ptr::from_ref), place.word_row - run.rows.start)
         };
         // Rows that adjoin and share a weight are one product, so the base weight is read once for all of them.
         while let Some((run, place)) = runs.next() {
@@ -292,9 +293,10 @@ impl Sweep<'_> {
             );
             let target = Target { y: piece.out.at(target), stride: piece.stride };
             let shift = place.word_row - run.rows.start;
-            let weight = (linear.weight, own_weight(run));
+            let weight = own_weight(run).unwrap_or(linear.weight);
+            let words = (self.words, linear.weight.form());
             // SAFETY: in bounds by the assertion; a panel's columns are written by its task only.
-            unsafe { multiply(self.words, (from + shift, to + shift), weight, piece.panel_idx, target, ahead) };
+            unsafe { multiply(words, (from + shift, to + shift), weight, piece.panel_idx, target, ahead) };
         }
     }
 
@@ -371,8 +373,8 @@ fn outputs<'a>(linear: &SweepLinear<'_>, rows: &Range<usize>, piece: &Piece<'a>)
 }
 
 /// The weight that a run has in the place of the shared one.
-fn own_weight<'a>(run: &SlotRun<'a>) -> Option<&'a PackedMatrix> {
-    run.slots.and_then(|slots| slots.own.as_ref())
+fn own_weight<'a>(run: &SlotRun<'a>) -> Option<BaseMatrix<'a>> {
+    run.slots.and_then(|slots| slots.own.as_ref()).map(OwnMatrix::matrix)
 }
 
 fn overlaps(rows: &Range<usize>, piece: &Piece<'_>) -> bool {

@@ -43,7 +43,7 @@ mod tile_integers;
 mod words;
 
 pub(crate) use attention::QuerySpan;
-pub use base::{BaseMatrix, RowForm};
+pub use base::{BaseMatrix, OwnMatrix, RowForm};
 pub use block_product::{BlockProduct, Matrices, PackedMix};
 pub use blocks::Blocks;
 pub use circulant::Circulant;

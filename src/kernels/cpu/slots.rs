@@ -4,6 +4,7 @@
 
 use std::ops::Range;
 
+use super::base::OwnMatrix;
 use super::block_product::BlockProduct;
 use super::circulant::Circulant;
 use super::dispatch::{dispatch, fma};
@@ -22,13 +23,14 @@ use super::tile::Fetch;
 use super::tile_avx2 as avx2;
 use super::words::LANES;
 
-/// What an adapter does to one linear, in the CPU's form. All matrices have the format of the base weight.
+/// What an adapter does to one linear, in the CPU's form. All matrices but its own weight have the format of terms over the
+/// base weight ([`RowForm::terms`](super::RowForm::terms)).
 #[derive(Debug, Default)]
 pub struct PackedSlots {
     /// Transform of the rows of `x` before they meet the weight.
     pub pre: Option<PackedPre>,
     /// Weight of the adapter's own (n, k).
-    pub own: Option<PackedMatrix>,
+    pub own: Option<OwnMatrix>,
     /// Rows (r, k) that take the place of the weight's, and their indexes in ascending order.
     pub rows: Option<(Vec<u32>, RowMatrix)>,
     /// Additive terms.

@@ -38,6 +38,7 @@ fn invalid_logits_end_only_their_sequence() {
 fn a_failed_adapter_copy_ends_who_needed_it_and_the_next_try_works() {
     for fault in [Fault::Copy, Fault::CopyPanic] {
         let mut sim = Sim::new(&ROOMY);
+        sim.metrics.claim_adapter_label("adapter-1");
         sim.probe.set_fault(fault);
         sim.submit(with_adapter(prompt(4), 2, 1)).unwrap();
         sim.submit(request(prompt(4), 2)).unwrap();
@@ -55,6 +56,7 @@ fn a_failed_adapter_copy_ends_who_needed_it_and_the_next_try_works() {
 fn metrics_tell_what_happened() {
     let world = World { prefix_cache: true, ..ROOMY };
     let mut sim = Sim::new(&world);
+    sim.metrics.claim_adapter_label("adapter-1");
     sim.submit(with_adapter(prompt(9), 3, 1)).unwrap();
     sim.run();
     sim.submit(with_adapter(prompt(9), 1, 1)).unwrap();

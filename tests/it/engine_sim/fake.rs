@@ -2,7 +2,7 @@
 
 use std::collections::{HashMap, HashSet};
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, LazyLock, Mutex};
 
 use candle_core::{Device, Result, Tensor};
 use patchbay::adapter::{GateNetwork, GateRule, KvPrefix, LoadedAdapter, LoweredAdapter, NormOverride, SiteId};
@@ -255,7 +255,15 @@ pub(super) fn adapter_id(adapter: &DeviceAdapter) -> usize {
     adapter.tensors.norms.keys().next().unwrap().0
 }
 
+/// An adapter that stays in memory, as in a store.
 pub(super) fn adapter(id: usize) -> Arc<LoadedAdapter> {
+    static KEPT: LazyLock<Mutex<HashMap<usize, Arc<LoadedAdapter>>>> = LazyLock::new(Mutex::default);
+    let mut kept = KEPT.lock().unwrap();
+    Arc::clone(kept.entry(id).or_insert_with(|| Arc::new(fresh_adapter(id))))
+}
+
+/// The same of one's own.
+pub(super) fn fresh_adapter(id: usize) -> LoadedAdapter {
     let mut lowered = LoweredAdapter::default();
     lowered.norms.insert(SiteId(id), NormOverride::default());
     let rows = |count: usize| Tensor::zeros((count, 1), candle_core::DType::F32, &Device::Cpu).unwrap();
@@ -265,14 +273,7 @@ pub(super) fn adapter(id: usize) -> Arc<LoadedAdapter> {
     lowered.invocation_tokens = invocation.to_vec();
     lowered.gates = (id == GATED).then(|| GateNetwork { layers: Vec::new(), group: 1, rule: GateRule::default() });
     let digest = [id as u8; 32];
-    Arc::new(LoadedAdapter {
-        name: format!("adapter-{id}"),
-        generation: 1,
-        digest,
-        lowered,
-        bytes: 0,
-        parts: Vec::new(),
-    })
+    LoadedAdapter { name: format!("adapter-{id}"), generation: 1, digest, lowered, bytes: 0, parts: Vec::new() }
 }
 
 pub(super) fn request(prompt: Vec<u32>, max_tokens: usize) -> GenerationRequest {

@@ -6,7 +6,7 @@ use std::sync::atomic::Ordering;
 use patchbay::adapter::LoadedAdapter;
 use patchbay::engine::{FinishReason, GenerationRequest, SubmitError};
 
-use super::fake::{ASLEEP, BOTH, Fault, GATED, PREFIX, VIRTUAL, VOCAB, adapter, lead, request, with_adapter};
+use super::fake::{ASLEEP, BOTH, Fault, GATED, PREFIX, VIRTUAL, VOCAB, fresh_adapter, lead, request, with_adapter};
 use super::world::{ROOMY, Sim, World, finish, prompt, run_alone};
 
 #[test]
@@ -83,7 +83,7 @@ fn a_new_generation_of_a_name_shares_nothing_with_the_old() {
     let world = World { prefix_cache: true, ..ROOMY };
     let mut sim = Sim::new(&world);
     let generation = |id: usize| {
-        let LoadedAdapter { digest, lowered, .. } = Arc::into_inner(adapter(id)).unwrap();
+        let LoadedAdapter { digest, lowered, .. } = fresh_adapter(id);
         let name = "one-name".to_owned();
         let loaded = LoadedAdapter { name, generation: id as u64, digest, lowered, bytes: 0, parts: Vec::new() };
         GenerationRequest { adapter: Some(Arc::new(loaded)), ..request(prompt(13), 4) }
@@ -96,6 +96,39 @@ fn a_new_generation_of_a_name_shares_nothing_with_the_old() {
     for (outcome, id) in sim.outcomes.iter().zip([1, 1, 2, 1, 2]) {
         assert_eq!(outcome.ids(), run_alone(&with_adapter(prompt(13), 4, id)).ids());
     }
+}
+
+#[test]
+fn an_adapter_that_left_the_host_leaves_its_slot() {
+    let mut sim = Sim::new(&ROOMY);
+    let copies = |sim: &Sim| sim.metrics.adapter_slot_copies.get();
+    let on = |adapter: &Arc<LoadedAdapter>| GenerationRequest {
+        adapter: Some(Arc::clone(adapter)),
+        ..request(prompt(5), 2)
+    };
+    let first = Arc::new(fresh_adapter(1));
+    // The same content under another name shares the slot, and names it from then on.
+    let second = Arc::new(LoadedAdapter { name: "other-name".to_owned(), ..fresh_adapter(1) });
+    for adapter in [&first, &first, &second] {
+        sim.submit(on(adapter)).unwrap();
+        sim.run();
+    }
+    assert_eq!(copies(&sim), 1);
+    let runs = |sim: &Sim, names: &str| sim.metrics.render().contains(&format!("running_lora_adapters=\"{names}\""));
+    assert!(runs(&sim, "other-name"));
+    drop(first);
+    assert!(sim.engine.tidy() && runs(&sim, "other-name"));
+    // A running request keeps what it uses.
+    sim.submit(on(&second)).unwrap();
+    sim.step();
+    drop(second);
+    assert!(sim.engine.tidy() && runs(&sim, "other-name"));
+    sim.run();
+    assert!(!sim.engine.tidy() && runs(&sim, ""));
+    sim.engine.audit();
+    sim.submit(on(&Arc::new(fresh_adapter(1)))).unwrap();
+    sim.run();
+    assert_eq!((copies(&sim), sim.outcomes[4].ids()), (2, sim.outcomes[0].ids()));
 }
 
 #[test]

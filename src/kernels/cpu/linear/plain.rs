@@ -4,9 +4,11 @@ use std::collections::HashMap;
 use std::ops::Range;
 use std::sync::{Arc, LazyLock, Mutex};
 
+use super::super::base::OwnMatrix;
 use super::super::block_product::{BlockProduct, PackedMix};
 use super::super::blocks::Blocks;
 use super::super::circulant::Circulant;
+use super::super::integers::{IntegerMatrix, IntegerWidth};
 use super::super::joint::JointLowRank;
 use super::super::packed::{PackedMatrix, WeightFormat};
 use super::super::pre::PackedPre;
@@ -157,7 +159,8 @@ impl Plain {
                 })
                 .rev()
                 .collect(),
-            own: some(0, n * k),
+            // Multiples of a 2048th are 16-bit integers.
+            own: some(0, n * k).map(|w| w.iter().map(|v| (v * 2048.0).round() / 2048.0).collect()),
             rows: has(6).then(|| {
                 let indexes: Vec<u32> = (0..n as u32).filter(|i| seed >> (i % 60) & 1 == 1).collect();
                 let rows = random(indexes.len() * k, seed ^ 6);
@@ -200,7 +203,7 @@ impl Plain {
         }
     }
 
-    pub(super) fn pack(&self, (n, k): (usize, usize)) -> PackedSlots {
+    pub(super) fn pack(&self, (n, k): (usize, usize), integers: Option<IntegerWidth>) -> PackedSlots {
         let mut deltas = Vec::new();
         if let Some((r, a, b)) = &self.low_rank {
             let b = PackedMatrix::from_f32(n, *r, |i| &b[i * r..][..*r]).expect("b");
@@ -236,7 +239,14 @@ impl Plain {
                 deltas.insert(0, PackedDelta::Joint(JointLowRank { a, b, d: d.clone(), g: g.clone() }));
             }
         }
-        let own = self.own.as_ref().map(|w| PackedMatrix::from_f32(n, k, |i| &w[i * k..][..k]).expect("own"));
+        let own = self.own.as_ref().map(|w| match integers {
+            Some(IntegerWidth::Sixteen) => {
+                let read = |i: usize, row: &mut [f32]| row.copy_from_slice(&w[i * k..][..k]);
+                let own = IntegerMatrix::new(IntegerWidth::Sixteen, WeightFormat::F32, (n, k), read);
+                OwnMatrix::Integers(own.expect("own"))
+            }
+            _ => OwnMatrix::Float(PackedMatrix::from_f32(n, k, |i| &w[i * k..][..k]).expect("own")),
+        });
         let rows = self
             .rows
             .as_ref()
