@@ -27,7 +27,7 @@ use crate::engine::{EngineConfig, EngineHandle, ModelRunner};
 use crate::metrics::Metrics;
 use crate::model::{self, Model, ModelConfig, ModelInfo};
 use crate::server::{self, ApiError, AppState, ServedModel, ServerConfig};
-use crate::store::{Store, StoreConfig};
+use crate::store::{Admission, Store, StoreConfig};
 use crate::text::Text;
 
 /// How often a draining server looks whether its requests are finished.
@@ -68,6 +68,9 @@ impl App {
         let served = served_model(&config.model, &info)?;
         log_model(&served.name, &info);
         let metrics = Arc::new(Metrics::new(&served.name, &config.metrics));
+        // Encoding takes a core each; whoever waits for it waits for the engine next.
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        let encodings = Arc::new(Admission::new(cores, config.engine.queue_max));
         let engine = EngineHandle::start(Box::new(runner), config.engine.clone(), metrics.clone());
         let base: Arc<dyn BaseWeights> = model;
         let store = Store::open(config.adapters.clone(), base, info.adapter_formats, metrics.clone())
@@ -81,6 +84,7 @@ impl App {
             engine,
             store,
             text: Arc::new(text),
+            encodings,
             metrics,
             config: Arc::new(config.server),
             model: Arc::new(served),

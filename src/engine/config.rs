@@ -15,7 +15,7 @@ pub struct EngineConfig {
     pub block_tokens: usize,
     /// KV cache size in bytes; sets the number of blocks. More holds more and longer sequences and prefixes.
     pub kv_cache_bytes: usize,
-    /// Requests waiting at most; one more is answered 429.
+    /// Requests waiting at most, and prompts waiting to be tokenized; one more is answered 429.
     pub queue_max: usize,
     /// Different adapters on the device at once. More avoids copies when many adapters are busy.
     pub adapter_slots: usize,

@@ -30,9 +30,10 @@ pub(super) async fn chat_completions(
     let selector = Selector::parse(&mut fields, &state.model.name)?;
     let conversation = Conversation::parse(&mut fields)?;
     let Request { sampling, max_tokens, max_field, logprobs, streaming } = Request::parse(&mut fields, &state)?;
+    generate::check_sequences(&state, 1, sampling.n)?;
     let adapter = selector.load(&state).await?;
 
-    let prompts = vec![blocking(&state, move |state| conversation.encode(state)).await?];
+    let prompts = vec![blocking(&state, move |state| conversation.encode(state)).await??];
     let job = Job { prompts, adapter, sampling, max_tokens, logprobs, prompt_logprobs: None };
     generate::check(&state, &job, ("messages", max_field))?;
 
@@ -93,14 +94,13 @@ impl Conversation {
 
     /// Token ids of the prompt.
     pub(super) fn encode(&self, state: &AppState) -> Result<Vec<u32>, ApiError> {
-        let text = state.text.render_chat(&self.prompt);
-        let ids = text.and_then(|text| state.text.encode(&text, self.add_special_tokens));
-        ids.map_err(|e| match e {
+        let text = state.text.render_chat(&self.prompt).map_err(|e| match e {
             TextError::Template(message) => {
                 ApiError::bad_request("messages", format!("the chat template refused the messages: {message}"))
             }
             TextError::Input(_) | TextError::File { .. } => ApiError::bad_request("messages", e.to_string()),
-        })
+        })?;
+        generate::encode(state, "messages", &text, self.add_special_tokens)
     }
 }
 

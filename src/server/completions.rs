@@ -32,11 +32,12 @@ pub(super) async fn completions(
     let mut fields = Fields::parse(&body)?;
     let selector = Selector::parse(&mut fields, &state.model.name)?;
     let mut request = Request::parse(&mut fields, &state)?;
+    generate::check_sequences(&state, request.prompts.len(), request.sampling.n)?;
     let adapter = selector.load(&state).await?;
 
     let (prompts, add_special_tokens) = (std::mem::take(&mut request.prompts), request.add_special_tokens);
     let echo = request.echo;
-    let encoded = blocking(&state, move |state| encode(state, prompts, add_special_tokens, echo)).await?;
+    let encoded = blocking(&state, move |state| encode(state, prompts, add_special_tokens, echo)).await??;
     let (prompts, texts) = encoded.into_iter().unzip();
     let job = request.job(prompts, adapter, &state);
     generate::check(&state, &job, ("prompt", "max_tokens"))?;
@@ -121,12 +122,11 @@ fn encode(
     echo: bool,
 ) -> Result<Vec<(Vec<u32>, String)>, ApiError> {
     let encode = |prompt| match prompt {
-        Prompt::Text(text) => {
-            let ids = state.text.encode(&text, add_special_tokens);
-            Ok((ids.map_err(|e| ApiError::bad_request("prompt", e.to_string()))?, text))
-        }
+        Prompt::Text(text) => Ok((generate::encode(state, "prompt", &text, add_special_tokens)?, text)),
         Prompt::Ids(ids) => {
-            let text = if echo { state.text.decode(&ids, true) } else { String::new() };
+            // Too many ids are refused later, without their text.
+            let shown = echo && ids.len() <= generate::context(state);
+            let text = if shown { state.text.decode(&ids, true) } else { String::new() };
             Ok((ids, text))
         }
     };

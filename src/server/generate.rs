@@ -142,17 +142,37 @@ fn shutting_down() -> ApiError {
     ApiError { retry_after_s: Some(DRAINING_RETRY_S), ..error }
 }
 
-/// Checks a job against the model's and the server's bounds. `fields` are the names of the fields that hold the prompt
-/// and the token limit.
-pub(super) fn check(state: &AppState, job: &Job, fields: (&str, &str)) -> Result<(), ApiError> {
-    let (prompt_field, max_field) = fields;
-    let limits = state.engine.limits();
-    let (sequences, most) = (job.prompts.len().saturating_mul(job.sampling.n), state.config.sequences_per_request_max);
+/// Refuses more answers than a request may ask for, `n` per prompt, before anything is done for them.
+pub(super) fn check_sequences(state: &AppState, num_prompts: usize, n: usize) -> Result<(), ApiError> {
+    let (sequences, most) = (num_prompts.saturating_mul(n), state.config.sequences_per_request_max);
     if sequences > most {
         let message =
             format!("the request asks for {sequences} answers, the limit is {most} (server.sequences_per_request_max)");
         return Err(ApiError::bad_request("n", message));
     }
+    Ok(())
+}
+
+/// Token ids of the text that the field `field` gives. Text that cannot fit the context is refused before it is read.
+pub(super) fn encode(
+    state: &AppState,
+    field: &str,
+    text: &str,
+    add_special_tokens: bool,
+) -> Result<Vec<u32>, ApiError> {
+    let limit = context(state);
+    if text.len() > state.text.bytes_max(limit) {
+        let message = format!("the prompt has {} bytes, more than the limit of {limit} tokens can hold", text.len());
+        return Err(ApiError::bad_request(field, message));
+    }
+    state.text.encode(text, add_special_tokens).map_err(|e| ApiError::bad_request(field, e.to_string()))
+}
+
+/// Checks a job against the model's and the server's bounds. `fields` are the names of the fields that hold the prompt
+/// and the token limit.
+pub(super) fn check(state: &AppState, job: &Job, fields: (&str, &str)) -> Result<(), ApiError> {
+    let (prompt_field, max_field) = fields;
+    let limits = state.engine.limits();
     for prompt in &job.prompts {
         if prompt.is_empty() {
             return Err(ApiError::bad_request(prompt_field, "the prompt must have at least one token"));

@@ -228,14 +228,24 @@ pub(super) fn name_ignored(mut response: Response, fields: &Fields<'_>) -> Respo
     response
 }
 
-/// Runs work that may take long on the blocking pool.
+/// Runs work on text, which may take long, on the blocking pool. What a client left behind while it waited never runs.
+///
+/// # Errors
+/// 429 when too many wait already.
 pub(super) async fn blocking<T: Send + 'static>(
     state: &AppState,
     work: impl FnOnce(&AppState) -> T + Send + 'static,
-) -> T {
+) -> Result<T, ApiError> {
+    let permit = state.encodings.admit().await;
+    let permit = permit.map_err(|_| ApiError::too_many("too many prompts wait to be tokenized; try again"))?;
     let state = state.clone();
-    match tokio::task::spawn_blocking(move || work(&state)).await {
-        Ok(result) => result,
+    let work = move || {
+        // Kept until the work ends, though the client may be gone by then.
+        let _permit = permit;
+        work(&state)
+    };
+    match tokio::task::spawn_blocking(work).await {
+        Ok(result) => Ok(result),
         // Not cancelled, so it panicked: let the request's own panic handling see it.
         Err(e) => std::panic::resume_unwind(e.into_panic()),
     }

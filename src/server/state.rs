@@ -7,7 +7,7 @@ use super::ServerConfig;
 use crate::engine::EngineHandle;
 use crate::metrics::Metrics;
 use crate::model::GenerationDefaults;
-use crate::store::Store;
+use crate::store::{Admission, Store};
 use crate::text::Text;
 
 /// The parts of the running server; clones share them.
@@ -19,6 +19,8 @@ pub struct AppState {
     pub store: Arc<Store>,
     /// Tokenizer and chat template.
     pub text: Arc<Text>,
+    /// How many requests may turn text into tokens or back at once, and how many more may wait for that.
+    pub encodings: Arc<Admission>,
     /// Metrics.
     pub metrics: Arc<Metrics>,
     /// The `[server]` section.

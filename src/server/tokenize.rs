@@ -6,7 +6,7 @@ use serde_json::{Value as Json, json};
 
 use super::body::{Body, Fields};
 use super::chat::Conversation;
-use super::generate::context;
+use super::generate::{context, encode};
 use super::selector::Selector;
 use super::sse::blocking;
 use super::{ApiError, AppState};
@@ -20,14 +20,12 @@ pub(super) async fn tokenize(State(state): State<AppState>, Body(body): Body) ->
     let ids = match prompt {
         Some(prompt) => {
             let add_special_tokens = fields.flag("add_special_tokens", true)?;
-            blocking(&state, move |state| state.text.encode(&prompt, add_special_tokens))
-                .await
-                .map_err(|e| ApiError::bad_request("prompt", e.to_string()))?
+            blocking(&state, move |state| encode(state, "prompt", &prompt, add_special_tokens)).await??
         }
         None => {
             let conversation = Conversation::parse(&mut fields)
                 .map_err(|e| if e.message == "`messages` is missing" { missing() } else { e })?;
-            blocking(&state, move |state| conversation.encode(state)).await?
+            blocking(&state, move |state| conversation.encode(state)).await??
         }
     };
     let strings = with_strings.then(|| ids.iter().map(|&id| state.text.token(id)).collect::<Vec<_>>());
@@ -52,6 +50,6 @@ pub(super) async fn detokenize(State(state): State<AppState>, Body(body): Body) 
         return Err(ApiError::bad_request("tokens", message));
     }
     let skip_special_tokens = fields.flag("skip_special_tokens", false)?;
-    let text = blocking(&state, move |state| state.text.decode(&ids, skip_special_tokens)).await;
+    let text = blocking(&state, move |state| state.text.decode(&ids, skip_special_tokens)).await?;
     Ok(JsonBody(json!({"prompt": text})))
 }

@@ -7,7 +7,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use super::StoreError;
 
 /// Bounds how many run at once and how many more wait for their turn.
-pub(super) struct Admission {
+pub struct Admission {
     /// One permit for each that runs or waits.
     admitted: Arc<Semaphore>,
     /// One permit for each that runs; waiting is first come, first served.
@@ -15,14 +15,15 @@ pub(super) struct Admission {
 }
 
 /// Leave to run, until dropped.
-pub(super) struct Permit {
+#[must_use]
+pub struct Permit {
     _running: OwnedSemaphorePermit,
     _admitted: OwnedSemaphorePermit,
 }
 
 impl Admission {
     /// At least one runs at once, whatever the config says.
-    pub(super) fn new(running_max: usize, waiting_max: usize) -> Self {
+    pub fn new(running_max: usize, waiting_max: usize) -> Self {
         let running = running_max.clamp(1, Semaphore::MAX_PERMITS);
         let admitted = running.saturating_add(waiting_max).min(Semaphore::MAX_PERMITS);
         Self { admitted: Arc::new(Semaphore::new(admitted)), running: Arc::new(Semaphore::new(running)) }
@@ -32,7 +33,7 @@ impl Admission {
     ///
     /// # Errors
     /// `Busy` when too many wait already.
-    pub(super) async fn admit(&self) -> Result<Permit, StoreError> {
+    pub async fn admit(&self) -> Result<Permit, StoreError> {
         let admitted = self.admitted.clone().try_acquire_owned().map_err(|_| StoreError::Busy)?;
         let running = self.running.clone().acquire_owned().await.map_err(StoreError::storage)?;
         Ok(Permit { _running: running, _admitted: admitted })

@@ -27,6 +27,7 @@ mod record;
 mod unpack;
 mod workers;
 
+pub use admission::{Admission, Permit};
 pub use catalog::{AdapterStatus, PublishOptions, Store, UploadSlot};
 pub use config::StoreConfig;
 pub use error::StoreError;

@@ -18,8 +18,14 @@ pub struct Text {
     template: Result<ChatTemplate, String>,
     tool_template: Option<ChatTemplate>,
     vocab_size: usize,
+    /// Bytes of text that the longest token stands for.
+    token_bytes_max: usize,
     eos_token_id: Option<u32>,
 }
+
+/// Times the bytes of its tokens that a text may have: composing characters in a normalizer makes it at most three times
+/// shorter. What tokenizers drop beside that is whitespace and unknown characters.
+const DROPPED_MAX: usize = 4;
 
 /// What the tokenizer's decoder does with the tokens' strings.
 #[derive(Clone, Debug)]
@@ -72,13 +78,24 @@ impl Text {
             sources.get("tool_use").and_then(|source| ChatTemplate::compile(source, special_tokens).ok());
         let eos_token = special_tokens.iter().find(|(name, _)| name == "eos_token");
         let eos_token_id = eos_token.and_then(|(_, token)| tokenizer.token_to_id(token));
-        let vocab_size = tokenizer.get_vocab(true).values().max().map_or(0, |&id| id as usize + 1);
-        Self { scheme: scheme_of(&tokenizer), tokenizer, template, tool_template, vocab_size, eos_token_id }
+        let (scheme, vocab) = (scheme_of(&tokenizer), tokenizer.get_vocab(true));
+        let vocab_size = vocab.values().max().map_or(0, |&id| id as usize + 1);
+        let num_bytes = |token: &String| match &scheme {
+            Scheme::ByteLevel(alphabet) => level_bytes(alphabet, token).len(),
+            Scheme::ByteFallback | Scheme::Other => token.len(),
+        };
+        let token_bytes_max = vocab.keys().map(num_bytes).max().unwrap_or(0);
+        Self { scheme, tokenizer, template, tool_template, vocab_size, token_bytes_max, eos_token_id }
     }
 
     /// One more than the largest token id.
     pub fn vocab_size(&self) -> usize {
         self.vocab_size
+    }
+
+    /// Bytes that a text of `num_tokens` tokens has at most, generously: longer ones need not be encoded to be refused.
+    pub fn bytes_max(&self, num_tokens: usize) -> usize {
+        num_tokens.saturating_mul(self.token_bytes_max).saturating_mul(DROPPED_MAX)
     }
 
     /// The `eos_token` of tokenizer_config.json. Chat fine-tunes often name their end of turn only there.
@@ -310,6 +327,17 @@ mod tests {
         assert_eq!(text.decode(&[1, 262, 2], true), "a");
         assert_eq!(text.decode(&[1, 262, 2], false), "<s> a</s>");
         assert_eq!(text.vocab_size(), 267);
+    }
+
+    #[test]
+    fn the_longest_token_bounds_a_text() {
+        let text = fixtures::byte_level();
+        assert_eq!(text.bytes_max(2), 2 * "<|plain é|>".len() * 4);
+        let long = "<|plain é|>".repeat(10);
+        assert_eq!(text.encode(&long, false).unwrap().len(), 10);
+        assert!(long.len() <= text.bytes_max(10));
+        assert_eq!(fixtures::byte_fallback().bytes_max(1), "<0xFF>".len() * 4);
+        assert_eq!(text.bytes_max(usize::MAX), usize::MAX);
     }
 
     #[test]

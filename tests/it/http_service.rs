@@ -2,13 +2,15 @@
 
 #![allow(clippy::unwrap_used, reason = "a test stops at any surprise")]
 
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use axum::body::Body;
 use axum::http::{Request, StatusCode};
-use futures::StreamExt;
+use futures::{FutureExt, StreamExt};
 use http_body_util::BodyExt;
-use patchbay::server::ServerConfig;
+use patchbay::server::{ServerConfig, router};
+use patchbay::store::Admission;
 use serde_json::{Value as Json, json};
 
 use super::http_support::{PANIC, Reply, Service, post};
@@ -192,6 +194,72 @@ async fn a_full_queue_is_answered_429_before_the_first_byte() {
     service.gate.set_closed(false);
     until(|| service.state.engine.in_flight() == 0).await;
     assert_eq!(service.post(PATH, &short()).await.status, StatusCode::OK);
+}
+
+#[tokio::test]
+async fn text_that_cannot_fit_is_refused_without_reading_it() {
+    let service = Service::start().await;
+    // The longest token, `<|start|>`, has 9 bytes and the context 64 tokens; text may be four times as long.
+    let (most, chat) =
+        ("a".repeat(4 * 9 * 64), |content: &str| json!({"messages": [{"role": "user", "content": content}]}));
+    let more = format!("{most}a");
+    let words = "more than the limit of 64 tokens can hold";
+    service.refused(PATH, &json!({"prompt": more}), (400, Some("prompt")), words).await;
+    service.refused(PATH, &json!({"prompt": ["a", more]}), (400, Some("prompt")), words).await;
+    service.refused("/tokenize", &json!({"prompt": more}), (400, Some("prompt")), words).await;
+    service.refused("/tokenize", &chat(&more), (400, Some("messages")), words).await;
+    service.refused("/v1/chat/completions", &chat(&more), (400, Some("messages")), words).await;
+    // What could fit is read, and counted where it does not.
+    service.refused(PATH, &json!({"prompt": most}), (400, Some("prompt")), "has 2305 tokens").await;
+    assert_eq!(service.post("/tokenize", &json!({"prompt": most})).await.json()["count"], 2305);
+}
+
+#[tokio::test]
+async fn too_many_prompts_are_refused_before_anything_is_done_for_them() {
+    let service = Service::start().await;
+    // Looking up the adapter would be a 404.
+    let many = json!({"model": "nobody", "prompt": vec!["a"; 65], "n": 2});
+    service.refused(PATH, &many, (400, Some("n")), "asks for 130 answers, the limit is 128").await;
+    let many = json!({"model": "nobody", "messages": [{"role": "user", "content": "a"}], "n": 129});
+    let reply = service.post("/v1/chat/completions", &many).await;
+    assert_eq!((reply.status.as_u16(), &reply.json()["error"]["param"]), (400, &json!("n")), "{}", reply.text());
+}
+
+#[tokio::test]
+async fn text_beyond_what_may_run_and_wait_is_answered_429() {
+    let mut service = Service::start().await;
+    service.state.encodings = Arc::new(Admission::new(1, 1));
+    service.router = router(service.state.clone());
+    let running = service.state.encodings.admit().await.unwrap();
+    let bodies = [
+        (PATH, short()),
+        ("/v1/chat/completions", json!({"messages": [{"role": "user", "content": "a"}]})),
+        ("/tokenize", json!({"prompt": "a"})),
+        ("/detokenize", json!({"tokens": [97]})),
+    ];
+    {
+        let mut waiting = std::pin::pin!(service.call(post(PATH, short().to_string())));
+        // It has its place once another is turned away.
+        loop {
+            assert!(futures::poll!(&mut waiting).is_pending());
+            match service.state.encodings.admit().now_or_never() {
+                Some(Err(_)) => break,
+                _ => tokio::task::yield_now().await,
+            }
+        }
+        for (path, body) in &bodies {
+            let reply = service.post(path, body).await;
+            assert_eq!(reply.status, StatusCode::TOO_MANY_REQUESTS, "{path}");
+            assert_eq!(reply.headers["retry-after"], "1");
+            assert_eq!(reply.json()["error"]["type"], "RateLimitError");
+        }
+    }
+    // The one that waited has left, and the one that ran ends.
+    drop(running);
+    for (path, body) in &bodies {
+        assert_eq!(service.post(path, body).await.status, StatusCode::OK, "{path}");
+    }
+    assert_eq!(service.state.engine.in_flight(), 0);
 }
 
 #[tokio::test]

@@ -20,7 +20,7 @@ use patchbay::engine::{EngineConfig, EngineHandle, Forward, ForwardLimits};
 use patchbay::metrics::{Metrics, MetricsConfig};
 use patchbay::model::{Batch, DeviceAdapter, GenerationDefaults, RopeLengthRule};
 use patchbay::server::{AppState, ServedModel, ServerConfig, router};
-use patchbay::store::{Store, StoreConfig};
+use patchbay::store::{Admission, Store, StoreConfig};
 use patchbay::text::Text;
 use serde_json::{Value as Json, json};
 use tempfile::TempDir;
@@ -201,6 +201,7 @@ impl Service {
             engine: EngineHandle::start(Box::new(model), engine_config, Arc::clone(&metrics)),
             store,
             text: Arc::new(Text::load(dirs.0.path()).unwrap()),
+            encodings: Arc::new(Admission::new(2, 64)),
             metrics,
             config: Arc::new(config),
             model: Arc::new(ServedModel {
