@@ -14,9 +14,9 @@ pub(super) type Entries = BTreeMap<(&'static str, &'static str), (Value, Origin)
 
 const PREFIX: &str = "PATCHBAY_";
 
-/// Variables that start with our prefix but are no settings: the file's path and the client commands' address; what
-/// tests read; and what an orchestrator sets for a service that is called `patchbay`.
-const NOT_SETTINGS: &[&str] = &["CONFIG", "URL", "TEST_", "SERVICE_", "PORT"];
+/// Variables that start with our prefix but are no settings: the file's path and the client commands' address; and what
+/// tests read.
+const NOT_SETTINGS: &[&str] = &["CONFIG", "URL", "TEST_"];
 
 /// Variables of other programs that are read too: the setting that each gives. Empty ones are as good as not set, and our
 /// own name for the setting counts more.
@@ -83,7 +83,9 @@ impl Sources {
         }
         for (variable, text) in self.environment.iter().filter(|(variable, _)| foreign(variable).is_none()) {
             let rest = variable.strip_prefix(PREFIX).unwrap_or(variable);
-            if !NOT_SETTINGS.iter().any(|name| rest == *name || (rest.starts_with(name) && is_family(name, rest))) {
+            let is_ours =
+                NOT_SETTINGS.iter().any(|name| rest == *name || (name.ends_with('_') && rest.starts_with(name)));
+            if !is_ours && !is_of_a_service(variable, text) {
                 lay_variable(&mut entries, variable, text)?;
             }
         }
@@ -114,9 +116,18 @@ fn lay_foreign(entries: &mut Entries, variable: &str, key: &'static str, text: &
     Ok(())
 }
 
-/// Whether a variable belongs to the family named by a prefix: `SERVICE_HOST`, `PORT_8000_TCP`, but not `PORTAL`.
-fn is_family(name: &str, rest: &str) -> bool {
-    name.ends_with('_') || (name == "PORT" && rest[name.len()..].starts_with('_'))
+/// Whether Kubernetes sets the variable for a service that is called `patchbay` or `patchbay-...`: `X_SERVICE_HOST`,
+/// `X_SERVICE_PORT_HTTP`, `X_PORT_8000_TCP_ADDR`, and `X_PORT` with a URL in it, which `server.port` never has.
+fn is_of_a_service(variable: &str, text: &str) -> bool {
+    const PROTOCOLS: [&str; 3] = ["tcp", "udp", "sctp"];
+    let is_protocol = |word: &str| PROTOCOLS.iter().any(|protocol| word.eq_ignore_ascii_case(protocol));
+    let is_number = |word: &str| !word.is_empty() && word.bytes().all(|b| b.is_ascii_digit());
+    let words: Vec<&str> = variable.split('_').collect();
+    variable.ends_with("_SERVICE_HOST")
+        || variable.ends_with("_SERVICE_PORT")
+        || variable.contains("_SERVICE_PORT_")
+        || words.windows(3).any(|words| words[0] == "PORT" && is_number(words[1]) && is_protocol(words[2]))
+        || (variable.ends_with("_PORT") && text.split_once("://").is_some_and(|(protocol, _)| is_protocol(protocol)))
 }
 
 fn read(path: &Path) -> Result<Table, ConfigError> {
@@ -393,11 +404,33 @@ mod tests {
             ("PATCHBAY_PORT", "tcp://10.0.0.1:8000"),
             ("PATCHBAY_PORT_8000_TCP_ADDR", "10.0.0.1"),
             ("PATCHBAY_SERVICE_HOST", "10.0.0.1"),
+            ("PATCHBAY_SERVICE_PORT", "8000"),
+            ("PATCHBAY_SERVICE_PORT_HTTP", "8000"),
+            ("PATCHBAY_CANARY_SERVICE_HOST", "10.0.0.1"),
+            ("PATCHBAY_CANARY_SERVICE_PORT", "8000"),
+            ("PATCHBAY_CANARY_SERVICE_PORT_METRICS", "9000"),
+            ("PATCHBAY_CANARY_PORT", "udp://10.0.0.1:53"),
+            ("PATCHBAY_CANARY_PORT_53_UDP", "udp://10.0.0.1:53"),
+            ("PATCHBAY_CANARY_PORT_9_SCTP_PROTO", "sctp"),
+            ("PATCHBAY_PORT_PORT_80_TCP", "tcp://10.0.0.1:80"),
+            ("PATCHBAY_SERVER_SERVICE_HOST", "10.0.0.1"),
+            ("PATCHBAY_SERVER_PORT", "tcp://10.0.0.1:80"),
+            ("PATCHBAY_SERVER_PORT_80_TCP_PORT", "80"),
             ("PATCHBAY_TEST_DEVICE", "cuda"),
             ("PATCHBAY_CONFIG", "x.toml"),
         ]);
         assert_eq!(sources.resolve().unwrap().config, Config::default());
-        assert!(message(env(&[("PATCHBAY_PORTAL", "1")])).contains("PATCHBAY_PORTAL"));
+        let others = [
+            ("PATCHBAY_PORTAL", "1"),
+            ("PATCHBAY_CANARY_PORT", "80"),
+            ("PATCHBAY_SERVER_PORT_80", "80"),
+            ("PATCHBAY_SERVER_PORT_TCP", "80"),
+            ("PATCHBAY_SERVER_SERVICE", "x"),
+        ];
+        for (variable, text) in others {
+            assert!(message(env(&[(variable, text)])).contains(variable), "{variable}");
+        }
+        assert!(message(env(&[("PATCHBAY_SERVER_PORT", "http://10.0.0.1:80")])).contains("`server.port`"));
     }
 
     #[test]
