@@ -48,6 +48,9 @@ struct Raised(String);
 
 const NAME: &str = "chat template";
 
+/// Behind the content of a message that is to be continued while it is rendered: text that occurs nowhere else.
+const FINAL_MARK: &str = "PATCHBAY_CONTINUES_HERE_7d1f0c";
+
 impl ChatTemplate {
     /// Compiles `source`; `special_tokens` become variables (`bos_token` and so on).
     pub(super) fn compile(source: &str, special_tokens: &[(String, String)]) -> Result<Self, String> {
@@ -76,10 +79,15 @@ impl ChatTemplate {
         if let Some((name, _)) = prompt.variables.iter().find(|(name, _)| RESERVED.contains(&name.as_str())) {
             return Err(TextError::Input(format!("`{name}` cannot be set as a variable of the chat template")));
         }
-        let messages: Value = prompt.messages.iter().map(|message| self.message(message)).collect();
+        let mut messages: Vec<Value> = prompt.messages.iter().map(|message| self.message(message)).collect();
+        if prompt.continue_final_message
+            && let (Some(shown), Some(last)) = (messages.last_mut(), prompt.messages.last())
+        {
+            *shown = self.message(&with_final_mark(last));
+        }
         let optional = |json: &Option<Json>| json.as_ref().map_or(Value::from(()), value_of);
         let own = [
-            ("messages", messages),
+            ("messages", Value::from(messages)),
             ("tools", optional(&prompt.tools)),
             ("documents", optional(&prompt.documents)),
             ("add_generation_prompt", Value::from(prompt.add_generation_prompt)),
@@ -88,7 +96,7 @@ impl ChatTemplate {
         let context = Value::from_pairs(own.into_iter().chain(given));
         let template = self.environment.get_template(NAME).map_err(|e| TextError::Template(e.to_string()))?;
         let text = template.render(context).map_err(|e| TextError::Template(message_of(&e)))?;
-        if prompt.continue_final_message { cut_after_final_message(text, prompt) } else { Ok(text) }
+        if prompt.continue_final_message { cut_at_final_mark(text) } else { Ok(text) }
     }
 
     /// A template that does not know the role `developer` gets its older name, `system`.
@@ -105,20 +113,28 @@ impl ChatTemplate {
     }
 }
 
-/// Ends `text` right after the last message's content, as transformers does for `continue_final_message`.
-fn cut_after_final_message(mut text: String, prompt: &ChatPrompt) -> Result<String, TextError> {
-    let content = prompt.messages.last().and_then(|message| message.get("content")).and_then(Json::as_str);
-    let content = content.unwrap_or_default();
-    let start = text.rfind(content.trim()).filter(|_| !content.trim().is_empty());
-    let Some(start) = start else {
+/// The last message with [`FINAL_MARK`] and a space behind its content.
+fn with_final_mark(message: &Json) -> Json {
+    let mut message = message.clone();
+    if let Some(Json::String(content)) = message.get_mut("content") {
+        *content = format!("{content}{FINAL_MARK} ");
+    }
+    message
+}
+
+/// Ends `text` where the last message's content ends, as transformers does for `continue_final_message`. A template that
+/// trims the content took the space behind the mark, and would have taken the spaces before it.
+fn cut_at_final_mark(mut text: String) -> Result<String, TextError> {
+    let Some(end) = text.rfind(FINAL_MARK) else {
         return Err(TextError::Template(
-            "the final message cannot be continued: its content is empty or the chat template does not show it"
-                .to_owned(),
+            "the final message cannot be continued: the chat template does not show its content".to_owned(),
         ));
     };
-    let whole = content.trim_start();
-    let len = if text[start..].starts_with(whole) { whole.len() } else { content.trim().len() };
-    text.truncate(start + len);
+    let is_trimmed = !text[end + FINAL_MARK.len()..].starts_with(' ');
+    text.truncate(end);
+    if is_trimmed {
+        text.truncate(text.trim_end().len());
+    }
     Ok(text)
 }
 
@@ -339,6 +355,29 @@ mod tests {
         let keeps = "{% for m in messages %}<{{ m.content }}>{% endfor %}";
         assert_eq!(render(keeps, &prompt).unwrap(), "<q><The answer ");
         assert!(render("nothing", &prompt).unwrap_err().contains("cannot be continued"));
+    }
+
+    #[test]
+    fn what_is_continued_is_never_found_in_a_marker_or_an_earlier_message() {
+        let trims = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + (m.content | trim) + '<|im_end|>\\n' }}\
+            {% endfor %}";
+        let keeps = trims.replace(" | trim", "");
+        let check = |source: &str, content: &str, expected: &str| {
+            let mut prompt = chat(json!([{"role": "user", "content": "q"}, {"role": "assistant", "content": content}]));
+            prompt.add_generation_prompt = false;
+            prompt.continue_final_message = true;
+            let head = "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant";
+            assert_eq!(render(source, &prompt).unwrap(), format!("{head}{expected}"), "{content:?}");
+        };
+        for content in ["<", "end", "|", "q", "im_start", "<|im_end|>", "\u{e9}\n{"] {
+            check(trims, content, &format!("\n{content}"));
+            check(&keeps, content, &format!("\n{content}"));
+        }
+        check(&keeps, "", "\n");
+        check(&keeps, " end \n", "\n end \n");
+        // Where the template trims, so does the cut.
+        check(trims, "", "");
+        check(trims, " end \n", "\nend");
     }
 
     #[test]
