@@ -10,7 +10,7 @@ use clap::Args;
 use super::serve::init_logging;
 use super::settings::SettingsArgs;
 use crate::bench::{self, Distribution, Keys, Plan, PlanError, Server};
-use crate::config::LogConfig;
+use crate::config::{LogConfig, is_secret};
 
 /// Least severe level that the log of a server in this process shows, unless told otherwise.
 const LOG_LEVEL: &str = "warn";
@@ -149,15 +149,18 @@ impl BenchArgs {
     }
 }
 
-/// The command line for the report, keys replaced.
+/// The command line for the report, secrets replaced: what follows a secret's name and `=`, or its flag.
 pub(super) fn shown(arguments: impl Iterator<Item = String>) -> Vec<String> {
     const SECRET: &str = "(secret)";
     let mut follows_flag = false;
     let arguments = arguments.map(|argument| {
-        let is_secret = std::mem::replace(&mut follows_flag, argument.ends_with("-key"));
-        match argument.split_once("key=") {
-            _ if is_secret => SECRET.to_owned(),
-            Some((name, _)) => format!("{name}key={SECRET}"),
+        let names_secret = |text: &str| is_secret(&text.trim_end().replace('-', "_"));
+        let is_flag = argument.starts_with('-') && !argument.contains('=');
+        if std::mem::replace(&mut follows_flag, is_flag && names_secret(&argument)) {
+            return SECRET.to_owned();
+        }
+        match argument.match_indices('=').find(|(at, _)| names_secret(&argument[..*at])) {
+            Some((at, _)) => format!("{}={SECRET}", &argument[..at]),
             None => argument,
         }
     });
@@ -170,9 +173,18 @@ mod tests {
 
     #[test]
     fn the_command_line_is_shown_without_keys() {
-        let line = "patchbay bench --api-key s1 --admin-key=s2 --set server.api_key=s3 --seed 1";
-        let found = shown(line.split(' ').map(str::to_owned)).join(" ");
-        let expected = "patchbay bench --api-key (secret) --admin-key=(secret) --set server.api_key=(secret) --seed 1";
-        assert_eq!(found, expected);
+        let check = |line: &str, expected: &str| {
+            let found = shown(format!("patchbay bench {line}").split(' ').map(str::to_owned)).join(" ");
+            assert_eq!(found, format!("patchbay bench {expected}"));
+        };
+        check(
+            "--api-key s1 --admin-key=s2 --set server.api_key=s3 --seed 1",
+            "--api-key (secret) --admin-key=(secret) --set server.api_key=(secret) --seed 1",
+        );
+        check("--set model.hub_token=hf_x -n 2", "--set model.hub_token=(secret) -n 2");
+        check("--set=model.hub_token=hf_x=y= -n 2", "--set=model.hub_token=(secret) -n 2");
+        check("--set=server.admin_key=a --set server.port=1", "--set=server.admin_key=(secret) --set server.port=1");
+        check("--set server.api_key=a_token --seed 1", "--set server.api_key=(secret) --seed 1");
+        check("--prompt-tokens 9 --set=engine.queue_max=3", "--prompt-tokens 9 --set=engine.queue_max=3");
     }
 }

@@ -41,7 +41,7 @@ pub(super) fn find(name: &str) -> Option<&'static Section> {
 }
 
 /// Whether the value of this key must never be shown.
-pub(super) fn is_secret(key: &str) -> bool {
+pub fn is_secret(key: &str) -> bool {
     key.ends_with("_key") || key.ends_with("_token")
 }
 

@@ -20,6 +20,7 @@ use crate::model::ModelConfig;
 use crate::server::ServerConfig;
 use crate::store::StoreConfig;
 
+pub use keys::is_secret;
 pub use layers::{Setting, Sources, environment};
 
 /// The text of `config/default.toml`: every key with its unit, its default and the effect of raising it.
