@@ -170,12 +170,11 @@ impl Selector {
     /// The state of the first adapter, without loading any; `None` is the bare base.
     ///
     /// # Errors
-    /// 404 when there is none of one of the names.
+    /// 404 when there is none of one of the names, or not in the generation that was asked for.
     pub(super) async fn status(&self, state: &AppState) -> Result<Option<AdapterStatus>, ApiError> {
         let mut first = None;
         for (name, _) in self.named(state)? {
-            let bare = name.split_once('@').map_or(name.as_str(), |(bare, _)| bare);
-            let status = state.store.status(bare).await.map_err(|e| store_error(e, self.shown_name(&name)))?;
+            let status = state.store.status_of(&name).await.map_err(|e| store_error(e, self.shown_name(&name)))?;
             first.get_or_insert(status);
         }
         Ok(first)

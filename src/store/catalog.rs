@@ -13,7 +13,7 @@ use super::admission::{Admission, Permit};
 use super::load::{Flights, Loader};
 use super::local::{self, Roots};
 use super::memory::{Bytes, Generation, Memory};
-use super::name::{check_name, parse_reference};
+use super::name::{Reference, check_name, parse_reference};
 use super::numbers::Numbers;
 use super::objects::{DirectoryVersion, Objects};
 use super::record::{Current, NameState, Published, Record, Source};
@@ -266,7 +266,7 @@ impl Store {
     pub async fn list(&self) -> Result<Vec<AdapterStatus>, StoreError> {
         let names = self.shared.objects.names().await?;
         let found = stream::iter(names).map(|name| async move {
-            match self.shared.describe(&name).await {
+            match self.shared.describe(&name, None).await {
                 Ok(status) => Some(status),
                 Err(StoreError::NotFound(_)) => None,
                 Err(error) => {
@@ -300,7 +300,21 @@ impl Store {
     /// See [`StoreError`].
     pub async fn status(&self, name: &str) -> Result<AdapterStatus, StoreError> {
         check_name(name).map_err(|_| StoreError::NotFound(name.to_owned()))?;
-        self.shared.describe(name).await
+        self.shared.describe(name, None).await
+    }
+
+    /// The state of what `name` or `name@generation` means now, without loading it.
+    ///
+    /// # Errors
+    /// See [`StoreError`]. What cannot be a name is `NotFound`.
+    pub async fn status_of(&self, reference: &str) -> Result<AdapterStatus, StoreError> {
+        let Reference { name, generation } = parse_reference(reference)?;
+        let status = self.shared.describe(name, generation).await?;
+        // A directory has one generation, which is not looked up by its number.
+        match generation {
+            Some(number) if number != status.generation => Err(StoreError::NotFound(reference.to_owned())),
+            _ => Ok(status),
+        }
     }
 }
 
@@ -386,9 +400,9 @@ impl Shared {
         self.memory.get(&self.generation(target)?)
     }
 
-    /// One name's state.
-    pub(super) async fn describe(&self, name: &str) -> Result<AdapterStatus, StoreError> {
-        match self.find(name, None).await? {
+    /// The state of a name's generation; of the current one where none is given.
+    pub(super) async fn describe(&self, name: &str, generation: Option<u64>) -> Result<AdapterStatus, StoreError> {
+        match self.find(name, generation).await? {
             Target::Published(generation) => {
                 let published = self.known().published(name, generation.number);
                 Ok(self.status_of(&generation, published.map_or(0, |published| published.created)))

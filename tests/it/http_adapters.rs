@@ -245,6 +245,22 @@ async fn adapters_are_listed_shown_replaced_and_removed() {
 }
 
 #[tokio::test]
+async fn a_generation_is_described_by_its_number() {
+    let service = Service::start().await;
+    for generation in [1, 2] {
+        let reply = upload(&service, "a", TAR, tar_of(&adapter(generation as f32))).await;
+        assert_eq!(reply.json()["generation"], generation);
+    }
+    for (id, generation) in [("a", 2), ("a@2", 2), ("a@1", 1), ("base:a@1", 1)] {
+        let entry = service.get(&format!("/v1/models/{id}")).await.json();
+        assert_eq!((&entry["id"], &entry["adapter_generation"]), (&json!("a"), &json!(generation)), "{id}");
+    }
+    check_error(&service.get("/v1/models/a@3").await, (404, "NotFoundError", Some("model")), "`a@3` does not exist");
+    delete(&service, "a").await;
+    check_error(&service.get("/v1/models/a@1").await, (404, "NotFoundError", Some("model")), "`a@1` does not exist");
+}
+
+#[tokio::test]
 async fn options_come_in_the_query() {
     let service = Service::start().await;
     let merged = upload(&service, "a?merge=true", TAR, tar_of(&adapter(1.0))).await.json();

@@ -69,6 +69,14 @@ async fn models_are_listed_base_first() {
         assert_eq!((&adapter["parent"], &adapter["root"]), (&json!("base"), &json!("skip")));
         assert_eq!(adapter["max_model_len"], Json::Null);
     }
+    for id in ["skip@1", "base:skip@1"] {
+        assert_eq!(service.get(&format!("/v1/models/{id}")).await.json(), list["data"][2], "{id}");
+    }
+    for id in ["skip@99", "skip@2", "skip@0", "skip@x", "skip@", "skip@1@1", "base:skip@99"] {
+        let reply = service.get(&format!("/v1/models/{id}")).await;
+        assert_eq!(reply.status, StatusCode::NOT_FOUND, "{id}");
+        assert_eq!(reply.json()["error"]["message"], format!("The model `{id}` does not exist."));
+    }
     let reply = service.get("/v1/models/org/none").await;
     assert_eq!(reply.status, StatusCode::NOT_FOUND);
     assert_eq!(reply.json()["error"]["message"], "The model `org/none` does not exist.");
@@ -90,6 +98,12 @@ async fn text_and_tokens_are_each_others_inverse() {
     assert_eq!(text, json!({"prompt": "<|start|>ab é"}));
     service.refused("/tokenize", &json!({}), (400, Some("prompt")), "`prompt` or `messages`").await;
     service.refused("/tokenize", &json!({"model": "x", "prompt": "a"}), (404, Some("model")), "x").await;
+    for (path, field, value) in [("/tokenize", "prompt", json!("a")), ("/detokenize", "tokens", json!([97]))] {
+        let body = |model: &str| json!({"model": model, field: value});
+        assert_eq!(service.post(path, &body("skip@1")).await.status, StatusCode::OK, "{path}");
+        service.refused(path, &body("skip@99"), (404, Some("model")), "`skip@99` does not exist").await;
+        service.refused(path, &body("skip@x"), (404, Some("model")), "`skip@x` does not exist").await;
+    }
     service.refused("/detokenize", &json!({"tokens": [264]}), (400, Some("tokens")), "264").await;
     service.refused("/detokenize", &json!({"tokens": "x"}), (400, Some("tokens")), "sequence").await;
 }
