@@ -33,6 +33,9 @@ use crate::text::Text;
 /// How often a draining server looks whether its requests are finished.
 const DRAIN_TICK: Duration = Duration::from_millis(20);
 
+/// How long requests that were cut off may take to tell their clients so.
+const FLUSH_MAX: Duration = Duration::from_secs(2);
+
 /// A server with all its parts, not yet listening.
 pub struct App {
     /// The parts, as the handlers see them.
@@ -116,25 +119,31 @@ impl App {
         Ok(())
     }
 
-    /// Refuses new requests, lets running ones finish up to `server.drain_timeout_s`, then stops the engine.
+    /// Refuses new requests, lets running ones finish up to `server.drain_timeout_s`, then stops the engine. What still runs
+    /// by then is answered 503.
     async fn drain(self, front: Front) {
         let AppState { engine, config, draining, .. } = self.state;
         draining.store(true, Ordering::Release);
         tracing::info!(sequences = engine.in_flight(), timeout_s = config.drain_timeout_s, "draining");
+        let mut close = pin!(front.close());
         let finished = tokio::time::timeout(Duration::from_secs(config.drain_timeout_s), async {
             // The port stays open meanwhile, so that new requests are told 503 rather than refused a connection.
             let mut tick = tokio::time::interval(DRAIN_TICK);
             while engine.in_flight() > 0 {
                 tick.tick().await;
             }
-            front.close().await;
+            close.as_mut().await;
         });
-        if finished.await.is_err() {
+        let is_finished = finished.await.is_ok();
+        if !is_finished {
             tracing::warn!(sequences = engine.in_flight(), "drain timeout; what still runs is cut off");
         }
         engine.stop_accepting();
         if spawn_blocking(move || engine.shut_down()).await.is_err() {
             tracing::error!("the engine panicked while it was shut down");
+        }
+        if !is_finished && tokio::time::timeout(FLUSH_MAX, close).await.is_err() {
+            tracing::warn!("closing connections that are still in use");
         }
         tracing::info!("stopped");
     }

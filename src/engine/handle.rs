@@ -11,9 +11,6 @@ use super::step::Engine;
 use super::{EngineConfig, Forward, ForwardLimits, GenerationEvent, GenerationRequest, SubmitError};
 use crate::metrics::{AdapterActivity, Metrics};
 
-/// Clients of sequences that a shutdown cuts off see this.
-const SHUTTING_DOWN: &str = "the server is shutting down";
-
 /// How often an idle engine looks whether adapters in its slots have left the host's memory.
 const TIDY_INTERVAL: Duration = Duration::from_secs(1);
 
@@ -139,7 +136,7 @@ fn run(mut engine: Engine, events: &Receiver<Event>) {
             }
         }
         if is_shutting_down {
-            engine.shut_down(SHUTTING_DOWN);
+            engine.shut_down();
             return;
         }
         engine.step();

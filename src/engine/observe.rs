@@ -71,7 +71,7 @@ impl Observer {
             End::Finished(FinishReason::Stop) => "stop",
             End::Finished(FinishReason::Length) => "length",
             End::Failed(_) => "error",
-            End::Cancelled | End::ShutDown(_) => "abort",
+            End::Cancelled | End::ShutDown => "abort",
         };
         self.metrics.request_success.with_label_values(&[reason]).inc();
         match end {
@@ -79,7 +79,7 @@ impl Observer {
             End::Failed(_) => self.metrics.for_adapter_labels(sequence.adapter_names(), |label| {
                 self.metrics.adapter_errors.with_label_values(&[label]).inc();
             }),
-            End::Cancelled | End::ShutDown(_) => {}
+            End::Cancelled | End::ShutDown => {}
         }
     }
 

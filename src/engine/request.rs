@@ -72,7 +72,7 @@ impl Default for SamplingParams {
     }
 }
 
-/// What a request task receives, in order: at most one `Prompt`, then `Token`s, then one `Finished` or `Failed`.
+/// What a request task receives, in order: at most one `Prompt`, then `Token`s, then one of the others.
 #[derive(Clone, Debug)]
 pub enum GenerationEvent {
     /// Logprobs of the prompt's tokens; the first has none.
@@ -83,6 +83,8 @@ pub enum GenerationEvent {
     Finished(Finish),
     /// The engine could not go on with this sequence; the text is safe to show.
     Failed(String),
+    /// The engine was shut down before the sequence ended.
+    ShutDown,
 }
 
 /// One generated token.

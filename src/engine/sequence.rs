@@ -137,8 +137,8 @@ pub(super) enum End {
     Failed(&'static str),
     /// The receiver was dropped.
     Cancelled,
-    /// The server stops; the text is safe to show.
-    ShutDown(&'static str),
+    /// The server stops.
+    ShutDown,
 }
 
 /// What a new sequence needs beside its request.
@@ -423,7 +423,8 @@ impl Sequence {
                 cached_tokens: self.cached_tokens.unwrap_or(0),
                 generated_tokens: self.generated(),
             })),
-            End::Failed(message) | End::ShutDown(message) => self.send(GenerationEvent::Failed(message.to_owned())),
+            End::Failed(message) => self.send(GenerationEvent::Failed(message.to_owned())),
+            End::ShutDown => self.send(GenerationEvent::ShutDown),
             End::Cancelled => {}
         }
     }

@@ -144,10 +144,10 @@ impl Engine {
         self.residents.iter().any(Option::is_some)
     }
 
-    /// Ends every sequence with a message to its client, which must be safe to show.
-    pub fn shut_down(&mut self, message: &'static str) {
+    /// Ends every sequence and tells its client why.
+    pub fn shut_down(&mut self) {
         for sequence in self.scheduler.running.iter_mut().chain(&mut self.scheduler.waiting) {
-            sequence.end = Some(End::ShutDown(message));
+            sequence.end = Some(End::ShutDown);
         }
         self.sweep();
         self.publish();

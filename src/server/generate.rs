@@ -312,6 +312,7 @@ impl Answer {
                 error!(%message, "generation failed");
                 Err(ApiError::new(StatusCode::INTERNAL_SERVER_ERROR, message))
             }
+            Ok(Some(GenerationEvent::ShutDown)) => Err(shutting_down()),
             Ok(Some(GenerationEvent::Prompt(logprobs))) => Ok(Step { prompt: Some(logprobs), ..self.step() }),
             Ok(Some(GenerationEvent::Token(token))) => Ok(self.token(token)),
             Ok(Some(GenerationEvent::Finished(finish))) => Ok(self.finished(finish)),

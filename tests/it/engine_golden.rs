@@ -55,7 +55,9 @@ fn tokens(mut events: Receiver<GenerationEvent>) -> Vec<u32> {
         match event {
             GenerationEvent::Token(token) => tokens.push(token.id),
             GenerationEvent::Finished(_) => return tokens,
-            GenerationEvent::Prompt(_) | GenerationEvent::Failed(_) => panic!("unexpected: {event:?}"),
+            GenerationEvent::Prompt(_) | GenerationEvent::Failed(_) | GenerationEvent::ShutDown => {
+                panic!("unexpected: {event:?}")
+            }
         }
     }
     panic!("no end after {tokens:?}")

@@ -9,9 +9,12 @@ use axum::body::Body;
 use axum::http::{Request, StatusCode};
 use futures::{FutureExt, StreamExt};
 use http_body_util::BodyExt;
+use patchbay::app::App;
 use patchbay::server::{ServerConfig, router};
 use patchbay::store::Admission;
 use serde_json::{Value as Json, json};
+use tokio::net::TcpListener;
+use tokio::sync::oneshot;
 
 use super::http_support::{PANIC, Reply, Service, post};
 
@@ -141,6 +144,43 @@ async fn draining_refuses_new_work_only() {
     };
     let (reply, ()) = tokio::join!(running, drain);
     assert_eq!(reply.json()["choices"][0]["text"], "bc");
+}
+
+#[tokio::test]
+async fn what_the_drain_timeout_cuts_off_is_told_to_try_again() {
+    let service = Service::with_config(ServerConfig { drain_timeout_s: 0, ..ServerConfig::default() }).await;
+    let engine = service.state.engine.clone();
+    service.gate.set_closed(true);
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = format!("http://{}{PATH}", listener.local_addr().unwrap());
+    let (stop, stopped) = oneshot::channel::<()>();
+    let app = App { state: service.state.clone() };
+    let serving = tokio::spawn(app.serve(listener, async { drop(stopped.await) }));
+
+    let client = reqwest::Client::builder().no_proxy().build().unwrap();
+    let ask = |stream: bool| {
+        let body = json!({"prompt": "a", "max_tokens": 50, "ignore_eos": true, "stream": stream});
+        let request = client.post(&url).header("content-type", "application/json").body(body.to_string());
+        async {
+            let response = request.send().await.unwrap();
+            (response.status(), response.headers().clone(), response.text().await.unwrap())
+        }
+    };
+    let drain = async {
+        until(|| engine.in_flight() == 2).await;
+        drop(stop);
+        // The engine was told to end, so the step that waits is its last.
+        until(|| !engine.is_alive()).await;
+        service.gate.set_closed(false);
+    };
+    let (whole, streamed, ()) = tokio::join!(ask(false), ask(true), drain);
+    assert_eq!(whole.0, 503, "{}", whole.2);
+    assert_eq!(whole.1["retry-after"], "5");
+    assert!(whole.2.contains("the server is shutting down"), "{}", whole.2);
+    // The status of a stream is sent already.
+    assert_eq!(streamed.0, 200);
+    assert!(streamed.2.contains(r#""code":503"#) && streamed.2.ends_with("data: [DONE]\n\n"), "{}", streamed.2);
+    serving.await.unwrap().unwrap();
 }
 
 async fn with_key(service: &Service, method: &str, path: &str, authorization: Option<&str>) -> Reply {

@@ -49,6 +49,7 @@ impl Outcome {
                 self.finish = Some(finish);
             }
             GenerationEvent::Failed(message) => self.failed = Some(message),
+            GenerationEvent::ShutDown => self.failed = Some("shut down".to_owned()),
         }
     }
 
