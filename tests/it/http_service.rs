@@ -231,6 +231,37 @@ async fn keys_open_what_they_are_for() {
 }
 
 #[tokio::test]
+async fn web_pages_change_no_adapters_of_a_server_without_keys() {
+    let open = Service::start().await;
+    let keyed = Service::with_config(ServerConfig { api_key: Some("k".to_owned()), ..ServerConfig::default() }).await;
+    let check = async |service: &Service, host: &str, origin: Option<&str>, expected: u16, word: &str| {
+        let routes = [("DELETE", "/v1/adapters/none"), ("POST", "/v1/unload_lora_adapter")];
+        for (method, path) in routes {
+            let mut request = Request::builder().method(method).uri(path).header("host", host);
+            request = request.header("authorization", "Bearer k").header("content-type", "application/json");
+            if let Some(origin) = origin {
+                request = request.header("origin", origin);
+            }
+            let reply = service.call(request.body(Body::from(r#"{"lora_name": "none"}"#)).unwrap()).await;
+            assert_eq!(reply.status.as_u16(), expected, "{path} {host} {origin:?}: {}", reply.text());
+            assert!(reply.text().contains(word), "{}", reply.text());
+        }
+    };
+    // Removing what is not there: 404 once the door is open.
+    check(&open, "localhost:8000", None, 404, "none").await;
+    check(&open, "127.0.0.1:8000", Some("http://localhost:3000"), 404, "none").await;
+    check(&open, "rebound.example.org:8000", None, 403, "the request's Host").await;
+    check(&open, "rebound.example.org:8000", Some("http://localhost:3000"), 403, "the request's Host").await;
+    check(&open, "localhost:8000", Some("https://example.org"), 403, "the request's Origin").await;
+    check(&open, "localhost:8000", Some("null"), 403, "the request's Origin").await;
+    // A key says more than a header.
+    check(&keyed, "models.example.org", Some("https://example.org"), 404, "none").await;
+    // What changes nothing is open as before.
+    let list = Request::get("/v1/models").header("host", "models.example.org").body(Body::empty()).unwrap();
+    assert_eq!(open.call(list).await.status, StatusCode::OK);
+}
+
+#[tokio::test]
 async fn a_full_queue_is_answered_429_before_the_first_byte() {
     let service = Service::start().await;
     service.gate.set_closed(true);

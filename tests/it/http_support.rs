@@ -12,7 +12,7 @@ use std::sync::{Arc, Condvar, Mutex};
 
 use axum::Router;
 use axum::body::{Body, Bytes};
-use axum::http::{HeaderMap, Request, StatusCode};
+use axum::http::{HeaderMap, HeaderValue, Request, StatusCode};
 use candle_core::{DType, Device, Result, Tensor};
 use http_body_util::BodyExt;
 use patchbay::adapter::{BaseShape, BaseWeights, Formats, LoweredAdapter, Site, SiteId, SiteKind, SiteTable};
@@ -222,7 +222,9 @@ impl Service {
     }
 
     /// Sends a request and waits for the answer's head.
-    pub(crate) async fn send(&self, request: Request<Body>) -> axum::response::Response {
+    pub(crate) async fn send(&self, mut request: Request<Body>) -> axum::response::Response {
+        // As every client of a server on this machine does.
+        request.headers_mut().entry("host").or_insert(HeaderValue::from_static("127.0.0.1:8000"));
         self.router.clone().oneshot(request).await.unwrap()
     }
 
