@@ -16,7 +16,7 @@ use super::memory::{Bytes, Generation, Memory};
 use super::name::{Reference, check_name, parse_reference};
 use super::numbers::Numbers;
 use super::objects::{DirectoryVersion, Objects};
-use super::record::{Current, NameState, Published, Record, Source};
+use super::record::{ContentDigest, Current, NameState, Published, Record, Source};
 use super::workers::Workers;
 use super::{StoreConfig, StoreError, unpack};
 use crate::adapter::{AdapterFiles, BaseWeights, Formats, LoadedAdapter, LowerReport};
@@ -449,6 +449,17 @@ impl Shared {
 impl Known {
     fn published(&self, name: &str, number: u64) -> Option<Published> {
         self.names.get(name)?.published.get(&number).copied()
+    }
+
+    /// The generation that a plain directory with this content is, or would be the next time it is counted.
+    pub(super) fn directory_generation(&self, name: &str, digest: ContentDigest) -> Generation {
+        let last = self.names.get(name).map_or(0, |state| state.last);
+        let number = match self.directories.get(name).map(|directory| &directory.generation) {
+            None => 1,
+            Some(known) if known.digest == digest => known.number,
+            Some(known) => known.number + 1,
+        };
+        Generation { name: name.to_owned(), number: number.max(last), digest, merge: false }
     }
 }
 

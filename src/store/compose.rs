@@ -6,7 +6,7 @@ use sha2::{Digest, Sha256};
 
 use super::StoreError;
 use super::catalog::{Shared, Store};
-use super::memory::{Bytes, Recipe};
+use super::memory::{Bytes, Recipe, RecipePart};
 use super::name::parse_reference;
 use crate::adapter::{LoadedAdapter, Part, compose, own_bytes_of};
 
@@ -44,10 +44,7 @@ impl Store {
 
 impl Shared {
     async fn compose(&self, parts: Vec<(Arc<LoadedAdapter>, f32)>) -> Result<Arc<LoadedAdapter>, StoreError> {
-        let part = |(adapter, strength): &(Arc<LoadedAdapter>, f32)| {
-            (adapter.name.clone(), adapter.generation, strength.to_bits())
-        };
-        let recipe: Recipe = parts.iter().map(part).collect();
+        let recipe: Recipe = parts.iter().map(|(adapter, strength)| RecipePart::new(adapter, *strength)).collect();
         if let Some(composition) = self.memory.composition(&recipe) {
             return Ok(composition);
         }

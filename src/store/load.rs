@@ -193,7 +193,7 @@ impl Shared {
         Err(StoreError::storage("loads of the adapter end without an answer"))
     }
 
-    async fn load(&self, target: &Target) -> Answer {
+    async fn load(self: &Arc<Self>, target: &Target) -> Answer {
         let permit = self.loads.admit().await?;
         let started = Instant::now();
         let (name, loaded) = match target {
@@ -218,28 +218,27 @@ impl Shared {
         Ok(self.install(generation, prepared.await?))
     }
 
-    async fn load_directory(&self, name: &str, permit: Permit, started: Instant) -> Answer {
+    async fn load_directory(self: &Arc<Self>, name: &str, permit: Permit, started: Instant) -> Answer {
         let DirectoryContent { files, version, settled } = self.objects.read_directory(name).await?;
-        let known = self.known().directories.get(name).map(|directory| directory.generation.clone());
-        let last = self.known().names.get(name).map_or(0, |state| state.last);
-        let (loader, memory, owner) = (self.loader.clone(), self.memory.clone(), name.to_owned());
+        let (shared, owner) = (self.clone(), name.to_owned());
         let loaded = self.work(permit, move || {
             let digest = ContentDigest::of(&files);
-            let number = match &known {
-                None => last.max(1),
-                Some(known) if known.digest == digest => known.number.max(last),
-                Some(known) => (known.number + 1).max(last),
-            };
-            let generation = Generation { name: owner, number, digest, merge: false };
             // A file that was touched and not changed is still the same generation.
-            match memory.get(&generation) {
-                Some(adapter) => Ok((generation, Ok(adapter))),
-                None => Ok((generation, Err(loader.prepare(files, false, |_| Ok(digest), started)?))),
+            let generation = shared.known().directory_generation(&owner, digest);
+            match shared.memory.get(&generation) {
+                Some(adapter) => Ok((digest, Ok(adapter))),
+                None => Ok((digest, Err(shared.loader.prepare(files, false, |_| Ok(digest), started)?))),
             }
         });
-        let (generation, loaded) = loaded.await?;
-        let directory = KnownDirectory { version, settled, generation: generation.clone() };
-        self.known().directories.insert(name.to_owned(), directory);
+        let (digest, loaded) = loaded.await?;
+        let generation = {
+            // Under one lock: of two loads that found different content each gets a number of its own.
+            let mut known = self.known();
+            let generation = known.directory_generation(name, digest);
+            let directory = KnownDirectory { version, settled, generation: generation.clone() };
+            known.directories.insert(name.to_owned(), directory);
+            generation
+        };
         match loaded {
             Ok(adapter) => Ok(adapter),
             Err(prepared) => {

@@ -59,8 +59,24 @@ impl Bytes {
     }
 }
 
-/// What a composition is made of: name, generation and the strength's bits of each part, in order.
-pub(super) type Recipe = Vec<(String, u64, u32)>;
+/// What a composition is made of, in order.
+pub(super) type Recipe = Vec<RecipePart>;
+
+/// An adapter with its strength. A name's number may mean other content in another process, and so its digest counts too.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub(super) struct RecipePart {
+    name: String,
+    number: u64,
+    digest: [u8; 32],
+    strength_bits: u32,
+}
+
+impl RecipePart {
+    pub(super) fn new(adapter: &LoadedAdapter, strength: f32) -> Self {
+        let (name, number) = (adapter.name.clone(), adapter.generation);
+        Self { name, number, digest: adapter.digest, strength_bits: strength.to_bits() }
+    }
+}
 
 /// The loaded adapters; clones share them.
 #[derive(Clone)]
@@ -160,8 +176,10 @@ impl Memory {
         for generation in &old {
             held.release(generation);
         }
-        let number = keep.map(|generation| generation.number);
-        let outdated = |part: &(String, u64, u32)| part.0 == name && Some(part.1) != number;
+        // What is not loaded is part of nothing: compositions hold their parts.
+        let kept = keep.and_then(|generation| held.entries.get(generation)).map(|entry| &entry.adapter);
+        let kept = kept.map(|adapter| (adapter.generation, adapter.digest));
+        let outdated = |part: &RecipePart| part.name == name && Some((part.number, part.digest)) != kept;
         held.drop_compositions(|recipe, _| recipe.iter().any(outdated));
         held.used();
         self.show(&held, name);
@@ -361,7 +379,7 @@ mod tests {
         let adapter = LoadedAdapter {
             name: generation.name.clone(),
             generation: generation.number,
-            digest: [0; 32],
+            digest: generation.digest.0,
             lowered: LoweredAdapter::default(),
             bytes: bytes.host,
             parts: Vec::new(),
@@ -468,7 +486,7 @@ mod tests {
     }
 
     fn recipe(parts: &[&Arc<LoadedAdapter>]) -> Recipe {
-        parts.iter().map(|part| (part.name.clone(), part.generation, 0)).collect()
+        parts.iter().map(|part| RecipePart::new(part, 1.0)).collect()
     }
 
     #[test]
@@ -503,6 +521,22 @@ mod tests {
         assert!(memory.composition(&recipes[0]).is_none() && memory.composition(&recipes[1]).is_some());
         assert_eq!(used(&memory), host(55), "what a request holds still counts");
         drop(both);
+        assert_eq!(used(&memory), host(25));
+    }
+
+    #[test]
+    fn compositions_of_other_content_under_the_same_number_are_others_and_leave() {
+        let memory = memory();
+        let old = generation("a", 2);
+        let new = Generation { digest: ContentDigest([1; 32]), ..old.clone() };
+        let (part, changed) = (load(&memory, &old, host(20)).unwrap(), load(&memory, &new, host(20)).unwrap());
+        drop(compose(&memory, "old", &[&part], host(5)));
+        assert!(memory.composition(&recipe(&[&changed])).is_none(), "the weights are not those");
+        drop(compose(&memory, "new", &[&changed], host(5)));
+        let recipes = [recipe(&[&part]), recipe(&[&changed])];
+        drop((part, changed));
+        memory.supersede("a", Some(&new));
+        assert!(memory.composition(&recipes[0]).is_none() && memory.composition(&recipes[1]).is_some());
         assert_eq!(used(&memory), host(25));
     }
 

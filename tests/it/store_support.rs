@@ -50,10 +50,14 @@ impl Base {
         self.changed.notify_all();
     }
 
-    /// Blocks until a load waits at the gate.
-    pub(crate) fn wait_for_load(&self) {
-        let gate = self.gate.lock().unwrap();
-        drop(self.changed.wait_while(gate, |gate| gate.waiting == 0).unwrap());
+    /// Returns once so many loads wait at the gate.
+    pub(crate) async fn wait_for_loads(self: &Arc<Self>, count: usize) {
+        let base = self.clone();
+        let wait = move || {
+            let gate = base.gate.lock().unwrap();
+            drop(base.changed.wait_while(gate, |gate| gate.waiting < count).unwrap());
+        };
+        tokio::task::spawn_blocking(wait).await.unwrap();
     }
 }
 

@@ -1,13 +1,17 @@
 //! Several requests, publishers and stores at once.
 
+use std::fs;
+use std::path::Path;
 use std::sync::Arc;
+use std::time::{Duration, UNIX_EPOCH};
 
+use patchbay::adapter::AdapterFiles;
 use patchbay::store::{PublishOptions, StoreConfig, StoreError};
 use tempfile::tempdir;
 use tokio::task::JoinSet;
 
 use super::{check_absent, served};
-use crate::store_support::{Opened, adapter, merged, open, open_with, plain, value, write_directory};
+use crate::store_support::{Opened, adapter, merged, open, open_with, plain, squares, value, write_directory};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 async fn concurrent_requests_load_a_generation_once() {
@@ -23,12 +27,7 @@ async fn concurrent_requests_load_a_generation_once() {
     // One of them gives up meanwhile; the others do not notice.
     let mut impatient = Box::pin(store.resolve("a"));
     assert!(futures::poll!(&mut impatient).is_pending());
-    tokio::task::spawn_blocking({
-        let base = base.clone();
-        move || base.wait_for_load()
-    })
-    .await
-    .unwrap();
+    base.wait_for_loads(1).await;
     drop(impatient);
     base.open();
     let adapters = tasks.join_all().await;
@@ -36,6 +35,55 @@ async fn concurrent_requests_load_a_generation_once() {
     assert_eq!(metrics.adapter_load_seconds.with_label_values(&["a"]).get_sample_count(), 1);
     // The task that loaded holds one more until it has ended, which nobody waits for.
     assert!(matches!(store.status("a").await.unwrap().leases, 20 | 21));
+}
+
+/// Writes an adapter directory whose files were last changed that many seconds after 1970.
+fn write_dated(dir: &Path, files: &AdapterFiles, seconds: u64) {
+    write_directory(dir, files);
+    for file in ["adapter_config.json", "adapter_model.safetensors"] {
+        let file = fs::File::options().write(true).open(dir.join(file)).unwrap();
+        file.set_modified(UNIX_EPOCH + Duration::from_secs(seconds)).unwrap();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn a_directory_that_changes_while_it_loads_has_a_generation_for_each_content() {
+    let root = tempdir().unwrap();
+    let dir = root.path().join("plain");
+    let Opened { store, base, .. } = open(root.path()).await;
+    base.close();
+    let mut loads = Vec::new();
+    for (count, value) in [(1, 1.0), (2, 2.0)] {
+        write_dated(&dir, &squares(value), 1_000_000 * count as u64);
+        let store = store.clone();
+        loads.push(tokio::spawn(async move { store.resolve("plain").await.unwrap() }));
+        base.wait_for_loads(count).await;
+    }
+    base.open();
+    let mut adapters = Vec::new();
+    for load in loads {
+        adapters.push(load.await.unwrap());
+    }
+    assert_eq!(adapters.iter().map(|adapter| value(adapter)).collect::<Vec<_>>(), [4.0, 16.0]);
+    assert_ne!(adapters[0].generation, adapters[1].generation);
+    assert_eq!(served(&store, "plain").await, 16.0);
+}
+
+#[tokio::test]
+async fn a_composition_is_of_the_content_and_not_of_its_number() {
+    let root = tempdir().unwrap();
+    let dir = root.path().join("a");
+    write_directory(&dir, &adapter(1.0));
+    let (one, two) = (open(root.path()).await.store, open(root.path()).await.store);
+    let half = [("a".to_owned(), 0.5)];
+    let composed = async || value(&one.compose(&half).await.unwrap().expect("of strength 0.5"));
+    assert_eq!(composed().await, 0.5);
+    write_directory(&dir, &adapter(2.0));
+    assert_eq!(composed().await, 1.0);
+    // The other process has not seen that change, and so its first publication is a second generation as well.
+    assert_eq!(one.status("a").await.unwrap().generation, 2);
+    assert_eq!(two.publish("a", adapter(3.0), &plain()).await.unwrap().generation, 2);
+    assert_eq!(composed().await, 1.5);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
@@ -74,8 +122,7 @@ async fn loads_beyond_the_queue_are_busy() {
         let store = store.clone();
         async move { store.resolve("a").await }
     });
-    let waited = base.clone();
-    tokio::task::spawn_blocking(move || waited.wait_for_load()).await.unwrap();
+    base.wait_for_loads(1).await;
     let (second, third) = (store.resolve("b"), store.resolve("c"));
     // Both ask; one waits, and the other is told to come back. Which is which is a matter of timing.
     let (mut second, mut third) = (Box::pin(second), Box::pin(third));
