@@ -41,7 +41,7 @@ pub(super) struct Shared {
     pub(super) uploads: Admission,
     pub(super) workers: Workers,
     pub(super) flights: Flights,
-    pub(super) composing: tokio::sync::Mutex<()>,
+    pub(super) composing: Arc<tokio::sync::Mutex<()>>,
     pub(super) metrics: Arc<Metrics>,
     known: Mutex<Known>,
 }
@@ -159,7 +159,7 @@ impl Store {
             // Beside the loads an upload for each may have to be unpacked.
             workers: Workers::new(2 * config.loads_max)?,
             flights: Flights::default(),
-            composing: tokio::sync::Mutex::default(),
+            composing: Arc::default(),
             metrics,
             known: Mutex::default(),
             config,

@@ -48,14 +48,15 @@ impl Shared {
         if let Some(composition) = self.memory.composition(&recipe) {
             return Ok(composition);
         }
-        // One at a time: whoever waits for the same composition finds it then.
-        let _turn = self.composing.lock().await;
+        // One at a time: whoever waits for the same composition finds it then, also when the first has gone away.
+        let turn = self.composing.clone().lock_owned().await;
         if let Some(composition) = self.memory.composition(&recipe) {
             return Ok(composition);
         }
         let permit = self.loads.admit().await?;
         let (loader, count_max) = (self.loader.clone(), self.config.compositions_max);
         self.work(permit, move || {
+            let _turn = turn;
             let mut reservation = loader.memory.reservation();
             let steps: Vec<Part<'_>> = parts
                 .iter()
@@ -74,8 +75,7 @@ impl Shared {
                 bytes: host,
                 parts: parts.into_iter().map(|(adapter, _)| adapter).collect(),
             });
-            reservation.commit_composition(recipe, composition.clone(), count_max);
-            Ok(composition)
+            Ok(reservation.commit_composition(recipe, composition, count_max))
         })
         .await
     }

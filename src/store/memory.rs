@@ -323,12 +323,20 @@ impl Reservation {
 
     /// The same for a composition, of which at most `count_max` are kept: the least recently used idle one makes room,
     /// and when all are in use the new one is not kept.
-    pub(super) fn commit_composition(mut self, recipe: Recipe, adapter: Arc<LoadedAdapter>, count_max: usize) {
+    pub(super) fn commit_composition(
+        mut self,
+        recipe: Recipe,
+        adapter: Arc<LoadedAdapter>,
+        count_max: usize,
+    ) -> Arc<LoadedAdapter> {
         let memory = self.memory.clone();
         let mut held = memory.lock();
         held.clock += 1;
         let bytes = std::mem::take(&mut self.bytes);
         held.reserved = held.reserved - bytes;
+        if let Some(entry) = held.compositions.get(&recipe) {
+            return entry.adapter.clone();
+        }
         while held.compositions.len() >= count_max {
             let idle = held.compositions.iter().filter(|(_, entry)| entry.leases() == 0);
             let Some(oldest) = idle.min_by_key(|(_, entry)| entry.last_used).map(|(recipe, _)| recipe.clone()) else {
@@ -336,13 +344,14 @@ impl Reservation {
             };
             held.compositions.remove(&oldest);
         }
-        let entry = Entry { adapter, bytes, last_used: held.clock };
+        let entry = Entry { adapter: adapter.clone(), bytes, last_used: held.clock };
         if held.compositions.len() < count_max {
             held.compositions.insert(recipe, entry);
         } else {
             held.outgoing.push(entry.outgoing(None));
         }
         memory.metrics.adapters_loaded_bytes.set(gauge(held.visible().host));
+        adapter
     }
 }
 
@@ -481,8 +490,7 @@ mod tests {
             bytes: bytes.host,
             parts: parts.iter().map(|part| Arc::clone(part)).collect(),
         });
-        reservation.commit_composition(recipe(parts), adapter.clone(), 2);
-        adapter
+        reservation.commit_composition(recipe(parts), adapter, 2)
     }
 
     fn recipe(parts: &[&Arc<LoadedAdapter>]) -> Recipe {
@@ -521,6 +529,15 @@ mod tests {
         assert!(memory.composition(&recipes[0]).is_none() && memory.composition(&recipes[1]).is_some());
         assert_eq!(used(&memory), host(55), "what a request holds still counts");
         drop(both);
+        assert_eq!(used(&memory), host(25));
+    }
+
+    #[test]
+    fn a_composition_is_held_once() {
+        let memory = memory();
+        let part = load(&memory, &generation("a", 1), host(20)).unwrap();
+        let (first, second) = (compose(&memory, "a", &[&part], host(5)), compose(&memory, "a", &[&part], host(5)));
+        assert!(Arc::ptr_eq(&first, &second));
         assert_eq!(used(&memory), host(25));
     }
 

@@ -87,6 +87,34 @@ async fn a_composition_is_of_the_content_and_not_of_its_number() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn a_composition_that_nobody_waits_for_any_more_still_has_its_turn() {
+    let root = tempdir().unwrap();
+    let config =
+        StoreConfig { root: root.path().to_owned(), loads_max: 1, load_queue_max: 0, ..StoreConfig::default() };
+    let Opened { store, base, .. } = open_with(config).await;
+    store.publish("a", adapter(1.0), &merged()).await.unwrap();
+    base.close();
+    let half = [("a".to_owned(), 0.5)];
+    let mut first = Box::pin(store.compose(&half));
+    tokio::select! {
+        _ = &mut first => panic!("composing waits at the gate"),
+        () = base.wait_for_loads(1) => {}
+    }
+    drop(first);
+    // The second waits for the same composition, and does not ask for a load of its own beside it.
+    let opened = async {
+        for _ in 0..50 {
+            store.status("a").await.unwrap();
+        }
+        base.open();
+    };
+    let (second, ()) = tokio::join!(store.compose(&half), opened);
+    let third = store.compose(&half).await.unwrap().unwrap();
+    assert!(Arc::ptr_eq(&second.unwrap().unwrap(), &third));
+    assert_eq!(value(&third), 0.5);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 async fn requests_that_share_a_failed_load_all_learn_why() {
     let root = tempdir().unwrap();
     let mut broken = adapter(1.0);
