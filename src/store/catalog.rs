@@ -4,21 +4,21 @@ use std::collections::HashMap;
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use bytes::Bytes as Archive;
 use futures::{StreamExt, stream};
 use object_store::local::LocalFileSystem;
 use serde::Serialize;
 
-use super::admission::{Admission, Permit};
+use super::admission::Admission;
 use super::load::{Flights, Loader};
 use super::local::{self, Roots};
 use super::memory::{Bytes, Generation, Memory};
 use super::name::{Reference, check_name, parse_reference};
 use super::numbers::Numbers;
 use super::objects::{DirectoryVersion, Objects};
+use super::publish::UploadSlot;
 use super::record::{ContentDigest, Current, NameState, Published, Record, Source};
 use super::workers::Workers;
-use super::{StoreConfig, StoreError, unpack};
+use super::{StoreConfig, StoreError};
 use crate::adapter::{AdapterFiles, BaseWeights, Formats, LoadedAdapter, LowerReport};
 use crate::metrics::Metrics;
 
@@ -120,12 +120,6 @@ pub struct AdapterStatus {
     pub leases: usize,
 }
 
-/// Leave to receive an upload; the memory of all uploads is bounded by their number (`adapters.loads_max`).
-#[must_use]
-pub struct UploadSlot {
-    _permit: Permit,
-}
-
 impl Store {
     /// Opens the store and reads its catalogue.
     ///
@@ -197,10 +191,10 @@ impl Store {
     /// # Errors
     /// `Busy`.
     pub async fn upload_slot(&self) -> Result<UploadSlot, StoreError> {
-        Ok(UploadSlot { _permit: self.shared.uploads.admit().await? })
+        Ok(UploadSlot::new(self.shared.clone(), self.shared.uploads.admit().await?))
     }
 
-    /// Checks, lowers and stores uploaded files as a new generation of `name`.
+    /// As [`UploadSlot::publish`], with a slot of its own.
     ///
     /// # Errors
     /// See [`StoreError`]; the name's state is unchanged then.
@@ -210,28 +204,11 @@ impl Store {
         files: AdapterFiles,
         options: &PublishOptions,
     ) -> Result<AdapterStatus, StoreError> {
-        check_name(name)?;
-        self.shared.publish(name, files, options, Source::Upload).await
+        self.upload_slot().await?.publish(name, files, options).await
     }
 
-    /// Unpacks a tar archive, plain or gzip, of a PEFT directory and publishes it.
-    ///
-    /// # Errors
-    /// See [`StoreError`]; the name's state is unchanged then.
-    pub async fn publish_archive(
-        &self,
-        name: &str,
-        archive: Archive,
-        options: &PublishOptions,
-    ) -> Result<AdapterStatus, StoreError> {
-        check_name(name)?;
-        let limit = self.shared.config.upload_bytes_max;
-        let files = self.shared.workers.run(move || unpack::unpack_tar(&archive, limit));
-        let files = files.await.inspect_err(|_| self.shared.count_error(name))?;
-        self.shared.publish(name, files, options, Source::Upload).await
-    }
-
-    /// Publishes the adapter directory at `path`, which must lie inside a configured root; its content is copied.
+    /// Publishes the adapter directory at `path`, which must lie inside a configured root; its content is copied. This goes
+    /// on when nobody waits for it any more.
     ///
     /// # Errors
     /// See [`StoreError`]; the name's state is unchanged then.
@@ -243,11 +220,15 @@ impl Store {
     ) -> Result<AdapterStatus, StoreError> {
         check_name(name)?;
         // The files are in memory until they are published, as those of an upload are.
-        let _slot = self.upload_slot().await?;
-        let (roots, path, limit) = (self.shared.roots.clone(), path.to_owned(), self.shared.config.upload_bytes_max);
-        let files = tokio::task::spawn_blocking(move || local::read_path(&roots, &path, limit));
-        let files = files.await.map_err(StoreError::storage)?.inspect_err(|_| self.shared.count_error(name))?;
-        self.shared.publish(name, files, options, Source::Path).await
+        let slot = self.upload_slot().await?;
+        let (shared, name, path, options) = (self.shared.clone(), name.to_owned(), path.to_owned(), options.clone());
+        slot.run(async move {
+            let (roots, limit) = (shared.roots.clone(), shared.config.upload_bytes_max);
+            let files = tokio::task::spawn_blocking(move || local::read_path(&roots, &path, limit));
+            let files = files.await.map_err(StoreError::storage)?.inspect_err(|_| shared.count_error(&name))?;
+            shared.publish(&name, files, &options, Source::Path).await
+        })
+        .await
     }
 
     /// Retires a name; running requests finish on what they hold.

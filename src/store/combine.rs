@@ -1,14 +1,14 @@
 //! Making one adapter of several and publishing it as any other.
 
 use super::StoreError;
-use super::catalog::{AdapterStatus, PublishOptions, Store, Target};
+use super::catalog::{AdapterStatus, PublishOptions, Shared, Store, Target};
 use super::name::{check_name, parse_reference};
 use super::record::Source;
 use crate::adapter::{AdapterFiles, CombineInput, CombineOptions, combine};
 
 impl Store {
     /// Combines the files of these (`name` or `name@generation`, with a weight) and publishes the result as a new
-    /// generation of `name`, which may be one of them.
+    /// generation of `name`, which may be one of them. This goes on when nobody waits for it any more.
     ///
     /// # Errors
     /// As [`Store::resolve`] and [`Store::publish`]; `TooLarge` where the parts' files together exceed an upload; a refusal
@@ -22,8 +22,19 @@ impl Store {
     ) -> Result<AdapterStatus, StoreError> {
         check_name(name)?;
         // All files are in memory until the result is published, as an upload is.
-        let _slot = self.upload_slot().await?;
-        let limit = self.shared.config.upload_bytes_max;
+        let slot = self.upload_slot().await?;
+        let (shared, name, parts, options) = (self.shared.clone(), name.to_owned(), parts.to_vec(), options.clone());
+        slot.run(async move {
+            let combined = shared.combine(&parts, how).await?;
+            shared.publish(&name, combined, &options, Source::Combination).await
+        })
+        .await
+    }
+}
+
+impl Shared {
+    async fn combine(&self, parts: &[(String, f32)], how: CombineOptions) -> Result<AdapterFiles, StoreError> {
+        let limit = self.config.upload_bytes_max;
         let mut left = limit;
         let mut files = Vec::with_capacity(parts.len());
         for (part, weight) in parts {
@@ -32,23 +43,22 @@ impl Store {
             left = left.checked_sub(bytes).ok_or(StoreError::TooLarge { limit })?;
             files.push((part.clone(), *weight, found));
         }
-        let permit = self.shared.loads.admit().await?;
-        let combined = self.shared.work(permit, move || {
+        let permit = self.loads.admit().await?;
+        let combined = self.work(permit, move || {
             let inputs = files.iter().map(|(name, weight, files)| CombineInput { name, files, weight: *weight });
             Ok(combine(&inputs.collect::<Vec<_>>(), &how)?)
         });
-        let combined = combined.await?;
-        self.shared.publish(name, combined, options, Source::Combination).await
+        combined.await
     }
 
     /// The files that a reference means now.
     async fn files(&self, reference: &str) -> Result<AdapterFiles, StoreError> {
         let wanted = parse_reference(reference)?;
-        match self.shared.find(wanted.name, wanted.generation).await? {
-            Target::Published(generation) => self.shared.objects.blob(&generation.digest).await,
+        match self.find(wanted.name, wanted.generation).await? {
+            Target::Published(generation) => self.objects.blob(&generation.digest).await,
             // A directory has one generation that can be read: the one that lies there.
             Target::Directory { .. } if wanted.generation.is_some() => Err(StoreError::NotFound(reference.to_owned())),
-            Target::Directory { name, .. } => Ok(self.shared.objects.read_directory(&name).await?.files),
+            Target::Directory { name, .. } => Ok(self.objects.read_directory(&name).await?.files),
         }
     }
 }

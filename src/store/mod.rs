@@ -28,9 +28,10 @@ mod unpack;
 mod workers;
 
 pub use admission::{Admission, Permit};
-pub use catalog::{AdapterStatus, PublishOptions, Store, UploadSlot};
+pub use catalog::{AdapterStatus, PublishOptions, Store};
 pub use config::StoreConfig;
 pub use error::StoreError;
 pub use local::AdapterDirectory;
 pub use objects::WEIGHTS_FILES;
+pub use publish::UploadSlot;
 pub use unpack::unpack_tar;

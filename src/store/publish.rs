@@ -1,17 +1,86 @@
 //! Changing what a name means: check everything, then blob, then record, then visible.
+//!
+//! What was begun is done, also when the request for it ended meanwhile: its work cannot be taken back half-way.
 
+use std::sync::Arc;
 use std::time::Instant;
 
-use super::StoreError;
+use bytes::Bytes;
+
+use super::admission::Permit;
 use super::catalog::{AdapterStatus, PublishOptions, Shared, Target};
 use super::load::Flight;
 use super::memory::Generation;
+use super::name::check_name;
 use super::objects::unix_now;
 use super::record::{ContentDigest, Current, Record, RecordedOptions, Source};
+use super::{StoreError, unpack};
 use crate::adapter::AdapterFiles;
 
 /// Times a record is written again because another process took its number.
 const RECORD_TRIES: usize = 1000;
+
+/// Leave to receive an upload; the memory of all uploads is bounded by their number (`adapters.loads_max`).
+#[must_use]
+pub struct UploadSlot {
+    shared: Arc<Shared>,
+    permit: Permit,
+}
+
+impl UploadSlot {
+    pub(super) fn new(shared: Arc<Shared>, permit: Permit) -> Self {
+        Self { shared, permit }
+    }
+
+    /// Checks, lowers and stores uploaded files as a new generation of `name`. This goes on when nobody waits for it any
+    /// more, and the slot is held until it ends.
+    ///
+    /// # Errors
+    /// See [`StoreError`]; the name's state is unchanged then.
+    pub async fn publish(
+        self,
+        name: &str,
+        files: AdapterFiles,
+        options: &PublishOptions,
+    ) -> Result<AdapterStatus, StoreError> {
+        check_name(name)?;
+        let (shared, name, options) = (self.shared.clone(), name.to_owned(), options.clone());
+        self.run(async move { shared.publish(&name, files, &options, Source::Upload).await }).await
+    }
+
+    /// Unpacks a tar archive, plain or gzip, of a PEFT directory and publishes it in the same way.
+    ///
+    /// # Errors
+    /// See [`StoreError`]; the name's state is unchanged then.
+    pub async fn publish_archive(
+        self,
+        name: &str,
+        archive: Bytes,
+        options: &PublishOptions,
+    ) -> Result<AdapterStatus, StoreError> {
+        check_name(name)?;
+        let (shared, name, options) = (self.shared.clone(), name.to_owned(), options.clone());
+        self.run(async move {
+            let limit = shared.config.upload_bytes_max;
+            let files = shared.workers.run(move || unpack::unpack_tar(&archive, limit));
+            let files = files.await.inspect_err(|_| shared.count_error(&name))?;
+            shared.publish(&name, files, &options, Source::Upload).await
+        })
+        .await
+    }
+
+    /// Runs the work to its end, also when nobody waits for it any more, and holds the slot until then.
+    pub(super) async fn run<T: Send + 'static>(
+        self,
+        work: impl Future<Output = Result<T, StoreError>> + Send + 'static,
+    ) -> Result<T, StoreError> {
+        let task = tokio::spawn(async move {
+            let _permit = self.permit;
+            work.await
+        });
+        task.await.map_err(StoreError::storage)?
+    }
+}
 
 /// The state of a name that a change starts from.
 struct Found {

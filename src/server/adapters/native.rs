@@ -47,7 +47,7 @@ pub(super) async fn upload(
     let Query(query) = query.map_err(|e| ApiError::new(StatusCode::BAD_REQUEST, e.body_text()))?;
     check_not_base(&state, &name)?;
     // The memory that uploads take is bounded: this waits before anything of the body is read.
-    let _slot = state.store.upload_slot().await?;
+    let slot = state.store.upload_slot().await?;
     let success = success_status(&state, &name).await;
     let options = PublishOptions {
         merge: query.merge,
@@ -55,8 +55,8 @@ pub(super) async fn upload(
         ..PublishOptions::default()
     };
     let status = match upload::receive(request, state.store.upload_bytes_max()).await? {
-        Upload::Files(files) => state.store.publish(&name, files, &options).await?,
-        Upload::Archive(archive) => state.store.publish_archive(&name, archive, &options).await?,
+        Upload::Files(files) => slot.publish(&name, files, &options).await?,
+        Upload::Archive(archive) => slot.publish_archive(&name, archive, &options).await?,
     };
     Ok((success, Json(status)))
 }

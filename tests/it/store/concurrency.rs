@@ -164,6 +164,28 @@ async fn loads_beyond_the_queue_are_busy() {
     waiting.await.unwrap();
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn a_publication_that_nobody_waits_for_any_more_is_done_all_the_same() {
+    let root = tempdir().unwrap();
+    let config =
+        StoreConfig { root: root.path().to_owned(), loads_max: 1, load_queue_max: 1, ..StoreConfig::default() };
+    let Opened { store, base, .. } = open_with(config).await;
+    base.close();
+    let options = merged();
+    let mut publishing = Box::pin(store.publish("a", adapter(1.0), &options));
+    tokio::select! {
+        _ = &mut publishing => panic!("merging waits at the gate"),
+        () = base.wait_for_loads(1) => {}
+    }
+    drop(publishing);
+    // It holds the slot until it is done.
+    let mut slot = Box::pin(store.upload_slot());
+    assert!(futures::poll!(&mut slot).is_pending());
+    base.open();
+    drop(slot.await.unwrap());
+    assert_eq!(served(&store, "a").await, 1.0);
+}
+
 #[tokio::test]
 async fn stores_on_one_root_see_each_other() {
     let root = tempdir().unwrap();

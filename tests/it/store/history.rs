@@ -92,7 +92,7 @@ proptest! {
             let Opened { store, .. } = open(root.path()).await;
             let config = if good_config { adapter(1.0).config } else { config.into() };
             assert!(store.publish("a", AdapterFiles::new(config, weights.clone()), &plain()).await.is_err());
-            assert!(store.publish_archive("a", weights.into(), &plain()).await.is_err());
+            assert!(store.upload_slot().await.unwrap().publish_archive("a", weights.into(), &plain()).await.is_err());
             assert!(files_below(root.path()).is_empty());
         });
     }
