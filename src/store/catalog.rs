@@ -428,13 +428,19 @@ impl Shared {
 }
 
 impl Known {
+    /// What the name means, as far as is known.
+    pub(super) fn current(&self, name: &str) -> Current {
+        self.names.get(name).map_or(Current::Directory, |state| state.current)
+    }
+
     fn published(&self, name: &str, number: u64) -> Option<Published> {
         self.names.get(name)?.published.get(&number).copied()
     }
 
     /// The generation that a plain directory with this content is, or would be the next time it is counted.
     pub(super) fn directory_generation(&self, name: &str, digest: ContentDigest) -> Generation {
-        let last = self.names.get(name).map_or(0, |state| state.last);
+        let state = self.names.get(name).filter(|state| state.current == Current::Directory);
+        let last = state.map_or(0, |state| state.last);
         let number = match self.directories.get(name).map(|directory| &directory.generation) {
             None => 1,
             Some(known) if known.digest == digest => known.number,

@@ -12,7 +12,7 @@ use super::admission::Permit;
 use super::catalog::{KnownDirectory, LoadFacts, Shared, Target};
 use super::memory::{Bytes, Generation, Memory, Reservation};
 use super::objects::DirectoryContent;
-use super::record::ContentDigest;
+use super::record::{ContentDigest, Current};
 use crate::adapter::{
     AdapterError, AdapterFiles, BaseWeights, Formats, LoadedAdapter, LowerOptions, LowerReport, LoweredAdapter, Need,
     digest, lower_within,
@@ -194,11 +194,17 @@ impl Shared {
     }
 
     async fn load(self: &Arc<Self>, target: &Target) -> Answer {
+        let (Target::Published(Generation { name, .. }) | Target::Directory { name, .. }) = target;
+        // What the name means may change while this waits or works.
+        let meant = self.known().current(name);
         let permit = self.loads.admit().await?;
         let started = Instant::now();
-        let (name, loaded) = match target {
-            Target::Published(generation) => (&generation.name, self.load_published(generation, permit, started).await),
-            Target::Directory { name, .. } => (name, self.load_directory(name, permit, started).await),
+        let loaded = match target {
+            Target::Published(generation) => {
+                let prepared = self.prepare_published(generation, permit, started).await;
+                prepared.map(|prepared| self.install(generation, prepared, meant).0)
+            }
+            Target::Directory { name, .. } => self.load_directory(name, permit, started).await,
         };
         loaded.inspect_err(|error| {
             self.count_error(name);
@@ -206,7 +212,12 @@ impl Shared {
         })
     }
 
-    async fn load_published(&self, generation: &Generation, permit: Permit, started: Instant) -> Answer {
+    async fn prepare_published(
+        &self,
+        generation: &Generation,
+        permit: Permit,
+        started: Instant,
+    ) -> Result<Prepared, StoreError> {
         let files = self.objects.blob(&generation.digest).await?;
         let (loader, expected) = (self.loader.clone(), generation.clone());
         let check = move |files: &AdapterFiles| match ContentDigest::of(files) {
@@ -214,8 +225,7 @@ impl Shared {
             found => Err(StoreError::storage(format!("blob {} holds content {found}", expected.digest))),
         };
         let merge = generation.merge;
-        let prepared = self.work(permit, move || loader.prepare(files, merge, check, started));
-        Ok(self.install(generation, prepared.await?))
+        self.work(permit, move || loader.prepare(files, merge, check, started)).await
     }
 
     async fn load_directory(self: &Arc<Self>, name: &str, permit: Permit, started: Instant) -> Answer {
@@ -241,11 +251,7 @@ impl Shared {
         };
         match loaded {
             Ok(adapter) => Ok(adapter),
-            Err(prepared) => {
-                let adapter = self.install(&generation, prepared);
-                self.memory.supersede(name, Some(&generation));
-                Ok(adapter)
-            }
+            Err(prepared) => Ok(self.install(&generation, prepared, Current::Directory).0),
         }
     }
 
@@ -262,8 +268,14 @@ impl Shared {
         self.workers.run(work).await
     }
 
-    /// Makes a prepared adapter visible and keeps what its load found.
-    pub(super) fn install(&self, generation: &Generation, prepared: Prepared) -> Arc<LoadedAdapter> {
+    /// Makes a prepared adapter visible and keeps what its load found. Where the name does not mean what was `meant` any
+    /// more, only those who hold the adapter keep it.
+    pub(super) fn install(
+        &self,
+        generation: &Generation,
+        prepared: Prepared,
+        meant: Current,
+    ) -> (Arc<LoadedAdapter>, LoadFacts) {
         let seconds = prepared.load_seconds;
         let name = &generation.name;
         // Counted before it can be seen, so that whoever uses the adapter finds its load counted.
@@ -272,7 +284,20 @@ impl Shared {
         let (adapter, report) = prepared.commit(generation);
         let facts = LoadFacts { generation: generation.clone(), report, load_ms: seconds * 1e3 };
         tracing::info!(adapter = name, generation = generation.number, load_ms = facts.load_ms, "adapter loaded");
-        self.known().facts.insert(name.clone(), facts);
-        adapter
+        // Under one lock to the end: what a record says from now on comes after this, and supersedes it.
+        let mut known = self.known();
+        let current = known.current(name);
+        if current == Current::Retired || current != meant {
+            self.memory.release(generation);
+            if current == Current::Retired {
+                self.metrics.forget_adapter(name);
+            }
+            return (adapter, facts);
+        }
+        known.facts.insert(name.clone(), facts.clone());
+        if current == Current::Directory {
+            self.memory.supersede(name, Some(generation));
+        }
+        (adapter, facts)
     }
 }

@@ -118,14 +118,13 @@ impl Shared {
         let record = Record::Publish { digest, options: RecordedOptions { merge }, created, source };
         let (number, flight) = self.append(name, &record, |found| check_expectations(name, found, options)).await?;
         let generation = Generation { name: name.to_owned(), number, digest, merge };
-        let adapter = self.install(&generation, prepared);
+        let (adapter, facts) = self.install(&generation, prepared, Current::Published(number));
         match flight {
             Some(flight) => flight.land(&Ok(adapter)),
             None => drop(adapter),
         }
         let status = self.status_of(&generation, created);
-        self.drop_if_superseded(&generation);
-        Ok(status)
+        Ok(AdapterStatus { report: Some(facts.report), load_ms: Some(facts.load_ms), ..status })
     }
 
     /// Retires `name`.
@@ -186,14 +185,6 @@ impl Shared {
             },
         };
         Ok(Found { last, current, generation })
-    }
-
-    /// Takes a generation out of memory again when the name moved on before it got there.
-    fn drop_if_superseded(&self, generation: &Generation) {
-        let current = self.known().names.get(&generation.name).map(|state| state.current);
-        if current != Some(Current::Published(generation.number)) {
-            self.memory.release(generation);
-        }
     }
 }
 

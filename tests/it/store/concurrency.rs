@@ -5,7 +5,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, UNIX_EPOCH};
 
-use patchbay::adapter::AdapterFiles;
+use patchbay::adapter::{AdapterFiles, LoadedAdapter};
 use patchbay::store::{PublishOptions, StoreConfig, StoreError};
 use tempfile::tempdir;
 use tokio::task::JoinSet;
@@ -184,6 +184,69 @@ async fn a_publication_that_nobody_waits_for_any_more_is_done_all_the_same() {
     base.open();
     drop(slot.await.unwrap());
     assert_eq!(served(&store, "a").await, 1.0);
+}
+
+/// Returns once nobody but the caller holds the adapter.
+async fn wait_until_released(adapter: &Arc<LoadedAdapter>) {
+    let alone = async {
+        while Arc::strong_count(adapter) > 1 {
+            tokio::task::yield_now().await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(60), alone).await.expect("memory lets go of it");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn a_directory_that_loads_while_its_name_is_published_is_not_kept() {
+    let root = tempdir().unwrap();
+    write_directory(&root.path().join("a"), &squares(1.0));
+    let Opened { store, base, .. } = open(root.path()).await;
+    base.close();
+    let loading = tokio::spawn({
+        let store = store.clone();
+        async move { store.resolve("a").await.unwrap() }
+    });
+    base.wait_for_loads(1).await;
+    assert_eq!(store.publish("a", adapter(3.0), &plain()).await.unwrap().generation, 2);
+    base.open();
+    let old = loading.await.unwrap();
+    assert_eq!((value(&old), old.generation), (4.0, 1));
+    let status = store.status("a").await.unwrap();
+    assert_eq!((status.generation, status.loaded), (2, true));
+    assert_eq!(status.report.expect("of what was published").kind, "LORA");
+    wait_until_released(&old).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn a_generation_that_loads_while_its_name_moves_on_is_not_kept() {
+    for retires in [false, true] {
+        let root = tempdir().unwrap();
+        open(root.path()).await.store.publish("a", adapter(1.0), &merged()).await.unwrap();
+        let Opened { store, base, metrics } = open(root.path()).await;
+        base.close();
+        let loading = tokio::spawn({
+            let store = store.clone();
+            async move { store.resolve("a").await.unwrap() }
+        });
+        base.wait_for_loads(1).await;
+        if retires {
+            store.remove("a").await.unwrap();
+        } else {
+            store.publish("a", adapter(2.0), &plain()).await.unwrap();
+        }
+        base.open();
+        let old = loading.await.unwrap();
+        assert_eq!((value(&old), old.generation), (1.0, 1));
+        if retires {
+            check_absent(&store, "a").await;
+            // An answer without an error would mean that the series is there.
+            assert!(metrics.adapter_load_seconds.remove_label_values(&["a"]).is_err());
+            assert!(metrics.adapter_bytes.remove_label_values(&["a"]).is_err());
+        } else {
+            assert!(!store.status("a").await.unwrap().report.expect("of the new one").merged);
+        }
+        wait_until_released(&old).await;
+    }
 }
 
 #[tokio::test]
