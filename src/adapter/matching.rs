@@ -71,6 +71,11 @@ impl Names {
             Self::List(names) => Ok(endings(&site.path).any(|ending| names.contains(ending))),
         }
     }
+
+    /// Whether the whole path is in the list.
+    fn have(&self, path: &str) -> bool {
+        matches!(self, Self::List(names) if names.contains(path))
+    }
 }
 
 impl Matcher {
@@ -105,7 +110,11 @@ impl Matcher {
                 return Ok(false);
             }
         }
-        self.layers.as_ref().map_or(Ok(true), |layers| layers.matches(&site.path))
+        match &self.layers {
+            // What is named by its whole path is meant in whatever layer it is.
+            Some(layers) if !self.names.have(&site.path) => layers.matches(&site.path),
+            Some(_) | None => Ok(true),
+        }
     }
 
     /// Entries of a list that are the ending of none of these paths, in alphabetical order.
@@ -321,7 +330,18 @@ mod tests {
     fn exclusions_and_layers_narrow() {
         check(r#"{"target_modules": ["q_proj", "down_proj"], "exclude_modules": "model.layers.1.*"}"#, &[1, 2]);
         check(r#"{"target_modules": ["q_proj", "down_proj"], "exclude_modules": ["q_proj"]}"#, &[2]);
-        check(r#"{"target_modules": ["q_proj", "lm_head"], "layers_to_transform": 1}"#, &[3]);
+        check(r#"{"target_modules": ["q_proj", "down_proj"], "layers_to_transform": 1}"#, &[3]);
+        // Whole paths are not narrowed, `lm_head` among them.
+        check(r#"{"target_modules": ["q_proj", "lm_head"], "layers_to_transform": 1}"#, &[3, 5]);
+        check(
+            r#"{"target_modules": ["down_proj", "model.layers.0.self_attn.q_proj"], "layers_to_transform": [1]}"#,
+            &[1],
+        );
+        check(
+            r#"{"target_modules": ["lm_head", "model.layers.0.self_attn.q_proj"], "layers_to_transform": [1],
+                "exclude_modules": ["lm_head"]}"#,
+            &[1],
+        );
         check(r#"{"target_modules": ["q_proj"], "layers_to_transform": [0], "layers_pattern": ["h", "layers"]}"#, &[1]);
         check(r#"{"target_modules": ["q_proj", "lm_head"], "modules_to_save": ["lm_head"]}"#, &[1, 3]);
         check(r#"{"target_modules": ["q_proj", "down_proj"], "modules_to_save": ["mlp"]}"#, &[1, 3]);
