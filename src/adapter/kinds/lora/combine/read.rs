@@ -78,7 +78,7 @@ fn check_plain(config: &Config, options: &Options) -> Result<(), AdapterError> {
     if config.string("bias")?.is_some_and(|bias| bias != "none") {
         return refused("bias");
     }
-    match BESIDE_FACTORS.iter().find(|field| config.get(field).is_some()) {
+    match BESIDE_FACTORS.iter().find(|field| config.is_set(field)) {
         Some(field) => refused(field),
         None => Ok(()),
     }

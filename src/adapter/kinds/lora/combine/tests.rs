@@ -74,6 +74,15 @@ fn a_stack_acts_as_the_composition_does() {
 }
 
 #[test]
+fn empty_fields_ask_for_nothing_beside_the_factors() {
+    let empty = json!({"modules_to_save": [], "trainable_token_indices": [], "bias": "none"});
+    let (plain, empty) = (plain(&[(Q, 4, 1)]), files(&[(Q, 4, 1)], 6.0, &empty));
+    let stack = |files| combined(&[(files, 0.5)], with(CombineMode::Stack)).unwrap();
+    let (plain, empty) = (stack(&plain), stack(&empty));
+    assert_eq!((empty.config, empty.weights), (plain.config, plain.weights));
+}
+
+#[test]
 fn a_stack_cut_to_a_rank_is_the_nearest_of_that_rank() {
     let (x, y) = (plain(&[(Q, 4, 1)]), plain(&[(Q, 5, 3)]));
     let whole = delta(&lowered(&combined(&[(&x, 1.0), (&y, 0.5)], with(CombineMode::Stack)).unwrap()), Q);
