@@ -51,6 +51,12 @@ pub enum AdapterError {
         /// Bytes allowed.
         limit: usize,
     },
+    /// The factors of low-rank deltas would not fit.
+    #[error("low-rank deltas of {needed} bytes exceed the memory for adapters (adapters.host_bytes_max)")]
+    OverMemory {
+        /// Bytes the factors need, as far as they were counted.
+        needed: usize,
+    },
     /// Adapters that are each sound have no exact common effect.
     #[error("adapters {adapters} cannot act together: {reason}")]
     Composition {

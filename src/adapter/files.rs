@@ -65,13 +65,25 @@ pub struct LowerOptions {
     pub own_bytes_max: usize,
 }
 
-/// What a dense copy of a weight is for.
+/// What memory is asked for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Need {
-    /// Nothing else serves the adapter.
+    /// A dense copy of a weight; nothing else serves the adapter.
     Only,
-    /// Another form would serve, at a higher cost.
+    /// A dense copy of a weight; another form would serve, at a higher cost.
     Cheaper,
+    /// The factors of a low-rank delta, which may be far larger than the file.
+    Terms,
+}
+
+/// Bytes that lowering comes to with what it makes next, in the serving formats. What files hold as it is served does
+/// not count.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Demand {
+    /// Dense copies of weights.
+    pub own_bytes: usize,
+    /// Factors of low-rank deltas.
+    pub term_bytes: usize,
 }
 
 /// Modules that are served from dense weights or tables of the adapter's own.

@@ -12,7 +12,7 @@ use super::lowering::{Ask, Lowering};
 use super::tensor_file::TensorFile;
 use super::{
     AdapterError, AdapterFiles, BaseWeights, Delta, Formats, GateNetwork, LowerOptions, LowerReport, LoweredAdapter,
-    SharedMatrix, SiteId, effect, kinds, merge,
+    Need, SharedMatrix, SiteId, effect, kinds, merge,
 };
 
 /// Checks an adapter's files against the base model and lowers them to the normal form.
@@ -26,14 +26,14 @@ pub fn lower(
     base: &dyn BaseWeights,
     options: &LowerOptions,
 ) -> Result<(LoweredAdapter, LowerReport), AdapterError> {
-    lower_within(files, base, options, &|_, _| false)
+    lower_within(files, base, options, &|_, need| need == Need::Terms)
 }
 
-/// Like [`lower`]. Before dense copies of weights come to more than `options.own_bytes_max` bytes, or than was granted,
-/// `ask` is asked for as many as they then come to.
+/// Like [`lower`]. Before dense copies of weights come to more than `options.own_bytes_max` bytes, or than was granted, and
+/// before the factors of a low-rank delta are made, `ask` is asked for as many as they then come to.
 ///
 /// # Errors
-/// As [`lower`]; `OverBudget` where it was asked for what is needed, and refused.
+/// As [`lower`]; `OverBudget` and `OverMemory` where it was asked for what is needed, and refused.
 pub fn lower_within(
     files: &AdapterFiles,
     base: &dyn BaseWeights,

@@ -10,12 +10,12 @@ use super::kinds::Kind;
 use super::matching::Matcher;
 use super::tensor_file::TensorFile;
 use super::{
-    AdapterError, AdapterFiles, BaseWeights, Delta, LowerOptions, LoweredAdapter, Need, OwnWeights, Site, SiteId,
-    SiteKind, Weight,
+    AdapterError, AdapterFiles, BaseWeights, Delta, Demand, LowerOptions, LoweredAdapter, Need, OwnWeights, Site,
+    SiteId, SiteKind, Weight,
 };
 
-/// Whether dense copies may take so many bytes in all.
-pub(super) type Ask<'a> = dyn Fn(usize, Need) -> bool + 'a;
+/// Whether dense copies and low-rank deltas may take so many bytes in all.
+pub(super) type Ask<'a> = dyn Fn(Demand, Need) -> bool + 'a;
 
 /// What a kind lowers from and into. Tensors in `out` are f32, except whole weights and tables, which
 /// [`Lowering::own`] stores in their final format at once.
@@ -38,13 +38,14 @@ pub(super) struct Lowering<'a> {
     pub(super) parts: &'a [AdapterFiles],
     /// Keep terms that a dense weight would serve cheaper.
     pub(super) keep_terms: bool,
-    /// Who may grant more dense copies than the options.
+    /// Who may grant more dense copies than the options, and low-rank deltas; without it these have no bound.
     pub(super) ask: Option<&'a Ask<'a>>,
+    /// Bytes made so far, as far as they are asked for.
+    pub(super) made: Demand,
     file: TensorFile<'a>,
     unread: ModuleKeys<SiteId>,
     shared: SharedKeys,
     absent: Option<AdapterError>,
-    own_bytes: usize,
     own_reasons: BTreeMap<SiteId, &'static str>,
     without_room: BTreeSet<SiteId>,
 }
@@ -68,11 +69,11 @@ impl<'a> Lowering<'a> {
             parts,
             keep_terms: false,
             ask: None,
+            made: Demand::default(),
             file,
             unread,
             shared,
             absent: None,
-            own_bytes: 0,
             own_reasons: BTreeMap::new(),
             without_room: BTreeSet::new(),
         })
@@ -254,17 +255,18 @@ impl<'a> Lowering<'a> {
     /// Counts bytes of dense copies against the budget, before they are made.
     pub(super) fn reserve_own(&mut self, elements: usize) -> Result<(), AdapterError> {
         let bytes = elements.saturating_mul(self.options.formats.matrices.size_in_bytes());
-        let needed = self.own_bytes.saturating_add(bytes);
+        let needed = self.made.own_bytes.saturating_add(bytes);
         if !self.has_room(needed, Need::Only) {
             return Err(AdapterError::OverBudget { needed, limit: self.options.own_bytes_max });
         }
-        self.own_bytes = needed;
+        self.made.own_bytes = needed;
         Ok(())
     }
 
     /// Whether dense copies may take `needed` bytes in all.
     fn has_room(&mut self, needed: usize, need: Need) -> bool {
-        if needed > self.options.own_bytes_max && self.ask.is_some_and(|ask| ask(needed, need)) {
+        let demand = Demand { own_bytes: needed, ..self.made };
+        if needed > self.options.own_bytes_max && self.ask.is_some_and(|ask| ask(demand, need)) {
             self.options.own_bytes_max = needed;
         }
         needed <= self.options.own_bytes_max
@@ -327,6 +329,7 @@ impl<'a> Lowering<'a> {
             let reason = "a low-rank delta of this rank would cost more than a dense weight";
             return self.serve_own(site, reason, |weight| Ok((weight + matrix()?)?));
         }
+        self.reserve_factors(site, rank)?;
         let (a, b) = factors()?;
         self.out.linears.entry(site).or_default().deltas.push(Delta::LowRank { a, b });
         Ok(())
@@ -351,7 +354,7 @@ impl<'a> Lowering<'a> {
             return false;
         }
         let bytes = self.site(site).kind.num_elements().saturating_mul(self.options.formats.matrices.size_in_bytes());
-        let fits = self.has_own(site) || self.has_room(self.own_bytes.saturating_add(bytes), Need::Cheaper);
+        let fits = self.has_own(site) || self.has_room(self.made.own_bytes.saturating_add(bytes), Need::Cheaper);
         if !fits {
             self.without_room.insert(site);
         }

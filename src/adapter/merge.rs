@@ -13,6 +13,7 @@ use crate::kernels::{Spectral, at_places, circulant_matrix};
 pub(super) fn merge(lowering: &mut Lowering<'_>) -> std::result::Result<(), AdapterError> {
     let sites: Vec<SiteId> =
         lowering.out.linears.iter().filter(|(_, slots)| is_mergeable(slots)).map(|(id, _)| *id).collect();
+    lowering.release_terms();
     for id in &sites {
         if let SiteKind::Linear { in_features, out_features, .. } = lowering.site(*id).kind
             && matches!(lowering.out.linears[id].weight, Weight::Base)

@@ -34,6 +34,7 @@ mod rotation;
 mod shared_matrix;
 mod site;
 mod tensor_file;
+mod terms;
 #[cfg(test)]
 mod tests;
 mod token_rows;
@@ -43,7 +44,7 @@ mod wavelets;
 pub use compose::{Part, compose, own_bytes_of};
 pub use convert::{Converted, Form, MergedModel, convert};
 pub use error::AdapterError;
-pub use files::{AdapterFiles, Formats, LowerOptions, LowerReport, Need, OwnWeights};
+pub use files::{AdapterFiles, Demand, Formats, LowerOptions, LowerReport, Need, OwnWeights};
 pub use gate_network::{GateNetwork, GateRule};
 pub use inspect::{Inspection, inspect, num_parts};
 pub use kinds::{CombineInput, CombineMode, CombineOptions, KINDS, Kind, REFUSED, Refused, combine};

@@ -286,8 +286,8 @@ fn dense_copies_are_asked_for_and_told_apart_by_need() {
     let options = LowerOptions { own_bytes_max: 0, ..OPTIONS };
     let lower_asking = |grants: &[Need]| {
         let asked = RefCell::new(Vec::new());
-        let ask = |bytes: usize, need: Need| {
-            asked.borrow_mut().push((bytes, need));
+        let ask = |demand: Demand, need: Need| {
+            asked.borrow_mut().push((demand.own_bytes, need));
             grants.contains(&need)
         };
         let lowered = lower_within(&files, &base, &options, &ask).map(|(_, report)| report);
@@ -299,7 +299,7 @@ fn dense_copies_are_asked_for_and_told_apart_by_need() {
     assert_eq!(asked.iter().map(|(bytes, _)| *bytes).max(), Some(square_bytes + table_bytes));
     asked.sort_by_key(|(_, need)| *need == Need::Only);
     assert_eq!(asked.iter().map(|(_, need)| *need).collect::<Vec<_>>(), [Need::Cheaper, Need::Only]);
-    let (report, _) = lower_asking(&[Need::Only]);
+    let (report, _) = lower_asking(&[Need::Only, Need::Terms]);
     let report = report.unwrap();
     assert_eq!(report.own_weight_bytes, table_bytes);
     assert!(report.warnings[0].contains("merged_bytes_max"));

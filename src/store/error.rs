@@ -49,7 +49,7 @@ pub enum StoreError {
     /// The lowered form alone is over the bound on host memory.
     #[error("the loaded adapter takes {needed} bytes, more than {limit} (adapters.host_bytes_max)")]
     OverHostMemory {
-        /// Bytes of the lowered form.
+        /// Bytes of the lowered form, or of as much of it as was counted.
         needed: usize,
         /// The bound.
         limit: usize,

@@ -14,8 +14,8 @@ use super::memory::{Bytes, Generation, Memory, Reservation};
 use super::objects::DirectoryContent;
 use super::record::{ContentDigest, Current};
 use crate::adapter::{
-    AdapterError, AdapterFiles, BaseWeights, Formats, LoadedAdapter, LowerOptions, LowerReport, LoweredAdapter, Need,
-    digest, lower_within,
+    AdapterError, AdapterFiles, BaseWeights, Demand, Formats, LoadedAdapter, LowerOptions, LowerReport, LoweredAdapter,
+    Need, digest, lower_within,
 };
 
 /// Times a load is started over because the one joined ended without an answer.
@@ -117,17 +117,18 @@ impl Loader {
     ) -> Result<Prepared, StoreError> {
         let reservation = RefCell::new(self.memory.reservation());
         let options = LowerOptions { merge, formats: self.formats, own_bytes_max: 0 };
-        // What dense copies an adapter needs is only known once it is understood, so memory is reserved before each is made.
+        // What dense copies and factors an adapter needs is only known once it is understood, so memory is reserved before each
+        // is made.
         let dispensable = Cell::new(false);
         let lower = |cheaper: bool| {
             let refusal = RefCell::new(None);
-            let ask = |own: usize, need: Need| {
+            let ask = |Demand { own_bytes: own, term_bytes }: Demand, need: Need| {
                 if need == Need::Cheaper && !cheaper {
                     return false;
                 }
-                let granted = reservation.borrow_mut().resize(Bytes { host: own, own });
+                let granted = reservation.borrow_mut().resize(Bytes { host: own.saturating_add(term_bytes), own });
                 dispensable.set(dispensable.get() || need == Need::Cheaper && granted.is_ok());
-                granted.map_err(|error| *refusal.borrow_mut() = Some(error).filter(|_| need == Need::Only)).is_ok()
+                granted.map_err(|error| *refusal.borrow_mut() = Some(error).filter(|_| need != Need::Cheaper)).is_ok()
             };
             let lowered = lower_within(&files, self.base.as_ref(), &options, &ask);
             lowered.map_err(|error| refusal.into_inner().unwrap_or(error.into()))

@@ -141,6 +141,36 @@ pub(crate) fn squares_and_a_linear(value: f32) -> AdapterFiles {
     AdapterFiles::new(config.to_string(), safetensors::serialize(&tensors, None).unwrap())
 }
 
+/// Squares of products of this rank in both linears: factors of the rank's square.
+pub(crate) fn squares_of_rank(rank: usize) -> AdapterFiles {
+    let config = json!({"peft_type": "LOHA", "r": rank, "alpha": rank, "target_modules": ["q_proj", "o_proj"]});
+    let mut tensors = HashMap::new();
+    for linear in ["q_proj", "o_proj"] {
+        for (part, shape) in [("a", (FEATURES, rank)), ("b", (rank, FEATURES))] {
+            for factor in ["w1", "w2"] {
+                let key = format!("base_model.model.model.layers.0.self_attn.{linear}.hada_{factor}_{part}");
+                tensors.insert(key, Tensor::ones(shape, DType::F32, &Device::Cpu).unwrap());
+            }
+        }
+    }
+    AdapterFiles::new(config.to_string().into_bytes(), safetensors::serialize(&tensors, None).unwrap())
+}
+
+/// Factors of this rank in both linears, put together from one vector: the file has one number for each row.
+pub(crate) fn repeated_vector(rank: usize) -> AdapterFiles {
+    let config = json!({"peft_type": "VBLORA", "r": rank, "num_vectors": 1, "vector_length": FEATURES, "topk": 1,
+        "target_modules": ["q_proj", "o_proj"]});
+    let ones = |shape: &[usize]| Tensor::ones(shape, DType::F32, &Device::Cpu).unwrap();
+    let mut tensors = HashMap::from([("base_model.vblora_vector_bank".to_owned(), ones(&[1, FEATURES]))]);
+    for linear in ["q_proj", "o_proj"] {
+        for (part, shape) in [("A", [rank, 1, 1]), ("B", [1, rank, 1])] {
+            let key = format!("base_model.model.model.layers.0.self_attn.{linear}.vblora_logits_{part}");
+            tensors.insert(key, ones(&shape));
+        }
+    }
+    AdapterFiles::new(config.to_string().into_bytes(), safetensors::serialize(&tensors, None).unwrap())
+}
+
 /// An adapter that puts `number` virtual tokens before every prompt.
 pub(crate) fn virtual_tokens(number: usize) -> AdapterFiles {
     let config = json!({"peft_type": "PROMPT_TUNING", "task_type": "CAUSAL_LM", "num_virtual_tokens": number});

@@ -96,6 +96,7 @@ fn lower(lowering: &mut Lowering<'_>) -> Result<(), AdapterError> {
         }
         let lambda = lowering.require(id, LAMBDA, &[r, bases])?;
         let gamma = lowering.require(id, GAMMA, &[bases, m])?;
+        lowering.check_factors(id, r * bases)?;
         let up_a = a.narrow(2, 0, m)?.broadcast_mul(&lambda.unsqueeze(2)?)?; // [r, bases, m]
         let up_a = up_a.broadcast_mul(&gamma.unsqueeze(0)?)?.reshape((r * bases, m))?;
         let up_b = b.narrow(0, 0, n)?.narrow(1, 0, bases)?.contiguous()?.reshape((n, bases * r))?;

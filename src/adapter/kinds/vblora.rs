@@ -119,33 +119,31 @@ fn pieces(
     options: &Options,
     bank: &[Vec<f32>],
 ) -> Result<Tensor, AdapterError> {
-    let mut mixed = vec![0.0f32; rows * columns * options.length];
-    let mut mix = |piece: usize, parts: &[(usize, f32)]| {
-        let mixed = &mut mixed[piece * options.length..][..options.length];
-        for (vector, weight) in parts {
-            mixed.iter_mut().zip(&bank[*vector]).for_each(|(sum, value)| *sum += weight * value);
-        }
-    };
-    if options.only_topk {
-        let shape = [rows, columns, options.topk];
-        let chosen = lowering.require_indexes(id, indexes, (&shape, options.num_vectors))?;
-        let known = if options.topk > 1 {
-            lowering.require(id, weights, &[rows, columns, options.topk - 1])?.flatten_all()?.to_vec1::<f32>()?
+    let (topk, num_vectors) = (options.topk, options.num_vectors);
+    let parts: Box<dyn Iterator<Item = Vec<(usize, f32)>>> = if options.only_topk {
+        let chosen = lowering.require_indexes(id, indexes, (&[rows, columns, topk], num_vectors))?;
+        let known = if topk > 1 {
+            lowering.require(id, weights, &[rows, columns, topk - 1])?.flatten_all()?.to_vec1::<f32>()?
         } else {
             lowering.discard(id, weights);
             Vec::new()
         };
-        for (piece, chosen) in chosen.chunks(options.topk).enumerate() {
-            let known = &known[piece * (options.topk - 1)..][..options.topk - 1];
+        Box::new((0..rows * columns).map(move |piece| {
+            let known = &known[piece * (topk - 1)..][..topk - 1];
             let last = 1.0 - known.iter().sum::<f32>();
             let weights = known.iter().copied().chain([last]);
-            let parts: Vec<_> = chosen.iter().copied().zip(weights).collect();
-            mix(piece, &parts);
-        }
+            chosen[piece * topk..][..topk].iter().copied().zip(weights).collect()
+        }))
     } else {
-        let all = lowering.require(id, logits, &[rows, columns, options.num_vectors])?;
-        for (piece, logits) in all.flatten_all()?.to_vec1::<f32>()?.chunks(options.num_vectors).enumerate() {
-            mix(piece, &best(logits, options.topk));
+        let all = lowering.require(id, logits, &[rows, columns, num_vectors])?.flatten_all()?.to_vec1::<f32>()?;
+        Box::new((0..rows * columns).map(move |piece| best(&all[piece * num_vectors..][..num_vectors], topk)))
+    };
+    // The file has a few numbers for each piece, however long the pieces are.
+    lowering.check_factors(id, options.r)?;
+    let mut mixed = vec![0.0f32; rows * columns * options.length];
+    for (mixed, parts) in mixed.chunks_mut(options.length).zip(parts) {
+        for (vector, weight) in parts {
+            mixed.iter_mut().zip(&bank[vector]).for_each(|(sum, value)| *sum += weight * value);
         }
     }
     Ok(Tensor::from_vec(mixed, (rows * columns, options.length), &Device::Cpu)?)

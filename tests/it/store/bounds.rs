@@ -8,8 +8,8 @@ use tempfile::tempdir;
 
 use super::{bounded, served};
 use crate::store_support::{
-    DENSE_BYTES, LOW_RANK_BYTES, Opened, adapter, files_below, merged, open_with, plain, squares, squares_and_a_linear,
-    write_directory,
+    DENSE_BYTES, LOW_RANK_BYTES, Opened, adapter, files_below, merged, open_with, plain, repeated_vector, squares,
+    squares_and_a_linear, squares_of_rank, write_directory,
 };
 
 #[tokio::test]
@@ -103,6 +103,32 @@ async fn what_alone_exceeds_a_bound_is_refused_and_changes_nothing() {
     let error = store.publish("a", adapter(1.0), &plain()).await.unwrap_err();
     assert!(matches!(error, StoreError::OverHostMemory { needed: LOW_RANK_BYTES, .. }), "{error}");
     assert!(files_below(root.path()).is_empty());
+}
+
+#[tokio::test]
+async fn factors_that_exceed_host_memory_are_refused_before_they_are_made() {
+    const RANK: usize = 4096;
+    // Those of one of the two linears.
+    const BYTES: usize = RANK * LOW_RANK_BYTES;
+    for files in [repeated_vector(RANK), squares_of_rank(64)] {
+        let root = tempdir().unwrap();
+        let Opened { store, .. } = open_with(bounded(root.path(), BYTES - 1, 0)).await;
+        let error = store.publish("a", files.clone(), &plain()).await.unwrap_err();
+        // The second linear's were not counted any more.
+        assert!(matches!(error, StoreError::OverHostMemory { needed: BYTES, .. }), "{error}");
+        assert!(files_below(root.path()).is_empty());
+        let Opened { store, .. } = open_with(bounded(root.path(), 2 * BYTES, 0)).await;
+        let report = store.publish("a", files, &plain()).await.unwrap().report.unwrap();
+        assert_eq!((report.bytes, report.own_weight_bytes), (2 * BYTES, 0));
+    }
+}
+
+#[tokio::test]
+async fn factors_that_are_merged_do_not_count_beside_the_dense_copies() {
+    let root = tempdir().unwrap();
+    let Opened { store, .. } = open_with(bounded(root.path(), 2 * DENSE_BYTES, 2 * DENSE_BYTES)).await;
+    let report = store.publish("a", squares_of_rank(1), &merged()).await.unwrap().report.unwrap();
+    assert_eq!((report.bytes, report.own_weight_bytes), (2 * DENSE_BYTES, 2 * DENSE_BYTES));
 }
 
 #[tokio::test]
