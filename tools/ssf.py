@@ -76,7 +76,9 @@ def name_matches(name: str, spec: list[str] | str | None) -> bool:
 
 
 def layer_matches(name: str, config: SsfConfig) -> bool:
-    """Whether `layers_to_transform` admits the module; modules outside the numbered layers are then refused."""
+    """Whether `layers_to_transform` admits the module; modules outside the numbered layers are then refused.
+
+    As in PEFT, it does not narrow modules that a list names by their whole path."""
     if config.layers_to_transform is None:
         return True
     pattern = re.escape(config.layers_pattern) if config.layers_pattern else r"[^.]*"
@@ -110,7 +112,8 @@ def sites(model: nn.Module, config: SsfConfig) -> list[str]:
         kind = module_kind(module)
         if kind is None or not name_matches(name, spec[kind]):
             continue
-        if not name_matches(name, config.exclude_modules) and layer_matches(name, config):
+        by_path = not isinstance(spec[kind], str) and name in spec[kind]
+        if not name_matches(name, config.exclude_modules) and (by_path or layer_matches(name, config)):
             names.append(name)
     return names
 
