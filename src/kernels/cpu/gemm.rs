@@ -238,7 +238,10 @@ mod tests {
             for (column, value) in w.iter().zip(out) {
                 for ((xq, xs), (wq, ws)) in row.iter().zip(column) {
                     let sum: i64 = xq.iter().zip(wq).map(|(x, w)| x * w).sum();
-                    *value += sum as f32 * (ws * xs);
+                    *value = match width {
+                        IntegerWidth::Eight => *value + sum as f32 * (ws * xs),
+                        IntegerWidth::Sixteen => (sum as f32).mul_add(ws * xs, *value),
+                    };
                 }
             }
         }

@@ -7,8 +7,8 @@
 //! y[m, n] = sum_g ( sum_{i in g} xq[m, i] wq[n, i] ) * ( ws[n, g] xs[m, g] )
 //! ```
 //!
-//! The inner sum is exact in i32 and the outer one takes the groups in ascending order, a multiplication, a multiplication
-//! and an addition each, so all instruction sets give the same bits.
+//! The inner sum is exact in i32 and the outer one takes the groups in ascending order, so all instruction sets give the same
+//! bits: the scales are multiplied, then the sum by them, and the product is added; of 16 bits the last two are fused.
 //!
 //! | width | weights | their scale | rows | their scale |
 //! |---|---|---|---|---|

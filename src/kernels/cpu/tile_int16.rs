@@ -4,6 +4,7 @@
 
 use std::arch::x86_64::__m256i;
 use std::hint::black_box;
+use std::mem::MaybeUninit;
 
 use super::integers::{IntegerWidth, STEPS_16};
 use super::packed::PANEL;
@@ -20,8 +21,8 @@ const MANTISSA_BITS: u32 = f32::MANTISSA_DIGITS - 1;
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
 pub(super) unsafe fn vnni<const M: usize>(args: &IntegerArgs<'_>) {
     use std::arch::x86_64::{
-        _mm_loadu_si128, _mm512_add_ps, _mm512_castsi512_ps, _mm512_cvtepi32_ps, _mm512_cvtepu8_epi32,
-        _mm512_dpwssd_epi32, _mm512_loadu_ps, _mm512_loadu_si512, _mm512_mul_ps, _mm512_set1_epi32, _mm512_set1_ps,
+        _mm_loadu_si128, _mm512_castsi512_ps, _mm512_cvtepi32_ps, _mm512_cvtepu8_epi32, _mm512_dpwssd_epi32,
+        _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_loadu_si512, _mm512_mul_ps, _mm512_set1_epi32, _mm512_set1_ps,
         _mm512_setzero_si512, _mm512_slli_epi32, _mm512_storeu_ps,
     };
 
@@ -31,8 +32,8 @@ pub(super) unsafe fn vnni<const M: usize>(args: &IntegerArgs<'_>) {
     let mut fetch = args.fetch;
     // SAFETY: a group holds its steps and scales, a row of sums a panel; the rest is the caller's contract.
     unsafe {
-        let mut copy = [[0.0; PANEL]; M];
-        let (sums, stride) = args.begin(&mut copy);
+        let mut copy = MaybeUninit::uninit();
+        let (sums, stride) = args.begin::<M>(&mut copy);
         for (group, w) in args.w.chunks_exact(GROUP_WORDS).enumerate() {
             let rows: [_; M] = std::array::from_fn(|row| args.row::<STEPS_16>(row, group));
             let mut acc = [[_mm512_setzero_si512(); V]; M];
@@ -57,12 +58,12 @@ pub(super) unsafe fn vnni<const M: usize>(args: &IntegerArgs<'_>) {
                 for (row, (acc, (_, scale))) in acc.iter().zip(&rows).enumerate() {
                     let scale = _mm512_mul_ps(scales, _mm512_set1_ps(*scale));
                     let at = sums.add(row * stride + 16 * v);
-                    let product = _mm512_mul_ps(_mm512_cvtepi32_ps(acc[v]), scale);
-                    _mm512_storeu_ps(at, _mm512_add_ps(_mm512_loadu_ps(at), product));
+                    let sum = _mm512_fmadd_ps(_mm512_cvtepi32_ps(acc[v]), scale, _mm512_loadu_ps(at));
+                    _mm512_storeu_ps(at, sum);
                 }
             }
         }
-        args.end(&copy);
+        args.end::<M>(sums);
     }
 }
 
@@ -87,8 +88,8 @@ pub(super) unsafe fn avx2<const M: usize>(args: &IntegerArgs<'_>) {
 #[inline(always)]
 unsafe fn strips<const M: usize, const V: usize>(args: &IntegerArgs<'_>) {
     use std::arch::x86_64::{
-        _mm_loadl_epi64, _mm256_add_epi32, _mm256_add_ps, _mm256_broadcast_ss, _mm256_castsi256_ps, _mm256_cvtepi32_ps,
-        _mm256_cvtepu8_epi32, _mm256_loadu_ps, _mm256_madd_epi16, _mm256_mul_ps, _mm256_set1_epi32,
+        _mm_loadl_epi64, _mm256_add_epi32, _mm256_broadcast_ss, _mm256_castsi256_ps, _mm256_cvtepi32_ps,
+        _mm256_cvtepu8_epi32, _mm256_fmadd_ps, _mm256_loadu_ps, _mm256_madd_epi16, _mm256_mul_ps, _mm256_set1_epi32,
         _mm256_setzero_si256, _mm256_slli_epi32, _mm256_storeu_ps,
     };
 
@@ -102,8 +103,8 @@ unsafe fn strips<const M: usize, const V: usize>(args: &IntegerArgs<'_>) {
     // SAFETY: a group holds its steps and scales, on whole vectors, and every row of `x` as many; a row of sums holds a panel;
     // the rest is the caller's contract.
     unsafe {
-        let mut copy = [[0.0; PANEL]; M];
-        let (sums, stride) = args.begin(&mut copy);
+        let mut copy = MaybeUninit::uninit();
+        let (sums, stride) = args.begin::<M>(&mut copy);
         let rows: [_; M] = std::array::from_fn(|row| args.x.as_ptr().add(row * args.x_stride));
         let count = args.columns.div_ceil(V * LANES);
         for strip in 0..count {
@@ -137,13 +138,13 @@ unsafe fn strips<const M: usize, const V: usize>(args: &IntegerArgs<'_>) {
                     for (row, acc) in acc.iter().enumerate() {
                         let scale = _mm256_mul_ps(scales, _mm256_broadcast_ss(&*rows[row].add(scale_at).cast()));
                         let at = sums.add(row * stride + (strip * V + v) * LANES);
-                        let product = _mm256_mul_ps(_mm256_cvtepi32_ps(acc[v]), scale);
-                        _mm256_storeu_ps(at, _mm256_add_ps(_mm256_loadu_ps(at), product));
+                        let sum = _mm256_fmadd_ps(_mm256_cvtepi32_ps(acc[v]), scale, _mm256_loadu_ps(at));
+                        _mm256_storeu_ps(at, sum);
                     }
                 }
                 fetch.next(1);
             }
         }
-        args.end(&copy);
+        args.end::<M>(sums);
     }
 }

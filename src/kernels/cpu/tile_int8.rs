@@ -2,6 +2,8 @@
 
 #![expect(unsafe_code, reason = "vector loads and stores through raw pointers")]
 
+use std::mem::MaybeUninit;
+
 use super::integers::{IntegerWidth, STEPS_8};
 use super::packed::PANEL;
 use super::tile_integers::{IntegerArgs, block_groups};
@@ -23,8 +25,8 @@ pub(super) unsafe fn vnni<const M: usize>(args: &IntegerArgs<'_>) {
     let mut fetch = args.fetch;
     // SAFETY: a group holds its steps and scales, a row of sums a panel; the rest is the caller's contract.
     unsafe {
-        let mut copy = [[0.0; PANEL]; M];
-        let (sums, stride) = args.begin(&mut copy);
+        let mut copy = MaybeUninit::uninit();
+        let (sums, stride) = args.begin::<M>(&mut copy);
         let flip = _mm512_set1_epi8(-128);
         for (group, w) in args.w.chunks_exact(GROUP_WORDS).enumerate() {
             let rows: [_; M] = std::array::from_fn(|row| args.row::<STEPS_8>(row, group));
@@ -57,7 +59,7 @@ pub(super) unsafe fn vnni<const M: usize>(args: &IntegerArgs<'_>) {
                 }
             }
         }
-        args.end(&copy);
+        args.end::<M>(sums);
     }
 }
 
@@ -93,8 +95,8 @@ unsafe fn strips<const M: usize, const V: usize>(args: &IntegerArgs<'_>) {
     // SAFETY: a group holds its steps and scales, on whole vectors; a row of sums holds a panel; the rest is the caller's
     // contract.
     unsafe {
-        let mut copy = [[0.0; PANEL]; M];
-        let (sums, stride) = args.begin(&mut copy);
+        let mut copy = MaybeUninit::uninit();
+        let (sums, stride) = args.begin::<M>(&mut copy);
         let mut halves = [[[[0_u32; STEPS_8]; 2]; M]; BLOCK_GROUPS];
         let mut scales = [[0.0_f32; M]; BLOCK_GROUPS];
         let of_groups = halves.iter_mut().zip(&mut scales).take(args.w.len() / GROUP_WORDS);
@@ -145,6 +147,6 @@ unsafe fn strips<const M: usize, const V: usize>(args: &IntegerArgs<'_>) {
                 }
             }
         }
-        args.end(&copy);
+        args.end::<M>(sums);
     }
 }

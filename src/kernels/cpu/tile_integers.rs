@@ -4,6 +4,8 @@
 
 #![expect(unsafe_code, reason = "outputs are read and written through a raw pointer")]
 
+use std::mem::MaybeUninit;
+
 use super::integers::{GROUP, IntegerWidth, STEPS_8, STEPS_16};
 use super::isa::Isa;
 use super::packed::PANEL;
@@ -58,29 +60,34 @@ impl IntegerArgs<'_> {
     /// # Safety
     /// As for [`integer_tile`].
     #[inline(always)]
-    pub(super) unsafe fn begin<const M: usize>(&self, copy: &mut [[f32; PANEL]; M]) -> (*mut f32, usize) {
-        for (row, copy) in copy.iter_mut().enumerate() {
-            // SAFETY: the caller's contract.
+    pub(super) unsafe fn begin<const M: usize>(&self, copy: &mut MaybeUninit<[[f32; PANEL]; M]>) -> (*mut f32, usize) {
+        let is_whole = self.columns == PANEL;
+        let sums = if is_whole { self.y } else { copy.write([[0.0; PANEL]; M]).as_mut_ptr().cast() };
+        for row in 0..M {
+            // SAFETY: the caller's contract; the copy has a panel's columns in every row.
             unsafe {
                 let y = self.y.add(row * self.y_stride);
-                match (self.columns == PANEL, self.from_zero) {
+                match (is_whole, self.from_zero) {
                     (true, true) => y.write_bytes(0, PANEL),
-                    (false, false) => y.copy_to_nonoverlapping(copy.as_mut_ptr(), self.columns),
+                    (false, false) => sums.add(row * PANEL).copy_from_nonoverlapping(y, self.columns),
                     (true, false) | (false, true) => {}
                 }
             }
         }
-        if self.columns == PANEL { (self.y, self.y_stride) } else { (copy.as_mut_ptr().cast(), PANEL) }
+        (sums, if is_whole { self.y_stride } else { PANEL })
     }
 
     /// # Safety
-    /// As for [`integer_tile`].
+    /// As for [`integer_tile`]; `sums` is what [`IntegerArgs::begin`] answered.
     #[inline(always)]
-    pub(super) unsafe fn end<const M: usize>(&self, copy: &[[f32; PANEL]; M]) {
+    pub(super) unsafe fn end<const M: usize>(&self, sums: *const f32) {
         if self.columns < PANEL {
-            for (row, copy) in copy.iter().enumerate() {
+            for row in 0..M {
                 // SAFETY: the caller's contract.
-                unsafe { self.y.add(row * self.y_stride).copy_from_nonoverlapping(copy.as_ptr(), self.columns) };
+                unsafe {
+                    let y = self.y.add(row * self.y_stride);
+                    y.copy_from_nonoverlapping(sums.add(row * PANEL), self.columns);
+                }
             }
         }
     }
@@ -145,9 +152,9 @@ unsafe fn plain<const M: usize, const STEPS: usize>(args: &IntegerArgs<'_>) {
     let bits = u32::BITS / per_word as u32;
     let integer =
         |word: u32, idx: usize| (word << (u32::BITS - bits * (idx as u32 + 1))).cast_signed() >> (u32::BITS - bits);
-    let mut copy = [[0.0; PANEL]; M];
+    let mut copy = MaybeUninit::uninit();
     // SAFETY: the caller's contract.
-    let (sums, stride) = unsafe { args.begin(&mut copy) };
+    let (sums, stride) = unsafe { args.begin::<M>(&mut copy) };
     for (group, w) in args.w.chunks_exact(width.group_words()).enumerate() {
         let (steps, _) = w.as_chunks::<PANEL>();
         for row in 0..M {
@@ -162,11 +169,16 @@ unsafe fn plain<const M: usize, const STEPS: usize>(args: &IntegerArgs<'_>) {
                 }
             }
             for (lane, acc) in acc.iter().enumerate() {
+                let scale = width.scale(w, lane) * scale;
                 // SAFETY: a row of sums holds a panel.
-                unsafe { *sums.add(row * stride + lane) += *acc as f32 * (width.scale(w, lane) * scale) };
+                let sum = unsafe { &mut *sums.add(row * stride + lane) };
+                *sum = match width {
+                    IntegerWidth::Eight => *sum + *acc as f32 * scale,
+                    IntegerWidth::Sixteen => (*acc as f32).mul_add(scale, *sum),
+                };
             }
         }
     }
     // SAFETY: the caller's contract.
-    unsafe { args.end(&copy) };
+    unsafe { args.end::<M>(sums) };
 }
