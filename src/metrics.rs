@@ -207,9 +207,10 @@ impl Metrics {
         let labels = [activity.slots_max.to_string(), activity.resident.join(","), activity.waiting.join(",")];
         if let (false, Some((previous, old))) = (unchanged, current.as_ref()) {
             let _ = self.lora_requests_info.remove_label_values(&old.each_ref().map(String::as_str));
-            for name in previous.resident.iter().filter(|name| !activity.resident.contains(name)) {
-                let label = self.adapter_label(Some(name));
-                self.adapter_resident.with_label_values(&[label]).set(0);
+            let left = previous.resident.iter().filter(|name| !activity.resident.contains(name));
+            // One that was forgotten has no series to end.
+            for name in left.filter(|name| self.adapter_label(Some(name)) == *name) {
+                self.adapter_resident.with_label_values(&[name]).set(0);
             }
         }
         let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |d| d.as_secs_f64());
