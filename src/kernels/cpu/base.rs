@@ -120,7 +120,7 @@ impl RowForm {
         self.integers.map_or(0, |width| width.row_words(k))
     }
 
-    /// Writes one row in both forms; a form without room is left out.
+    /// Writes one row in both forms; terms without room are left out.
     pub(super) fn write(self, row: &[f32], terms: &mut [u32], integers: &mut [u32]) {
         if !terms.is_empty() {
             write_row(Isa::best(), self.terms, row, terms);

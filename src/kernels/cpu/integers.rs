@@ -48,7 +48,7 @@ const WEIGHT_EXPONENT: u32 = 11;
 /// Magnitudes below it count as zero in rows and 8-bit weights, so that no scale is subnormal.
 const SMALLEST: f32 = 1e-30;
 /// Bits of an f32 below its exponent.
-const MANTISSA_BITS: u32 = f32::MANTISSA_DIGITS - 1;
+pub(super) const MANTISSA_BITS: u32 = f32::MANTISSA_DIGITS - 1;
 
 /// Width of integers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]

@@ -6,13 +6,11 @@ use std::arch::x86_64::__m256i;
 use std::hint::black_box;
 use std::mem::MaybeUninit;
 
-use super::integers::{IntegerWidth, STEPS_16};
+use super::integers::{IntegerWidth, MANTISSA_BITS, STEPS_16};
 use super::packed::PANEL;
 use super::tile_integers::IntegerArgs;
 
 const GROUP_WORDS: usize = IntegerWidth::Sixteen.group_words();
-/// Bits of an f32 below its exponent.
-const MANTISSA_BITS: u32 = f32::MANTISSA_DIGITS - 1;
 
 /// The dot product of pairs.
 ///
