@@ -95,9 +95,8 @@ pub(super) unsafe fn multiply_integer_panel(
                 columns: PANEL.min(w.n() - panel_idx * PANEL),
                 from_zero: block_idx == 0,
                 fetch: next.share(pass, passes),
+                far: ahead.share(),
             };
-            let mut far = ahead.share();
-            far.next_far(far.lines);
             // SAFETY: the rows and columns are the caller's.
             unsafe { integer_tile(ROWS.min(m - row), isa, width, &args) };
         }

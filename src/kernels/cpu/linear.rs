@@ -20,6 +20,7 @@ use super::gemm::{Target, num_tiles};
 use super::isa::Isa;
 use super::packed::PANEL;
 use super::pool::{for_each, for_ranges, num_threads};
+use super::scale::{PackedScale, scale_add};
 use super::shared::Shared;
 use super::shrink::{Place, ShrinkPlan, shrink};
 use super::silu::silu_mul;
@@ -315,25 +316,32 @@ impl Sweep<'_> {
         for row in from..to {
             // SAFETY: as above, one row at a time.
             let y = unsafe { outputs.row(row - run.rows.start) };
-            self.add_last(linear, run.slots, (row, outputs.first), y);
+            self.finish_row(linear, run.slots, (row, outputs.first), y);
         }
     }
 
-    /// What is added last, in the columns of a row from `first` on.
-    fn add_last(
+    /// Scales the columns of a row from `first` on, and adds what is added last.
+    fn finish_row(
         &self,
         linear: &SweepLinear<'_>,
         slots: Option<&PackedSlots>,
         (row, first): (usize, usize),
         y: &mut [f32],
     ) {
-        if let Some(c) = slots.and_then(|slots| slots.c.as_deref()).or(linear.bias) {
-            y.iter_mut().zip(&c[first..]).for_each(|(y, c)| *y += c);
-        }
-        if let Finish::Add(residual) = self.finish {
-            let residual = &residual[row * self.row + first..][..y.len()];
-            y.iter_mut().zip(residual).for_each(|(y, r)| *y += r);
-        }
+        let scale = match slots.and_then(|slots| slots.scale.as_ref()) {
+            Some(PackedScale::Diag(scale)) => &scale[first..],
+            Some(scale) => {
+                scale.apply(first, y);
+                &[]
+            }
+            None => &[],
+        };
+        let c = slots.and_then(|slots| slots.c.as_deref()).or(linear.bias).map_or(&[][..], |c| &c[first..]);
+        let residual = match self.finish {
+            Finish::Add(residual) => &residual[row * self.row + first..][..y.len()],
+            Finish::Join | Finish::SiluMul => &[],
+        };
+        scale_add(Isa::best(), scale, [c, residual], y);
     }
 
     /// Once all panels are there: the rows whose scale mixes columns of several.
@@ -348,10 +356,7 @@ impl Sweep<'_> {
                     let row = run.rows.start + idx;
                     // SAFETY: every task has a row of its own, and the panels are done.
                     let y = unsafe { self.y.part(row * self.row + columns.start..row * self.row + columns.end) };
-                    if let Some(scale) = &slots.scale {
-                        scale.apply(0, y);
-                    }
-                    self.add_last(linear, Some(slots), (row, 0), y);
+                    self.finish_row(linear, Some(slots), (row, 0), y);
                 });
             }
         }

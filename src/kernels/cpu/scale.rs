@@ -1,6 +1,8 @@
 //! Output scales of a linear: what becomes of a row once product and additive terms are there.
 
 use super::blocks::Blocks;
+use super::dispatch::dispatch;
+use super::isa::Isa;
 use super::packed::PANEL;
 
 /// An output scale in the CPU's form.
@@ -35,10 +37,24 @@ impl PackedScale {
     /// Scales the columns from `first` on: a panel's, or all of a row.
     pub(super) fn apply(&self, first: usize, y: &mut [f32]) {
         match self {
-            Self::Diag(scale) => y.iter_mut().zip(&scale[first..]).for_each(|(y, g)| *y *= g),
+            Self::Diag(scale) => scale_add(Isa::best(), &scale[first..], [&[], &[]], y),
             Self::PairRot { p, q, half } => rotate_pairs(y, (&p[first..], &q[first..]), *half),
             Self::BlockDiag(blocks) => blocks.multiply(first / blocks.s, y),
         }
+    }
+}
+
+dispatch! {
+    /// `y = scale ⊙ y + terms[0] + terms[1]` in as many columns as `y` has; what is empty is left out.
+    pub(super) fn scale_add(scale: &[f32], terms: [&[f32]; 2], y: &mut [f32]) => scale_add_body
+}
+
+/// The sums are rounded one by one, on every processor.
+#[inline(always)]
+fn scale_add_body<const FMA: bool>(scale: &[f32], terms: [&[f32]; 2], y: &mut [f32]) {
+    y.iter_mut().zip(scale).for_each(|(y, scale)| *y *= scale);
+    for term in terms {
+        y.iter_mut().zip(term).for_each(|(y, term)| *y += term);
     }
 }
 

@@ -8,6 +8,7 @@ use super::base::OwnMatrix;
 use super::block_product::BlockProduct;
 use super::circulant::Circulant;
 use super::dispatch::{dispatch, fma};
+use super::gemm::Target;
 use super::isa::Isa;
 use super::joint::JointLowRank;
 use super::packed::{PANEL, PackedMatrix, WeightFormat};
@@ -203,6 +204,16 @@ impl Outputs<'_> {
         // SAFETY: the caller's contract.
         unsafe { self.out.part(from..from + self.columns) }
     }
+
+    /// Where the columns of row `row` and of those after it lie.
+    ///
+    /// # Panics
+    /// When they do not lie in the output.
+    fn target(&self, row: usize) -> Target {
+        let last = self.offset + (self.rows.1 - 1 - self.rows.0) * self.stride;
+        assert!(row < self.rows.1 && last + self.columns <= self.out.len(), "the rows lie in the output");
+        Target { y: self.out.at(self.offset + (row - self.rows.0) * self.stride), stride: self.stride }
+    }
 }
 
 /// Replaced rows of the weight. `short` are the run's short vectors, of `run_rows` rows.
@@ -224,8 +235,7 @@ pub(super) unsafe fn replace_rows(slots: &PackedSlots, (short, run_rows): (&[f32
     }
 }
 
-/// Terms, but for joint ones, and scale, but no scale that needs whole rows. `x` are the rows' inputs (rows, k); `short`
-/// the run's short vectors, of `run_rows` rows.
+/// Terms, but for joint ones. `x` are the rows' inputs (rows, k); `short` the run's short vectors, of `run_rows` rows.
 ///
 /// # Safety
 /// Nobody else may use the outputs meanwhile.
@@ -262,12 +272,6 @@ pub(super) unsafe fn apply_slots(
             }
         }
     }
-    if let Some(scale) = slots.scale.as_ref().filter(|scale| !scale.needs_whole_rows()) {
-        for row in from..to {
-            // SAFETY: the caller's contract; one row at a time.
-            scale.apply(outputs.first, unsafe { outputs.row(row) });
-        }
-    }
 }
 
 /// Adds what was computed of every row before the sweep, (rows, n).
@@ -293,6 +297,12 @@ unsafe fn expand_rows(h: &[f32], b: &PackedMatrix, outputs: &Outputs<'_>) {
     let coincide = first.is_multiple_of(PANEL) && first + outputs.columns <= b.n();
     for (tile_idx, h) in h.chunks(EXPAND_ROWS * r).enumerate() {
         let first_row = from + tile_idx * EXPAND_ROWS;
+        #[cfg(target_arch = "x86_64")]
+        if let (true, Isa::Avx2, WeightFormat::Bf16) = (coincide, Isa::best(), b.format()) {
+            // SAFETY: the caller's contract.
+            unsafe { expand_pairs((h, r), b.panel(first / PANEL), outputs.target(first_row), outputs.columns, false) };
+            continue;
+        }
         let mut rows: [&mut [f32]; EXPAND_ROWS] = Default::default();
         for (row, y) in (first_row..to).zip(&mut rows) {
             // SAFETY: the caller's contract; every row is there once.
@@ -302,6 +312,25 @@ unsafe fn expand_rows(h: &[f32], b: &PackedMatrix, outputs: &Outputs<'_>) {
             expand_tile(Isa::best(), h, b.panel(first / PANEL), b, &mut rows);
         } else {
             rows.iter_mut().zip(h.chunks_exact(r)).for_each(|(y, h)| expand(Isa::best(), h, b, first, y));
+        }
+    }
+}
+
+/// [`avx2::expand`] for the number of rows that `h` has.
+///
+/// # Safety
+/// As there.
+#[cfg(target_arch = "x86_64")]
+unsafe fn expand_pairs((h, r): (&[f32], usize), panel: &[u32], y: Target, columns: usize, from_zero: bool) {
+    // SAFETY: the caller's contract.
+    unsafe {
+        match h.len() / r {
+            1 => avx2::expand::<1>((h, r), panel, y, columns, from_zero),
+            2 => avx2::expand::<2>((h, r), panel, y, columns, from_zero),
+            3 => avx2::expand::<3>((h, r), panel, y, columns, from_zero),
+            4 => avx2::expand::<4>((h, r), panel, y, columns, from_zero),
+            5 => avx2::expand::<5>((h, r), panel, y, columns, from_zero),
+            _ => avx2::expand::<EXPAND_ROWS>((h, r), panel, y, columns, from_zero),
         }
     }
 }
@@ -326,17 +355,9 @@ pub(super) fn expand_sums(h: &[f32], b: &PackedMatrix, panel_idx: usize, sums: &
     let (isa, panel, r) = (Isa::best(), b.panel(panel_idx), b.k());
     #[cfg(target_arch = "x86_64")]
     if let (Isa::Avx2, WeightFormat::Bf16) = (isa, b.format()) {
-        // SAFETY: the instruction set was detected.
-        unsafe {
-            match h.len() / r {
-                1 => avx2::expand::<1>(h, r, panel, sums),
-                2 => avx2::expand::<2>(h, r, panel, sums),
-                3 => avx2::expand::<3>(h, r, panel, sums),
-                4 => avx2::expand::<4>(h, r, panel, sums),
-                5 => avx2::expand::<5>(h, r, panel, sums),
-                _ => avx2::expand::<EXPAND_ROWS>(h, r, panel, sums),
-            }
-        }
+        let y = Target { y: sums.as_mut_ptr().cast(), stride: PANEL };
+        // SAFETY: the sums have the rows, and the instruction set was detected.
+        unsafe { expand_pairs((h, r), panel, y, PANEL, true) };
         return;
     }
     sums.as_flattened_mut().fill(0.0);

@@ -12,6 +12,7 @@ use std::arch::x86_64::{
 };
 use std::mem::MaybeUninit;
 
+use super::gemm::Target;
 use super::packed::{PANEL, WeightFormat};
 use super::tile::{AVX2_STEPS, Fetch, LINE_WORDS, TileArgs};
 
@@ -59,17 +60,24 @@ unsafe fn pairs<const M: usize, const V: usize>(args: &TileArgs<'_>) {
     unsafe { strips::<M, V, 2>(args, std::array::from_fn(|row| x[row].as_ptr().cast())) };
 }
 
-/// `y[m, j] = sum_s w[j, s] h[m, s]` for the 64 columns of a panel of bf16 and `M` rows `h` of `r` numbers in f32, one chain
-/// over ascending `s` per output. Rows of y adjoin.
+/// `y[m, j] += sum_s w[j, s] h[m, s]` for `columns` of the 64 columns of a panel of bf16 and `M` rows `h` of `r` numbers in
+/// f32; with `from_zero` y is what it was not before. One chain over ascending `s` per output, from `y` on.
 ///
 /// # Safety
-/// The processor has the features.
+/// `y` must be valid for reads and writes of the columns in each of `M` rows, and nobody else may touch them meanwhile. The
+/// processor has the features.
 ///
 /// # Panics
 /// When lengths do not fit.
 #[target_feature(enable = "avx2,fma")]
-pub(super) unsafe fn expand<const M: usize>(h: &[f32], r: usize, panel: &[u32], y: &mut [[f32; PANEL]]) {
-    assert!(h.len() == M * r && panel.len() == r.div_ceil(2) * PANEL && y.len() >= M, "rows and steps fit");
+pub(super) unsafe fn expand<const M: usize>(
+    (h, r): (&[f32], usize),
+    panel: &[u32],
+    y: Target,
+    columns: usize,
+    from_zero: bool,
+) {
+    assert!(h.len() == M * r && panel.len() == r.div_ceil(2) * PANEL && columns <= PANEL, "rows and steps fit");
     assert!(panel.as_ptr().cast::<__m256i>().is_aligned(), "a panel of a packed matrix");
     for (block_idx, w) in panel.chunks(AVX2_STEPS * PANEL).enumerate() {
         let mut x = [[[MaybeUninit::<f32>::uninit(); AVX2_STEPS]; 2]; M];
@@ -90,15 +98,15 @@ pub(super) unsafe fn expand<const M: usize>(h: &[f32], r: usize, panel: &[u32], 
             x_stride: 0,
             w,
             is_first: true,
-            y: y.as_mut_ptr().cast(),
-            y_stride: PANEL,
-            columns: PANEL,
-            from_zero: block_idx == 0,
+            y: y.y,
+            y_stride: y.stride,
+            columns,
+            from_zero: from_zero && block_idx == 0,
             fetch: Fetch { at: w.as_ptr_range().end, lines: w.len() / LINE_WORDS },
             far: Fetch::NONE,
         };
         let x = std::array::from_fn(|row| x[row].as_ptr().cast());
-        // SAFETY: the rows hold the two factors of each of the block's steps, and y has the rows.
+        // SAFETY: the rows hold the two factors of each of the block's steps; y is the caller's.
         unsafe {
             match M {
                 1 => strips::<M, 8, 2>(&args, x),

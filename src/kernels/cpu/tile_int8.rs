@@ -2,8 +2,6 @@
 
 #![expect(unsafe_code, reason = "vector loads and stores through raw pointers")]
 
-use std::mem::MaybeUninit;
-
 use super::integers::{IntegerWidth, STEPS_8};
 use super::packed::PANEL;
 use super::tile_integers::{IntegerArgs, block_groups};
@@ -22,11 +20,10 @@ pub(super) unsafe fn vnni<const M: usize>(args: &IntegerArgs<'_>) {
     /// Vectors of a panel.
     const V: usize = PANEL / 16;
 
-    let mut fetch = args.fetch;
-    // SAFETY: a group holds its steps and scales, a row of sums a panel; the rest is the caller's contract.
+    let (mut fetch, mut far) = (args.fetch, args.far);
+    far.next_far(far.lines);
+    // SAFETY: a group holds its steps and scales; the rest is the caller's contract.
     unsafe {
-        let mut copy = MaybeUninit::uninit();
-        let (sums, stride) = args.begin::<M>(&mut copy);
         let flip = _mm512_set1_epi8(-128);
         for (group, w) in args.w.chunks_exact(GROUP_WORDS).enumerate() {
             let rows: [_; M] = std::array::from_fn(|row| args.row::<STEPS_8>(row, group));
@@ -54,12 +51,11 @@ pub(super) unsafe fn vnni<const M: usize>(args: &IntegerArgs<'_>) {
                     let scales = _mm512_loadu_ps(w.as_ptr().add(STEPS_8 * PANEL + 16 * v).cast());
                     let product =
                         _mm512_mul_ps(_mm512_cvtepi32_ps(*acc), _mm512_mul_ps(scales, _mm512_set1_ps(*scale)));
-                    let at = sums.add(row * stride + 16 * v);
+                    let at = args.y.add(row * args.y_stride + 16 * v);
                     _mm512_storeu_ps(at, _mm512_add_ps(_mm512_loadu_ps(at), product));
                 }
             }
         }
-        args.end::<M>(sums);
     }
 }
 
@@ -92,11 +88,8 @@ unsafe fn strips<const M: usize, const V: usize>(args: &IntegerArgs<'_>) {
     const LANES: usize = 8;
 
     assert!(args.w.as_ptr().cast::<__m256i>().is_aligned(), "a block of a packed matrix");
-    // SAFETY: a group holds its steps and scales, on whole vectors; a row of sums holds a panel; the rest is the caller's
-    // contract.
+    // SAFETY: a group holds its steps and scales, on whole vectors; the rest is the caller's contract.
     unsafe {
-        let mut copy = MaybeUninit::uninit();
-        let (sums, stride) = args.begin::<M>(&mut copy);
         let mut halves = [[[[0_u32; STEPS_8]; 2]; M]; BLOCK_GROUPS];
         let mut scales = [[0.0_f32; M]; BLOCK_GROUPS];
         let of_groups = halves.iter_mut().zip(&mut scales).take(args.w.len() / GROUP_WORDS);
@@ -111,14 +104,16 @@ unsafe fn strips<const M: usize, const V: usize>(args: &IntegerArgs<'_>) {
                 }
             }
         }
-        let count = args.columns.div_ceil(V * LANES);
+        let count = PANEL / (V * LANES);
         for strip in 0..count {
-            let mut fetch = args.fetch.share(strip, count);
+            let (mut fetch, mut far) = (args.fetch.share(strip, count), args.far.share(strip, count));
+            let far_lines = far.lines.div_ceil(args.w.len() / GROUP_WORDS * STEPS_8);
             for (group, w) in args.w.chunks_exact(GROUP_WORDS).enumerate() {
                 let w = w.as_ptr().add(strip * V * LANES);
                 let mut acc = [[_mm256_setzero_si256(); V]; M];
                 for step in 0..STEPS_8 {
                     fetch.next(V / 2);
+                    far.next_far(far_lines);
                     for half in 0..2 {
                         let mut weights = [_mm256_setzero_si256(); V];
                         for (v, weight) in weights.iter_mut().enumerate() {
@@ -140,13 +135,12 @@ unsafe fn strips<const M: usize, const V: usize>(args: &IntegerArgs<'_>) {
                     for (v, acc) in acc.iter().enumerate() {
                         let weight_scales = _mm256_loadu_ps(w.add(STEPS_8 * PANEL + v * LANES).cast());
                         let scale = _mm256_mul_ps(weight_scales, _mm256_set1_ps(*scale));
-                        let at = sums.add(row * stride + (strip * V + v) * LANES);
+                        let at = args.y.add(row * args.y_stride + (strip * V + v) * LANES);
                         let product = _mm256_mul_ps(_mm256_cvtepi32_ps(*acc), scale);
                         _mm256_storeu_ps(at, _mm256_add_ps(_mm256_loadu_ps(at), product));
                     }
                 }
             }
         }
-        args.end::<M>(sums);
     }
 }

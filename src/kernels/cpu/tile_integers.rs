@@ -4,8 +4,6 @@
 
 #![expect(unsafe_code, reason = "outputs are read and written through a raw pointer")]
 
-use std::mem::MaybeUninit;
-
 use super::integers::{GROUP, IntegerWidth, STEPS_8, STEPS_16};
 use super::isa::Isa;
 use super::packed::PANEL;
@@ -36,6 +34,8 @@ pub(super) struct IntegerArgs<'a> {
     pub(super) from_zero: bool,
     /// What to fetch meanwhile.
     pub(super) fetch: Fetch,
+    /// What to fetch for later, to a cache further away.
+    pub(super) far: Fetch,
 }
 
 impl IntegerArgs<'_> {
@@ -52,44 +52,6 @@ impl IntegerArgs<'_> {
     pub(super) fn sum(&self, row: usize, group: usize) -> i32 {
         let sums = row * self.x_stride + self.groups * (STEPS_8 + 1);
         self.x[sums + self.first_group + group].cast_signed()
-    }
-
-    /// Where sums of all columns of a panel are, and the elements between rows: the outputs, or where the panel has fewer
-    /// columns `copy`, which [`IntegerArgs::end`] writes back.
-    ///
-    /// # Safety
-    /// As for [`integer_tile`].
-    #[inline(always)]
-    pub(super) unsafe fn begin<const M: usize>(&self, copy: &mut MaybeUninit<[[f32; PANEL]; M]>) -> (*mut f32, usize) {
-        let is_whole = self.columns == PANEL;
-        let sums = if is_whole { self.y } else { copy.write([[0.0; PANEL]; M]).as_mut_ptr().cast() };
-        for row in 0..M {
-            // SAFETY: the caller's contract; the copy has a panel's columns in every row.
-            unsafe {
-                let y = self.y.add(row * self.y_stride);
-                match (is_whole, self.from_zero) {
-                    (true, true) => y.write_bytes(0, PANEL),
-                    (false, false) => sums.add(row * PANEL).copy_from_nonoverlapping(y, self.columns),
-                    (true, false) | (false, true) => {}
-                }
-            }
-        }
-        (sums, if is_whole { self.y_stride } else { PANEL })
-    }
-
-    /// # Safety
-    /// As for [`integer_tile`]; `sums` is what [`IntegerArgs::begin`] answered.
-    #[inline(always)]
-    pub(super) unsafe fn end<const M: usize>(&self, sums: *const f32) {
-        if self.columns < PANEL {
-            for row in 0..M {
-                // SAFETY: the caller's contract.
-                unsafe {
-                    let y = self.y.add(row * self.y_stride);
-                    y.copy_from_nonoverlapping(sums.add(row * PANEL), self.columns);
-                }
-            }
-        }
     }
 }
 
@@ -128,6 +90,48 @@ pub(super) unsafe fn integer_tile(rows: usize, isa: Isa, width: IntegerWidth, ar
     assert!(args.w.len() <= block_groups(width) * width.group_words(), "a block's groups");
     // SAFETY: the caller's contract.
     unsafe {
+        if args.columns < PANEL {
+            return narrow_tile(rows, isa, width, args);
+        }
+        if args.from_zero {
+            for row in 0..rows {
+                args.y.add(row * args.y_stride).write_bytes(0, PANEL);
+            }
+        }
+        whole_tile(rows, isa, width, args);
+    }
+}
+
+/// The columns that exist of a panel that has fewer: all of its sums are made in a copy.
+///
+/// # Safety
+/// As for [`integer_tile`].
+#[cold]
+unsafe fn narrow_tile(rows: usize, isa: Isa, width: IntegerWidth, args: &IntegerArgs<'_>) {
+    let mut copy = [[0.0_f32; PANEL]; ROWS];
+    // SAFETY: the caller's contract; the copy has a panel's columns in every row.
+    unsafe {
+        let of_rows = |row: usize| args.y.add(row * args.y_stride);
+        if !args.from_zero {
+            for (row, copy) in copy.iter_mut().enumerate().take(rows) {
+                copy.as_mut_ptr().copy_from_nonoverlapping(of_rows(row), args.columns);
+            }
+        }
+        let y = copy.as_mut_ptr().cast();
+        whole_tile(rows, isa, width, &IntegerArgs { y, y_stride: PANEL, columns: PANEL, ..*args });
+        for (row, copy) in copy.iter().enumerate().take(rows) {
+            of_rows(row).copy_from_nonoverlapping(copy.as_ptr(), args.columns);
+        }
+    }
+}
+
+/// All columns of a panel, added to what `y` holds.
+///
+/// # Safety
+/// As for [`integer_tile`], with a panel's columns.
+unsafe fn whole_tile(rows: usize, isa: Isa, width: IntegerWidth, args: &IntegerArgs<'_>) {
+    // SAFETY: the caller's contract.
+    unsafe {
         match (isa, width) {
             #[cfg(target_arch = "x86_64")]
             (Isa::Avx512Vnni | Isa::Avx512Bf16, IntegerWidth::Eight) => by_rows!(rows, args, tile_int8::vnni),
@@ -152,9 +156,6 @@ unsafe fn plain<const M: usize, const STEPS: usize>(args: &IntegerArgs<'_>) {
     let bits = u32::BITS / per_word as u32;
     let integer =
         |word: u32, idx: usize| (word << (u32::BITS - bits * (idx as u32 + 1))).cast_signed() >> (u32::BITS - bits);
-    let mut copy = MaybeUninit::uninit();
-    // SAFETY: the caller's contract.
-    let (sums, stride) = unsafe { args.begin::<M>(&mut copy) };
     for (group, w) in args.w.chunks_exact(width.group_words()).enumerate() {
         let (steps, _) = w.as_chunks::<PANEL>();
         for row in 0..M {
@@ -170,8 +171,8 @@ unsafe fn plain<const M: usize, const STEPS: usize>(args: &IntegerArgs<'_>) {
             }
             for (lane, acc) in acc.iter().enumerate() {
                 let scale = width.scale(w, lane) * scale;
-                // SAFETY: a row of sums holds a panel.
-                let sum = unsafe { &mut *sums.add(row * stride + lane) };
+                // SAFETY: the caller's contract: a row holds a panel.
+                let sum = unsafe { &mut *args.y.add(row * args.y_stride + lane) };
                 *sum = match width {
                     IntegerWidth::Eight => *sum + *acc as f32 * scale,
                     IntegerWidth::Sixteen => (*acc as f32).mul_add(scale, *sum),
@@ -179,6 +180,4 @@ unsafe fn plain<const M: usize, const STEPS: usize>(args: &IntegerArgs<'_>) {
             }
         }
     }
-    // SAFETY: the caller's contract.
-    unsafe { args.end::<M>(sums) };
 }
