@@ -159,6 +159,7 @@ impl Store {
             config,
         };
         let store = Arc::new(Self { shared: Arc::new(shared) });
+        store.shared.objects.discard_old().await?;
         let adapters = store.list().await?;
         tracing::info!(root = %store.shared.roots.store_root().display(), adapters = adapters.len(), "adapter store");
         Ok(store)

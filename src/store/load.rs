@@ -95,7 +95,6 @@ pub(super) struct Loader {
 
 /// A lowered adapter that is accounted for and not yet visible.
 pub(super) struct Prepared {
-    pub(super) files: AdapterFiles,
     /// Names the files' blob.
     pub(super) content: ContentDigest,
     lowered: LoweredAdapter,
@@ -110,9 +109,9 @@ impl Loader {
     /// that names them, or refuses them; it runs meanwhile. Blocks.
     pub(super) fn prepare(
         &self,
-        files: AdapterFiles,
+        files: &AdapterFiles,
         merge: bool,
-        content: impl FnOnce(&AdapterFiles) -> Result<ContentDigest, StoreError> + Send,
+        content: impl FnOnce() -> Result<ContentDigest, StoreError> + Send,
         started: Instant,
     ) -> Result<Prepared, StoreError> {
         let reservation = RefCell::new(self.memory.reservation());
@@ -130,12 +129,12 @@ impl Loader {
                 dispensable.set(dispensable.get() || need == Need::Cheaper && granted.is_ok());
                 granted.map_err(|error| *refusal.borrow_mut() = Some(error).filter(|_| need != Need::Cheaper)).is_ok()
             };
-            let lowered = lower_within(&files, self.base.as_ref(), &options, &ask);
+            let lowered = lower_within(files, self.base.as_ref(), &options, &ask);
             lowered.map_err(|error| refusal.into_inner().unwrap_or(error.into()))
         };
         // Hashing does not wait for lowering.
         let (lowered, content) = std::thread::scope(|scope| {
-            let content = scope.spawn(|| content(&files));
+            let content = scope.spawn(content);
             let mut lowered = lower(true);
             if lowered.as_ref().is_err_and(lacks_room) && dispensable.get() {
                 // Copies that only make it cheaper have taken the room of those that are needed.
@@ -149,7 +148,7 @@ impl Loader {
         let mut reservation = reservation.into_inner();
         reservation.resize(Bytes { host: lowered.bytes(), own: report.own_weight_bytes })?;
         let load_seconds = started.elapsed().as_secs_f64();
-        Ok(Prepared { files, content, lowered, report, digest, load_seconds, reservation })
+        Ok(Prepared { content, lowered, report, digest, load_seconds, reservation })
     }
 }
 
@@ -220,13 +219,16 @@ impl Shared {
         started: Instant,
     ) -> Result<Prepared, StoreError> {
         let files = self.objects.blob(&generation.digest).await?;
-        let (loader, expected) = (self.loader.clone(), generation.clone());
-        let check = move |files: &AdapterFiles| match ContentDigest::of(files) {
-            found if found == expected.digest => Ok(found),
-            found => Err(StoreError::storage(format!("blob {} holds content {found}", expected.digest))),
-        };
+        let (loader, expected) = (self.loader.clone(), generation.digest);
         let merge = generation.merge;
-        self.work(permit, move || loader.prepare(files, merge, check, started)).await
+        let work = move || {
+            let check = || match ContentDigest::of(&files) {
+                found if found == expected => Ok(found),
+                found => Err(StoreError::storage(format!("blob {expected} holds content {found}"))),
+            };
+            loader.prepare(&files, merge, check, started)
+        };
+        self.work(permit, work).await
     }
 
     async fn load_directory(self: &Arc<Self>, name: &str, permit: Permit, started: Instant) -> Answer {
@@ -238,7 +240,7 @@ impl Shared {
             let generation = shared.known().directory_generation(&owner, digest);
             match shared.memory.get(&generation) {
                 Some(adapter) => Ok((digest, Ok(adapter))),
-                None => Ok((digest, Err(shared.loader.prepare(files, false, |_| Ok(digest), started)?))),
+                None => Ok((digest, Err(shared.loader.prepare(&files, false, || Ok(digest), started)?))),
             }
         });
         let (digest, loaded) = loaded.await?;

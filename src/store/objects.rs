@@ -2,11 +2,13 @@
 //!
 //! - `blobs/sha256/<digest>/adapter_config.json` and `.../adapter_model.safetensors`: immutable content, with the adapters in
 //!   sub-directories `0`, `1` and so on where the config names such
+//! - `blobs/staging/<random>`: weights that are being checked; after a crash some are left, which go when they are old
 //! - `catalog/<name>/<number>.json`: records, each written once with create-if-absent
 //! - `<name>/adapter_config.json` and `<name>/adapter_model.safetensors`: plain directories, only ever read, with their
 //!   sub-directories likewise; the weights may have the other name of [`WEIGHTS_FILES`]
 
 use std::collections::BTreeSet;
+use std::iter;
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -22,6 +24,8 @@ use crate::adapter::{self, AdapterFiles};
 
 pub(super) const BLOBS: &str = "blobs";
 pub(super) const CATALOG: &str = "catalog";
+/// Directory of [`BLOBS`] for what has no digest yet.
+const STAGING: &str = "staging";
 pub(super) const CONFIG_FILE: &str = "adapter_config.json";
 pub(super) const WEIGHTS_FILE: &str = "adapter_model.safetensors";
 /// Names that the weights have where adapters come from: PEFT's, which the store keeps them under, and AdapterHub's. In a
@@ -30,6 +34,8 @@ pub const WEIGHTS_FILES: [&str; 2] = [WEIGHTS_FILE, "adapter.safetensors"];
 
 /// A record is some hundred bytes; a larger file is not one.
 const RECORD_BYTES_MAX: usize = 64 << 10;
+/// Age of staged weights that nobody can still be checking, seconds.
+const STAGED_S_MAX: u64 = 24 * 60 * 60;
 /// Times a directory is read again because it changed meanwhile.
 const READ_TRIES: usize = 5;
 /// Seconds within which a file may change again without its modification time showing it.
@@ -97,6 +103,10 @@ pub(super) struct DirectoryContent {
     pub(super) settled: bool,
 }
 
+/// Weights that are on storage and do not belong to anything yet, with their configs: an adapter's own, then its parts'.
+#[derive(Default)]
+pub(super) struct Staged(Vec<(Bytes, Path)>);
+
 /// The store's objects.
 pub(super) struct Objects {
     store: Arc<dyn ObjectStore>,
@@ -143,17 +153,58 @@ impl Objects {
         Ok(names)
     }
 
-    /// Stores content under its digest. Writing it again changes nothing, and repairs what a power cut tore.
-    pub(super) async fn put_blob(&self, digest: &ContentDigest, files: AdapterFiles) -> Result<(), StoreError> {
-        for (number, part) in files.parts.into_iter().enumerate() {
-            self.put_files(&blob_path(digest).join(number.to_string()), part.config, part.weights).await?;
+    /// Writes the weights before it is known whether they are good. [`Objects::put_blob`] or [`Objects::discard`] follows.
+    pub(super) async fn stage(&self, files: &AdapterFiles) -> Result<Staged, StoreError> {
+        let mut staged = Staged::default();
+        for files in iter::once(files).chain(&files.parts) {
+            let weights = Path::from_iter([BLOBS, STAGING, &format!("{:032x}", rand::random::<u128>())]);
+            staged.0.push((files.config.clone(), weights.clone()));
+            if let Err(error) = self.store.put(&weights, files.weights.clone().into()).await {
+                self.discard(staged).await;
+                return Err(error.into());
+            }
         }
-        self.put_files(&blob_path(digest), files.config, files.weights).await
+        Ok(staged)
     }
 
-    async fn put_files(&self, dir: &Path, config: Bytes, weights: Bytes) -> Result<(), StoreError> {
-        self.store.put(&dir.clone().join(CONFIG_FILE), config.into()).await?;
-        self.store.put(&dir.clone().join(WEIGHTS_FILE), weights.into()).await?;
+    /// Takes back what was staged.
+    pub(super) async fn discard(&self, staged: Staged) {
+        for (_, path) in staged.0 {
+            match self.store.delete(&path).await {
+                Ok(()) | Err(Error::NotFound { .. }) => {}
+                Err(error) => tracing::warn!(%path, %error, "staged weights not removed"),
+            }
+        }
+    }
+
+    /// Takes back what a process that ended before it could left staged.
+    pub(super) async fn discard_old(&self) -> Result<(), StoreError> {
+        let listed = match self.store.list_with_delimiter(Some(&Path::from_iter([BLOBS, STAGING]))).await {
+            Err(Error::NotFound { .. }) => return Ok(()),
+            listed => listed?,
+        };
+        let age = |meta: &ObjectMeta| unix_now().saturating_sub(FileVersion::of(meta).modified_s);
+        let old = listed.objects.into_iter().filter(|meta| age(meta) > STAGED_S_MAX);
+        self.discard(Staged(old.map(|meta| (Bytes::new(), meta.location)).collect())).await;
+        Ok(())
+    }
+
+    /// Stores staged content under its digest. Writing it again changes nothing, and repairs what a power cut tore.
+    pub(super) async fn put_blob(&self, digest: &ContentDigest, staged: Staged) -> Result<(), StoreError> {
+        let mut files = staged.0.into_iter().enumerate();
+        while let Some((idx, (config, weights))) = files.next() {
+            let own = blob_path(digest);
+            let dir = if idx == 0 { own } else { own.join((idx - 1).to_string()) };
+            let put = async {
+                self.store.put(&dir.clone().join(CONFIG_FILE), config.into()).await?;
+                self.store.rename(&weights, &dir.join(WEIGHTS_FILE)).await
+            };
+            if let Err(error) = put.await {
+                let rest = files.map(|(_, rest)| rest);
+                self.discard(Staged(iter::once((Bytes::new(), weights)).chain(rest).collect())).await;
+                return Err(error.into());
+            }
+        }
         Ok(())
     }
 

@@ -1,4 +1,4 @@
-//! Changing what a name means: check everything, then blob, then record, then visible.
+//! Changing what a name means: check everything while the weights are staged, then blob, then record, then visible.
 //!
 //! What was begun is done, also when the request for it ended meanwhile: its work cannot be taken back half-way.
 
@@ -109,11 +109,22 @@ impl Shared {
         let permit = self.loads.admit().await?;
         let started = Instant::now();
         let (loader, merge) = (self.loader.clone(), options.merge);
+        let staged = self.objects.stage(&files);
+        let checked = files.clone();
         let prepared =
-            self.work(permit, move || loader.prepare(files, merge, |files| Ok(ContentDigest::of(files)), started));
-        let mut prepared = prepared.await.inspect_err(|_| self.count_error(name))?;
+            self.work(permit, move || loader.prepare(&checked, merge, || Ok(ContentDigest::of(&checked)), started));
+        // Storage takes its time while the processor checks.
+        let (prepared, staged) = tokio::join!(prepared, staged);
+        let prepared = match prepared {
+            Ok(prepared) => prepared,
+            Err(error) => {
+                self.count_error(name);
+                self.objects.discard(staged.unwrap_or_default()).await;
+                return Err(error);
+            }
+        };
         let digest = prepared.content;
-        self.objects.put_blob(&digest, std::mem::take(&mut prepared.files)).await?;
+        self.objects.put_blob(&digest, staged?).await?;
         let created = unix_now();
         let record = Record::Publish { digest, options: RecordedOptions { merge }, created, source };
         let (number, flight) = self.append(name, &record, |found| check_expectations(name, found, options)).await?;

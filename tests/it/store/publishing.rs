@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::sync::Arc;
+use std::time::{Duration, SystemTime};
 
 use patchbay::adapter::AdapterFiles;
 use patchbay::store::{PublishOptions, StoreConfig, StoreError};
@@ -177,6 +178,19 @@ async fn a_crash_before_the_record_leaves_the_old_state() {
     assert_eq!(served(&store, "a").await, 1.0);
     assert_eq!(store.publish("a", adapter(2.0), &plain()).await.unwrap().generation, 2);
     assert_eq!(served(&store, "a").await, 2.0);
+}
+
+#[tokio::test]
+async fn weights_that_a_crash_left_staged_go_when_they_are_old() {
+    let root = tempdir().unwrap();
+    let staging = root.path().join("blobs/staging");
+    fs::create_dir_all(&staging).unwrap();
+    for (name, hours) in [("old", 25), ("young", 23)] {
+        let file = fs::File::create(staging.join(name)).unwrap();
+        file.set_modified(SystemTime::now() - Duration::from_secs(hours * 60 * 60)).unwrap();
+    }
+    open(root.path()).await;
+    assert_eq!(files_below(root.path()), ["blobs/staging/young"]);
 }
 
 #[tokio::test]
