@@ -150,8 +150,8 @@ impl Store {
             memory,
             loads: Admission::new(config.loads_max, config.load_queue_max),
             uploads: Admission::new(config.loads_max, config.load_queue_max),
-            // Beside the loads an upload for each may have to be unpacked.
-            workers: Workers::new(2 * config.loads_max)?,
+            // Beside the loads an upload for each may have to be unpacked, and the weights of each are staged.
+            workers: Workers::new(3 * config.loads_max)?,
             flights: Flights::default(),
             composing: Arc::default(),
             metrics,

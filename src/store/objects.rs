@@ -20,6 +20,7 @@ use super::StoreError;
 use super::local::{self, Roots};
 use super::name::check_name;
 use super::record::{ContentDigest, Record};
+use super::workers::Workers;
 use crate::adapter::{self, AdapterFiles};
 
 pub(super) const BLOBS: &str = "blobs";
@@ -153,28 +154,17 @@ impl Objects {
         Ok(names)
     }
 
-    /// Writes the weights before it is known whether they are good. [`Objects::put_blob`] or [`Objects::discard`] follows.
-    pub(super) async fn stage(&self, files: &AdapterFiles) -> Result<Staged, StoreError> {
-        let mut staged = Staged::default();
-        for files in iter::once(files).chain(&files.parts) {
-            let weights = Path::from_iter([BLOBS, STAGING, &format!("{:032x}", rand::random::<u128>())]);
-            staged.0.push((files.config.clone(), weights.clone()));
-            if let Err(error) = self.store.put(&weights, files.weights.clone().into()).await {
-                self.discard(staged).await;
-                return Err(error.into());
-            }
-        }
-        Ok(staged)
+    /// Writes the weights before it is known whether they are good, on threads that give way to the engine's.
+    /// [`Objects::put_blob`] or [`Objects::discard`] follows.
+    pub(super) async fn stage(&self, workers: &Workers, files: &AdapterFiles) -> Result<Staged, StoreError> {
+        let (store, files) = (self.store.clone(), files.clone());
+        // Away from the runtime's threads local files are written by the thread that asks for it.
+        workers.run(move || futures::executor::block_on(stage(store.as_ref(), &files))).await
     }
 
     /// Takes back what was staged.
     pub(super) async fn discard(&self, staged: Staged) {
-        for (_, path) in staged.0 {
-            match self.store.delete(&path).await {
-                Ok(()) | Err(Error::NotFound { .. }) => {}
-                Err(error) => tracing::warn!(%path, %error, "staged weights not removed"),
-            }
-        }
+        discard(self.store.as_ref(), staged).await;
     }
 
     /// Takes back what a process that ended before it could left staged.
@@ -338,6 +328,28 @@ impl Objects {
 /// Unix time in seconds.
 pub(super) fn unix_now() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |elapsed| elapsed.as_secs())
+}
+
+async fn stage(store: &dyn ObjectStore, files: &AdapterFiles) -> Result<Staged, StoreError> {
+    let mut staged = Staged::default();
+    for files in iter::once(files).chain(&files.parts) {
+        let weights = Path::from_iter([BLOBS, STAGING, &format!("{:032x}", rand::random::<u128>())]);
+        staged.0.push((files.config.clone(), weights.clone()));
+        if let Err(error) = store.put(&weights, files.weights.clone().into()).await {
+            discard(store, staged).await;
+            return Err(error.into());
+        }
+    }
+    Ok(staged)
+}
+
+async fn discard(store: &dyn ObjectStore, staged: Staged) {
+    for (_, path) in staged.0 {
+        match store.delete(&path).await {
+            Ok(()) | Err(Error::NotFound { .. }) => {}
+            Err(error) => tracing::warn!(%path, %error, "staged weights not removed"),
+        }
+    }
 }
 
 fn record_path(name: &str, number: u64) -> Path {

@@ -109,7 +109,7 @@ impl Shared {
         let permit = self.loads.admit().await?;
         let started = Instant::now();
         let (loader, merge) = (self.loader.clone(), options.merge);
-        let staged = self.objects.stage(&files);
+        let staged = self.objects.stage(&self.workers, &files);
         let checked = files.clone();
         let prepared =
             self.work(permit, move || loader.prepare(&checked, merge, || Ok(ContentDigest::of(&checked)), started));

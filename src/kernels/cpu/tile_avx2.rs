@@ -61,7 +61,7 @@ unsafe fn pairs<const M: usize, const V: usize>(args: &TileArgs<'_>) {
 }
 
 /// `y[m, j] += sum_s w[j, s] h[m, s]` for `columns` of the 64 columns of a panel of bf16 and `M` rows `h` of `r` numbers in
-/// f32; with `from_zero` y is what it was not before. One chain over ascending `s` per output, from `y` on.
+/// f32; with `from_zero` the sums replace what y held. One chain over ascending `s` per output, from `y` on.
 ///
 /// # Safety
 /// `y` must be valid for reads and writes of the columns in each of `M` rows, and nobody else may touch them meanwhile. The

@@ -94,6 +94,7 @@ unsafe fn strips<const M: usize, const V: usize, const U: usize>(args: &IntegerA
     /// The bits below an exponent, as the shift wants them.
     const SHIFT: i32 = MANTISSA_BITS.cast_signed();
 
+    const { assert!(STEPS_16.is_multiple_of(U) && V.is_multiple_of(2), "whole rounds, and whole lines of a step") };
     assert!(args.w.as_ptr().cast::<__m256i>().is_aligned(), "a block of a packed matrix");
     let last_group = args.first_group + args.w.len() / GROUP_WORDS;
     let row_words = args.groups * (STEPS_16 + 1);
