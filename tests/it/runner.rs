@@ -85,19 +85,30 @@ impl Runner {
     /// Runs the next `len` tokens of each context in one batch; returns the logits of all of them but the virtual ones,
     /// (tokens, vocab) each, on the CPU.
     pub(crate) fn step(&mut self, work: &mut [(&mut Context, usize)]) -> Vec<Tensor> {
+        self.step_rows(work, || true).into_iter().map(|(logits, _)| logits).collect()
+    }
+
+    /// The same, but only the logits that `is_wanted` says in turn; and which those are, by token.
+    pub(crate) fn step_rows(
+        &mut self,
+        work: &mut [(&mut Context, usize)],
+        mut is_wanted: impl FnMut() -> bool,
+    ) -> Vec<(Tensor, Vec<bool>)> {
         let mut batch = Batch::default();
         let mut rows = Vec::new();
         for (context, len) in work.iter_mut() {
             let first = batch.token_ids.len() + context.leading.saturating_sub(context.cached).min(*len);
             self.add(&mut batch, context, *len);
-            rows.push((batch.logit_rows.len(), batch.token_ids.len() - first));
-            batch.logit_rows.extend(first as u32..batch.token_ids.len() as u32);
+            let start = batch.logit_rows.len();
+            let wanted: Vec<bool> = (first..batch.token_ids.len()).map(|_| is_wanted()).collect();
+            batch.logit_rows.extend((first as u32..).zip(&wanted).filter(|(_, wanted)| **wanted).map(|(row, _)| row));
+            rows.push((start, batch.logit_rows.len() - start, wanted));
         }
         if let Some(pass) = &mut batch.gate_pass {
             pass.segments.push(AdapterSegment::new(0, pass.token_ids.len(), None));
         }
         let logits = self.model.forward(&batch, &mut self.cache).unwrap().to_device(&candle_core::Device::Cpu).unwrap();
-        rows.into_iter().map(|(start, len)| logits.narrow(0, start, len).unwrap()).collect()
+        rows.into_iter().map(|(start, len, wanted)| (logits.narrow(0, start, len).unwrap(), wanted)).collect()
     }
 
     /// Ends a context and takes its blocks back.

@@ -49,15 +49,16 @@ impl Decoder {
     /// Runs one step; see `Model::forward`.
     pub(in crate::model) fn forward(&self, batch: &Batch, cache: &KvCache) -> Result<Tensor> {
         let segments = self.with_gates(batch, cache)?;
-        let x = self.hidden(batch, &segments, cache)?;
-        self.logits(&x, batch, &segments)
+        let (x, segments) = self.hidden(batch, &segments, cache, &batch.logit_rows)?;
+        self.logits(&x, &segments)
     }
 
     /// The batch's segments, with the gates of tokens whose adapter has a gate network.
     fn with_gates<'a>(&self, batch: &'a Batch, cache: &KvCache) -> Result<Cow<'a, [AdapterSegment]>> {
         let Some(pass) = &batch.gate_pass else { return Ok(Cow::Borrowed(&batch.segments)) };
-        let x = self.hidden(pass, &pass.segments, cache)?;
-        let x = self.norm.forward(&x, &pass.segments)?; // [tokens of the pass, hidden]
+        let all: Vec<u32> = (0..pass.token_ids.len() as u32).collect();
+        let (x, rows) = self.hidden(pass, &pass.segments, cache, &all)?;
+        let x = self.norm.forward(&x, &rows)?; // [tokens of the pass, hidden]
         let mut segments = batch.segments.clone();
         let mut next = 0;
         for segment in &mut segments {
@@ -70,8 +71,15 @@ impl Decoder {
         Ok(Cow::Owned(segments))
     }
 
-    /// What leaves the last layer, (tokens, hidden).
-    fn hidden(&self, batch: &Batch, segments: &[AdapterSegment], cache: &KvCache) -> Result<Tensor> {
+    /// What leaves the last layer in `rows` (ascending), (rows, hidden), and the segments as they lie over those. Other
+    /// tokens leave their keys and values in the last layer and go no further.
+    fn hidden<'a>(
+        &self,
+        batch: &Batch,
+        segments: &'a [AdapterSegment],
+        cache: &KvCache,
+        rows: &[u32],
+    ) -> Result<(Tensor, Cow<'a, [AdapterSegment]>)> {
         assert_eq!(cache.layers.len(), self.layers.len(), "the cache was made for this model");
         let mut windows: Vec<Option<usize>> = self.layers.iter().map(|layer| layer.self_attn.window).collect();
         windows.sort_unstable();
@@ -79,34 +87,61 @@ impl Decoder {
         let step = Step::new((batch, segments), cache, &self.rope, &windows)?;
         cache.write_prefixes(&batch.prefix_writes)?;
         let mut x = self.embed_tokens.forward(batch)?; // [tokens, hidden]
+        let last = self.layers.len() - 1;
         for (number, (layer, cache)) in self.layers.iter().zip(&cache.layers).enumerate() {
-            x = layer.forward(number, &x, &step, cache)?;
+            let attended = layer.attended(number, &x, &step, cache)?;
+            if number == last && rows.len() < batch.token_ids.len() {
+                return layer.finished_rows(number, (&x, &attended), segments, rows);
+            }
+            x = layer.finished(number, (&x, &attended), segments)?;
         }
-        Ok(x)
+        Ok((x, Cow::Borrowed(segments)))
     }
 
-    /// Norm and head of the wanted rows only, (rows, vocab) in f32.
-    fn logits(&self, x: &Tensor, batch: &Batch, segments: &[AdapterSegment]) -> Result<Tensor> {
-        let (vocab, _) = self.embed_tokens.table.dims()?;
-        if batch.logit_rows.is_empty() {
+    /// Norm and head of `x` (rows, hidden) under `segments`: (rows, vocab) in f32.
+    fn logits(&self, x: &Tensor, segments: &[AdapterSegment]) -> Result<Tensor> {
+        if x.dim(0)? == 0 {
+            let (vocab, _) = self.embed_tokens.table.dims()?;
             return Tensor::zeros((0, vocab), DType::F32, x.device());
         }
-        let rows = Tensor::new(batch.logit_rows.as_slice(), x.device())?;
-        let x = x.index_select(&rows, 0)?; // [rows, hidden]
-        let segments = row_segments(segments, &batch.logit_rows)?;
-        let x = self.norm.forward(&x, &segments)?;
-        self.lm_head.forward(&x, &segments)?.to_dtype(DType::F32)
+        let x = self.norm.forward(x, segments)?;
+        self.lm_head.forward(&x, segments)?.to_dtype(DType::F32)
     }
 }
 
 impl DecoderLayer {
-    fn forward(&self, number: usize, x: &Tensor, step: &Step<'_>, cache: &PagedKv) -> Result<Tensor> {
+    /// What the attention's output projection reads, (tokens, heads * head_dim), of the stream `x` (tokens, hidden).
+    fn attended(&self, number: usize, x: &Tensor, step: &Step<'_>, cache: &PagedKv) -> Result<Tensor> {
         let normed = self.input_layernorm.forward(x, step.segments)?;
-        let attended = self.self_attn.attend(number, &normed, step, cache)?;
-        let x = close(x, (&self.self_attn.o_proj, &attended), (number, Sublayer::Attention), step.segments)?;
-        let normed = self.post_attention_layernorm.forward(&x, step.segments)?;
-        let gated = self.mlp.gated(&normed, step.segments)?;
-        close(&x, (&self.mlp.down_proj, &gated), (number, Sublayer::Mlp), step.segments)
+        self.self_attn.attend(number, &normed, step, cache)
+    }
+
+    /// The stream behind the layer, of the stream before it and what is [attended](DecoderLayer::attended): row by row.
+    fn finished(
+        &self,
+        number: usize,
+        (x, attended): (&Tensor, &Tensor),
+        segments: &[AdapterSegment],
+    ) -> Result<Tensor> {
+        let x = close(x, (&self.self_attn.o_proj, attended), (number, Sublayer::Attention), segments)?;
+        let normed = self.post_attention_layernorm.forward(&x, segments)?;
+        let gated = self.mlp.gated(&normed, segments)?;
+        close(&x, (&self.mlp.down_proj, &gated), (number, Sublayer::Mlp), segments)
+    }
+
+    /// The same of some of the rows (ascending), and the segments as they lie over them.
+    fn finished_rows<'a>(
+        &self,
+        number: usize,
+        (x, attended): (&Tensor, &Tensor),
+        segments: &[AdapterSegment],
+        rows: &[u32],
+    ) -> Result<(Tensor, Cow<'a, [AdapterSegment]>)> {
+        let segments = row_segments(segments, rows)?;
+        let rows = Tensor::new(rows, x.device())?;
+        let (x, attended) = (x.index_select(&rows, 0)?, attended.index_select(&rows, 0)?);
+        let x = if segments.is_empty() { x } else { self.finished(number, (&x, &attended), &segments)? };
+        Ok((x, Cow::Owned(segments)))
     }
 }
 
