@@ -2,9 +2,11 @@
 
 use super::ahead::Ahead;
 use super::gemm::{Target, multiply_integer_panel, multiply_panel};
-use super::integers::{IntegerMatrix, IntegerWidth, quantise_row};
+use super::integers::{IntegerMatrix, IntegerWidth, groups, quantise_row};
 use super::isa::Isa;
-use super::packed::{PackedMatrix, WeightFormat};
+use super::packed::{PANEL, PackedMatrix, WeightFormat};
+use super::tile::{Fetch, block_steps};
+use super::tile_integers::block_groups;
 use super::words::{row_words, write_row};
 
 /// A linear's shared weight (n, k).
@@ -42,6 +44,26 @@ impl BaseMatrix<'_> {
         match self {
             Self::Float(w) => w.k(),
             Self::Integers(w) => w.k(),
+        }
+    }
+
+    /// The first block of a panel, to be fetched; nothing where there is no such panel.
+    pub(super) fn first_block(self, panel_idx: usize) -> Fetch {
+        if panel_idx >= self.n().div_ceil(PANEL) {
+            return Fetch::NONE;
+        }
+        let (panel, words) = match self {
+            Self::Float(w) => (w.panel(panel_idx), block_steps(Isa::best()) * PANEL),
+            Self::Integers(w) => (w.panel(panel_idx), block_groups(w.width()) * w.width().group_words()),
+        };
+        Fetch::of(&panel[..words.min(panel.len())])
+    }
+
+    /// Blocks of a panel.
+    pub(super) fn num_blocks(self) -> usize {
+        match self {
+            Self::Float(w) => w.format().steps(w.k()).div_ceil(block_steps(Isa::best())),
+            Self::Integers(w) => groups(w.k()).div_ceil(block_groups(w.width())),
         }
     }
 

@@ -13,10 +13,11 @@
 use std::cell::RefCell;
 
 use super::dispatch::{dispatch, fma};
+use super::expand::{EXPAND_ROWS, expand, expand_tile};
 use super::isa::Isa;
 use super::packed::{PANEL, PackedMatrix, WeightFormat};
 use super::rows::{RowMatrix, dot_rows};
-use super::slots::{EXPAND_ROWS, Outputs, add_outputs, expand, expand_tile};
+use super::slots::{Outputs, add_outputs};
 use super::words::{LANES, row_words, write_row};
 
 /// Numbers of a block that are mixed together; they fill a register of AVX2.

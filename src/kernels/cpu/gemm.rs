@@ -3,7 +3,7 @@
 use super::ahead::Ahead;
 use super::integers::{IntegerMatrix, groups};
 use super::isa::Isa;
-use super::packed::{Line, PANEL, PackedMatrix, WeightFormat};
+use super::packed::{PANEL, PackedMatrix};
 use super::tile::{Fetch, ROWS, TileArgs, block_steps, tile};
 use super::tile_integers::{IntegerArgs, block_groups, integer_tile};
 use super::words::row_words;
@@ -15,15 +15,15 @@ pub(super) struct Target {
     pub(super) stride: usize,
 }
 
-/// Tiles that the product of `m` rows with one panel of a matrix with rows of `k` in `format` takes.
-pub(super) fn num_tiles(m: usize, format: WeightFormat, k: usize) -> usize {
-    m.div_ceil(ROWS) * format.steps(k).div_ceil(block_steps(Isa::best()))
+/// Tiles that the product of `m` rows with one block of a panel takes.
+pub(super) fn num_passes(m: usize) -> usize {
+    m.div_ceil(ROWS)
 }
 
 /// All rows `x` of padded words times one panel of `w`.
 ///
 /// The first rows to meet a block fetch it from memory, ahead of its use; the others find it in the cache. Every tile asks
-/// for a share of `ahead`.
+/// for a share of `ahead`, those of the last block for what `ahead` says comes after the panel.
 ///
 /// # Safety
 /// `target` must be valid for reads and writes of the panel's columns in each of the rows, and nobody else may touch
@@ -39,10 +39,11 @@ pub(super) unsafe fn multiply_panel(
 ) {
     let x_stride = row_words(w.format(), w.k());
     let (m, columns) = (x.len() / x_stride, PANEL.min(w.n() - panel_idx * PANEL));
-    let (steps, passes) = (block_steps(isa), m.div_ceil(ROWS));
-    for (block_idx, block) in w.panel(panel_idx).chunks(steps * PANEL).enumerate() {
-        // The next block is about as long as this one; every pass fetches a part of it.
-        let next = Fetch { at: block.as_ptr_range().end, lines: size_of_val(block) / size_of::<Line>() };
+    let (steps, passes) = (block_steps(isa), num_passes(m));
+    let mut blocks = w.panel(panel_idx).chunks(steps * PANEL).enumerate().peekable();
+    while let Some((block_idx, block)) = blocks.next() {
+        // Every pass fetches a part of the next block.
+        let next = blocks.peek().map_or(ahead.block, |(_, next)| Fetch::of(next));
         for (pass, row) in (0..m).step_by(ROWS).enumerate() {
             let args = TileArgs {
                 x: &x[row * x_stride + block_idx * steps..],
@@ -80,9 +81,10 @@ pub(super) unsafe fn multiply_integer_panel(
     let width = w.width();
     let x_stride = width.row_words(w.k());
     let m = x.len() / x_stride;
-    let passes = m.div_ceil(ROWS);
-    for (block_idx, block) in w.panel(panel_idx).chunks(block_groups(width) * width.group_words()).enumerate() {
-        let next = Fetch { at: block.as_ptr_range().end, lines: size_of_val(block) / size_of::<Line>() };
+    let passes = num_passes(m);
+    let mut blocks = w.panel(panel_idx).chunks(block_groups(width) * width.group_words()).enumerate().peekable();
+    while let Some((block_idx, block)) = blocks.next() {
+        let next = blocks.peek().map_or(ahead.block, |(_, next)| Fetch::of(next));
         for (pass, row) in (0..m).step_by(ROWS).enumerate() {
             let args = IntegerArgs {
                 x: &x[row * x_stride..],
@@ -109,6 +111,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::super::integers::{GROUP, IntegerWidth, quantise_row};
+    use super::super::packed::WeightFormat;
     use super::super::pool::for_each;
     use super::super::shared::Shared;
     use super::super::words::write_row;

@@ -14,12 +14,13 @@ use std::sync::Arc;
 
 use super::ahead::Ahead;
 use super::base::RowForm;
+use super::expand::{EXPAND_ROWS, expand_sums};
 use super::gemm::{Target, multiply_panel};
 use super::isa::Isa;
 use super::linear::SweepLinear;
 use super::packed::{PANEL, PackedMatrix};
 use super::shared::Shared;
-use super::slots::{EXPAND_ROWS, Outputs, PackedDelta, expand_sums};
+use super::slots::{Outputs, PackedDelta};
 
 /// A low-rank term with vectors of its own between and behind matrices that others read too.
 #[derive(Debug)]
@@ -136,7 +137,7 @@ impl<'a> JointPlan<'a> {
         }
     }
 
-    /// Adds the terms of a linear in one panel to the outputs, whose rows are those of `x`.
+    /// Adds the terms of a linear to the outputs, whose rows are those of `x`.
     ///
     /// # Safety
     /// Nobody else may use the outputs meanwhile.
@@ -145,7 +146,9 @@ impl<'a> JointPlan<'a> {
             let r = up.b.k();
             let place = |row: usize| up.rows.partition_point(|(other, _)| *other < row);
             let (begin, end) = (place(outputs.rows.0), place(outputs.rows.1));
-            for from in (begin..end).step_by(EXPAND_ROWS) {
+            for (outputs, from) in
+                outputs.panels().flat_map(|panel| (begin..end).step_by(EXPAND_ROWS).map(move |from| (panel, from)))
+            {
                 let rows = &up.rows[from..end.min(from + EXPAND_ROWS)];
                 let mut sums = [[0.0_f32; PANEL]; EXPAND_ROWS];
                 let h = &short[up.start + from * r..][..rows.len() * r];

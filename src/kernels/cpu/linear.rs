@@ -16,22 +16,30 @@ use std::ops::Range;
 
 use super::ahead::Ahead;
 use super::base::{BaseMatrix, OwnMatrix, RowForm, RowWords, multiply};
-use super::gemm::{Target, num_tiles};
+use super::gemm::{Target, num_passes};
 use super::isa::Isa;
 use super::packed::PANEL;
-use super::pool::{for_each, for_ranges, num_threads};
+use super::pool::{for_each, for_ranges};
 use super::scale::{PackedScale, scale_add};
 use super::shared::Shared;
 use super::shrink::{Place, ShrinkPlan, shrink};
 use super::silu::silu_mul;
 use super::slots::{Outputs, PackedSlots, SlotRun, apply_slots, replace_rows};
+use super::tile::Fetch;
 
 /// Rows multiplied before their outputs are finished.
 const CHUNK_ROWS: usize = 192;
 /// Elements converted to words by one task.
 const WORDS_GRAIN: usize = 1 << 15;
-/// Tasks per thread that a sweep's panels are dealt out in.
-const TASKS_PER_THREAD: usize = 8;
+/// Rows times panels multiplied before their outputs are finished, where those are fewer than [`CHUNK_ROWS`]: their outputs
+/// take half of the nearest cache.
+const PIECE: usize = 64;
+/// Most panels multiplied before their outputs are finished.
+const PANELS_MAX: usize = 8;
+/// Most of what adapters read for the panels of a piece: it waits in the second cache.
+const TERMS_BYTES_MAX: usize = 128 << 10;
+/// Blocks of the base weight during which that is asked for: they pass through the same cache.
+const AHEAD_BLOCKS: usize = 12;
 
 /// One linear of a sweep.
 #[derive(Clone, Debug)]
@@ -181,11 +189,11 @@ struct Sweep<'a> {
     m: usize,
 }
 
-/// Some rows of one panel of one linear.
-#[derive(Clone, Copy)]
+/// Some rows of neighbouring panels of one linear.
+#[derive(Clone)]
 struct Piece<'a> {
     linear_idx: usize,
-    panel_idx: usize,
+    panels: Range<usize>,
     from: usize,
     to: usize,
     /// Where the piece's outputs go.
@@ -193,6 +201,15 @@ struct Piece<'a> {
     /// First row's first column in `out`, and elements between rows.
     offset: usize,
     stride: usize,
+    /// The block that is multiplied after the piece.
+    after: Fetch,
+}
+
+impl Piece<'_> {
+    /// Columns of a linear with `n` outputs.
+    fn columns(&self, n: usize) -> usize {
+        n.min(self.panels.end * PANEL) - self.panels.start * PANEL
+    }
 }
 
 impl Sweep<'_> {
@@ -202,76 +219,110 @@ impl Sweep<'_> {
             Finish::SiluMul => panels(&self.linears[0]),
             Finish::Join | Finish::Add(_) => self.linears.iter().map(panels).sum(),
         };
-        // Neighbouring panels go to one thread, so that it reads memory in a forward sweep.
-        for_ranges(count, count / (num_threads() * TASKS_PER_THREAD), |range| {
-            for mut panel_idx in range {
-                if let Finish::SiluMul = self.finish {
-                    self.gated(panel_idx);
-                    continue;
+        for_ranges(count, self.panels_together(), |range| {
+            if let Finish::SiluMul = self.finish {
+                return self.gated(range);
+            }
+            let (mut first, mut column) = (0, 0);
+            for (linear_idx, linear) in self.linears.iter().enumerate() {
+                let (from, to) = (range.start.max(first), range.end.min(first + panels(linear)));
+                if from < to {
+                    self.joined(linear_idx, from - first..to - first, column);
                 }
-                let (mut linear_idx, mut column) = (0, 0);
-                while panel_idx >= panels(&self.linears[linear_idx]) {
-                    panel_idx -= panels(&self.linears[linear_idx]);
-                    column += self.linears[linear_idx].weight.n();
-                    linear_idx += 1;
-                }
-                let column = column + panel_idx * PANEL;
-                for from in (0..self.m).step_by(CHUNK_ROWS) {
-                    let to = self.m.min(from + CHUNK_ROWS);
-                    let offset = from * self.row + column;
-                    self.piece(Piece { linear_idx, panel_idx, from, to, out: self.y, offset, stride: self.row });
-                }
+                first += panels(linear);
+                column += linear.weight.n();
             }
         });
     }
 
-    /// One panel of both linears, and their gated product.
-    fn gated(&self, panel_idx: usize) {
-        let columns = PANEL.min(self.row - panel_idx * PANEL);
+    /// Panels of a piece: several of few rows, so that what is done for each of the rows is done less often.
+    fn panels_together(&self) -> usize {
+        let deltas = |linear: &SweepLinear<'_>| -> usize {
+            let slots = linear.runs.iter().filter_map(|run| run.slots);
+            slots.flat_map(|slots| &slots.deltas).flat_map(|delta| delta.ahead(0..1)).map(|term| term.bytes()).sum()
+        };
+        let bytes = self.linears.iter().map(deltas).max().unwrap_or(0);
+        (PIECE / self.m.max(1)).min(TERMS_BYTES_MAX / bytes.max(1)).clamp(1, PANELS_MAX)
+    }
+
+    /// Panels of a linear whose outputs go to `y`, from `column` of its rows on.
+    fn joined(&self, linear_idx: usize, panels: Range<usize>, column: usize) {
+        for from in (0..self.m).step_by(CHUNK_ROWS) {
+            let to = self.m.min(from + CHUNK_ROWS);
+            let offset = from * self.row + column + panels.start * PANEL;
+            let after = self.block(linear_idx, if to < self.m { panels.start } else { panels.end });
+            let panels = panels.clone();
+            self.piece(&Piece { linear_idx, panels, from, to, out: self.y, offset, stride: self.row, after });
+        }
+    }
+
+    /// Panels of both linears, and their gated product.
+    fn gated(&self, panels: Range<usize>) {
+        let first = panels.start * PANEL;
+        let (columns, stride) = (self.row.min(panels.end * PANEL) - first, panels.len() * PANEL);
+        let rows_max = CHUNK_ROWS.min(self.m);
         PANELS.with_borrow_mut(|scratch| {
-            let scratch = grown(scratch, 2 * CHUNK_ROWS * PANEL);
+            let (gates, ups) = grown(scratch, 2 * rows_max * stride).split_at_mut(rows_max * stride);
             for from in (0..self.m).step_by(CHUNK_ROWS) {
                 let to = self.m.min(from + CHUNK_ROWS);
-                for linear_idx in 0..2 {
-                    let out = Shared::new(&mut scratch[linear_idx * CHUNK_ROWS * PANEL..][..CHUNK_ROWS * PANEL]);
-                    self.piece(Piece { linear_idx, panel_idx, from, to, out, offset: 0, stride: PANEL });
+                let next = if to < self.m { panels.start } else { panels.end };
+                for (linear_idx, out, after) in [(0, &mut *gates, (1, panels.start)), (1, &mut *ups, (0, next))] {
+                    let (out, after, panels) = (Shared::new(out), self.block(after.0, after.1), panels.clone());
+                    self.piece(&Piece { linear_idx, panels, from, to, out, offset: 0, stride, after });
                 }
-                let (gates, ups) = scratch.split_at(CHUNK_ROWS * PANEL);
                 for row in from..to {
-                    let start = row * self.row + panel_idx * PANEL;
+                    let start = row * self.row + first;
                     // SAFETY: a panel's columns are written by its task only.
                     let y = unsafe { self.y.part(start..start + columns) };
-                    let of_row = (row - from) * PANEL..(row - from) * PANEL + columns;
+                    let of_row = (row - from) * stride..(row - from) * stride + columns;
                     silu_mul(Isa::best(), &gates[of_row.clone()], &ups[of_row], y);
                 }
             }
         });
     }
 
-    fn piece(&self, piece: Piece<'_>) {
+    /// The first block of a panel of a linear's shared weight.
+    fn block(&self, linear_idx: usize, panel_idx: usize) -> Fetch {
+        self.linears[linear_idx].weight.first_block(panel_idx)
+    }
+
+    fn piece(&self, piece: &Piece<'_>) {
         let linear = &self.linears[piece.linear_idx];
         let places = &self.plan.places[piece.linear_idx];
-        AHEAD.with_borrow_mut(|ahead| self.product(linear, places, &piece, ahead));
-        let touched = || linear.runs.iter().zip(places).filter(|(run, _)| overlaps(&run.rows, &piece));
+        AHEAD.with_borrow_mut(|ahead| {
+            self.ask_ahead(linear, piece, ahead);
+            piece.panels.clone().for_each(|panel_idx| self.product(linear, places, (piece, panel_idx), ahead));
+        });
+        let touched = || linear.runs.iter().zip(places).filter(|(run, _)| overlaps(&run.rows, piece));
         for (run, place) in touched() {
             let Some(slots) = run.slots else { continue };
             let short = (&self.short[place.short..], run.rows.len());
             // SAFETY: a panel's columns are written by its task only.
-            unsafe { replace_rows(slots, short, &outputs(linear, &run.rows, &piece)) };
+            unsafe { replace_rows(slots, short, &outputs(linear, &run.rows, piece)) };
         }
         // SAFETY: as above.
-        unsafe { self.plan.joint.expand(piece.linear_idx, self.short, &outputs(linear, &(0..self.m), &piece)) };
+        unsafe { self.plan.joint.expand(piece.linear_idx, self.short, &outputs(linear, &(0..self.m), piece)) };
         for (run, place) in touched() {
-            self.finish_run(linear, (run, place.short), &piece);
+            self.finish_run(linear, (run, place.short), piece);
         }
     }
 
-    /// The dense products of a piece. The terms of the next panel come from memory meanwhile.
-    fn product(&self, linear: &SweepLinear<'_>, places: &[Place], piece: &Piece<'_>, ahead: &mut Ahead) {
+    /// The terms of a piece come from memory while its last products are computed.
+    fn ask_ahead(&self, linear: &SweepLinear<'_>, piece: &Piece<'_>, ahead: &mut Ahead) {
         let slots = linear.runs.iter().filter(|run| overlaps(&run.rows, piece)).filter_map(|run| run.slots);
-        let tiles = num_tiles(piece.to - piece.from, linear.weight.form().terms(), self.k);
-        let parts = slots.flat_map(|slots| &slots.deltas).flat_map(|delta| delta.ahead(piece.panel_idx + 1));
-        ahead.start(parts, tiles);
+        let parts = slots.flat_map(|slots| &slots.deltas).flat_map(|delta| delta.ahead(piece.panels.clone()));
+        let (passes, blocks) = (num_passes(piece.to - piece.from), piece.panels.len() * linear.weight.num_blocks());
+        ahead.start(parts, passes * AHEAD_BLOCKS, passes * blocks);
+    }
+
+    /// The dense products of a piece in one of its panels.
+    fn product(
+        &self,
+        linear: &SweepLinear<'_>,
+        places: &[Place],
+        (piece, panel_idx): (&Piece<'_>, usize),
+        ahead: &mut Ahead,
+    ) {
         let mut runs = linear.runs.iter().zip(places).filter(|(run, _)| overlaps(&run.rows, piece)).peekable();
         // The adapter's own weight, and how far a run's rows of words lie from its rows.
         let source = |(run, place): &(&SlotRun<'_>, &Place)| -> (Option<*const OwnMatrix>, usize) {
@@ -285,19 +336,25 @@ impl Sweep<'_> {
             while let Some((run, _)) = runs.next_if(|next| source(next) == first) {
                 to = run.rows.end;
             }
+            ahead.block = match runs.peek() {
+                Some((next, _)) => own_weight(next).unwrap_or(linear.weight).first_block(panel_idx),
+                None if panel_idx + 1 < piece.panels.end => linear.weight.first_block(panel_idx + 1),
+                None => piece.after,
+            };
             let (from, to) = (run.rows.start.max(piece.from), to.min(piece.to));
-            let target = piece.offset + (from - piece.from) * piece.stride;
-            let columns = PANEL.min(linear.weight.n() - piece.panel_idx * PANEL);
+            let column = (panel_idx - piece.panels.start) * PANEL;
+            let target = piece.offset + (from - piece.from) * piece.stride + column;
+            let columns = PANEL.min(linear.weight.n() - panel_idx * PANEL);
             assert!(
                 target + (to - from - 1) * piece.stride + columns <= piece.out.len(),
                 "the piece lies in its output"
             );
             let target = Target { y: piece.out.at(target), stride: piece.stride };
             let shift = place.word_row - run.rows.start;
-            let weight = own_weight(run).unwrap_or(linear.weight);
             let words = (self.words, linear.weight.form());
+            let weight = own_weight(run).unwrap_or(linear.weight);
             // SAFETY: in bounds by the assertion; a panel's columns are written by its task only.
-            unsafe { multiply(words, (from + shift, to + shift), weight, piece.panel_idx, target, ahead) };
+            unsafe { multiply(words, (from + shift, to + shift), weight, panel_idx, target, ahead) };
         }
     }
 
@@ -365,14 +422,13 @@ impl Sweep<'_> {
 
 /// Those of `rows` that a piece has, counted from their first.
 fn outputs<'a>(linear: &SweepLinear<'_>, rows: &Range<usize>, piece: &Piece<'a>) -> Outputs<'a> {
-    let first = piece.panel_idx * PANEL;
     let (from, to) = (rows.start.max(piece.from), rows.end.min(piece.to));
     Outputs {
         out: piece.out,
         offset: piece.offset + (from - piece.from) * piece.stride,
         stride: piece.stride,
-        columns: PANEL.min(linear.weight.n() - first),
-        first,
+        columns: piece.columns(linear.weight.n()),
+        first: piece.panels.start * PANEL,
         rows: (from - rows.start, to - rows.start),
     }
 }

@@ -8,6 +8,7 @@ mod blocks;
 mod circulant;
 mod dispatch;
 mod exp;
+mod expand;
 mod gemm;
 mod integers;
 mod isa;

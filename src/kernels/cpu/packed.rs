@@ -8,6 +8,8 @@
 //!
 //! Missing columns of the last panel and the missing half of an odd `k` are zeros.
 
+use std::ops::Range;
+
 use half::bf16;
 use rayon::prelude::*;
 
@@ -27,7 +29,7 @@ pub enum WeightFormat {
     F32,
 }
 
-/// Most of a panel that is fetched ahead.
+/// Most of a term that is fetched ahead.
 pub(super) const FETCH_BYTES_MAX: usize = 8 << 10;
 
 /// A weight matrix (n, k) in panels, immutable once packed.
@@ -170,18 +172,21 @@ impl PackedMatrix {
         }
     }
 
-    /// What of a panel is worth fetching ahead; nothing where there is no such panel.
-    pub(super) fn panel_ahead(&self, panel_idx: usize) -> Fetch {
-        match panel_idx < self.n.div_ceil(PANEL) {
-            true => Fetch::of(self.panel(panel_idx)).up_to(FETCH_BYTES_MAX),
-            false => Fetch::NONE,
-        }
+    /// What of some panels is worth fetching ahead; nothing of those that do not exist.
+    pub(super) fn panels_ahead(&self, panels: Range<usize>) -> Fetch {
+        let panels = panels.start..panels.end.min(self.n.div_ceil(PANEL));
+        if panels.is_empty() { Fetch::NONE } else { Fetch::of(self.panels(panels)).up_to(FETCH_BYTES_MAX) }
+    }
+
+    /// The words of neighbouring panels.
+    pub(super) fn panels(&self, panels: Range<usize>) -> &[u32] {
+        let panel_words = self.format.steps(self.k) * PANEL;
+        &self.words[panels.start * panel_words..panels.end * panel_words]
     }
 
     /// The words of one panel, `[steps][PANEL]`.
     pub(super) fn panel(&self, panel_idx: usize) -> &[u32] {
-        let panel_words = self.format.steps(self.k) * PANEL;
-        &self.words[panel_idx * panel_words..][..panel_words]
+        self.panels(panel_idx..panel_idx + 1)
     }
 }
 

@@ -1,12 +1,14 @@
 //! Threads that share the work of one kernel.
 //!
 //! A step of a model is some hundred short kernels, each a few microseconds to a few milliseconds long. The threads
-//! therefore wait for the next one awake for a moment before they sleep, and take tasks from a common counter, so that a
-//! thread that the system holds up delays nobody for longer than its own task. Starting a kernel allocates nothing.
+//! therefore wait for the next one awake for a moment before they sleep. Each has a part of the work of its own, in order,
+//! so that what it asks the memory for ahead is its own; once that is done it takes from the ends of others' parts, so that
+//! a thread that the system holds up delays nobody for longer than its own piece. Starting a kernel allocates nothing.
 
 #![expect(unsafe_code, reason = "a job is borrowed by threads that outlive it")]
 
 use std::cell::UnsafeCell;
+use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Mutex, OnceLock, TryLockError};
@@ -28,20 +30,52 @@ struct Pool {
     state: AtomicU64,
     /// The job: written while nobody is inside and it is closed, read by threads inside.
     job: UnsafeCell<Option<Job>>,
-    next_task: AtomicUsize,
     panicked: AtomicBool,
     /// Threads asleep, or about to be.
     sleeping: AtomicUsize,
     /// One job at a time.
     busy: Mutex<()>,
+    /// What is left of every thread's part, the caller's first.
+    parts: OnceLock<Vec<Part>>,
     threads: OnceLock<Vec<Thread>>,
 }
 
-/// What threads do: `task(i)` for every `i` below `tasks`.
+/// What threads do: `task` for all pieces of the parts, of up to `most` elements.
 #[derive(Clone, Copy)]
 struct Job {
-    task: *const (dyn Fn(usize) + Sync),
-    tasks: usize,
+    task: *const (dyn Fn(Range<usize>) + Sync),
+    most: usize,
+}
+
+/// What is left of a part: its begin in the lower half of the word, its end in the upper one.
+#[repr(align(128))]
+#[derive(Default)]
+struct Part(AtomicU64);
+
+impl Part {
+    fn set(&self, from: usize, to: usize) {
+        self.0.store(from as u64 | (to as u64) << 32, Ordering::Relaxed);
+    }
+
+    /// Takes from the front, or else the end: up to `most` elements and half of what is left, rounded up, so that pieces
+    /// become short before the work ends.
+    fn take(&self, most: usize, is_front: bool) -> Option<Range<usize>> {
+        let mut left = self.0.load(Ordering::Relaxed);
+        loop {
+            let (from, to) = ((left & u64::from(u32::MAX)) as usize, (left >> 32) as usize);
+            if from >= to {
+                return None;
+            }
+            let count = most.min((to - from).div_ceil(2));
+            let (taken, rest) =
+                if is_front { (from..from + count, (from + count, to)) } else { (to - count..to, (from, to - count)) };
+            let rest = rest.0 as u64 | (rest.1 as u64) << 32;
+            match self.0.compare_exchange_weak(left, rest, Ordering::Relaxed, Ordering::Relaxed) {
+                Ok(_) => return Some(taken),
+                Err(now) => left = now,
+            }
+        }
+    }
 }
 
 // SAFETY: `job` is written only by the holder of `busy` while `state` is closed and nobody is inside; a thread reads it
@@ -59,43 +93,42 @@ pub(super) fn num_threads() -> usize {
 /// # Panics
 /// When a task does, after all threads have left.
 pub(super) fn for_each(tasks: usize, task: impl Fn(usize) + Sync) {
-    if tasks == 0 {
-        return;
-    }
-    if tasks > 1 && num_threads() > 1 {
+    for_ranges(tasks, 1, |range| range.for_each(&task));
+}
+
+/// Like [`for_each`] over pieces of `0..len` of up to `most` elements. Neighbouring pieces go to one thread, mostly one
+/// after the other.
+pub(super) fn for_ranges(len: usize, most: usize, task: impl Fn(Range<usize>) + Sync) {
+    let most = most.max(1);
+    if len > most && num_threads() > 1 {
         let pool = pool();
         match pool.busy.try_lock() {
-            Ok(_busy) => return pool.run(tasks, &task),
+            Ok(_busy) => return pool.run(len, most, &task),
             // A panic in a task is passed on with the lock held; the pool is closed and empty then.
             Err(TryLockError::Poisoned(poisoned)) => {
                 let _busy = poisoned.into_inner();
-                return pool.run(tasks, &task);
+                return pool.run(len, most, &task);
             }
             Err(TryLockError::WouldBlock) => {}
         }
     }
-    (0..tasks).for_each(task);
-}
-
-/// Like [`for_each`] over parts of `0..len` of `grain` elements (the last may be shorter).
-pub(super) fn for_ranges(len: usize, grain: usize, task: impl Fn(std::ops::Range<usize>) + Sync) {
-    let grain = grain.max(1);
-    for_each(len.div_ceil(grain), |i| task(i * grain..len.min((i + 1) * grain)));
+    (0..len).step_by(most).for_each(|from| task(from..len.min(from + most)));
 }
 
 fn pool() -> &'static Pool {
     static POOL: Pool = Pool {
         state: AtomicU64::new(0),
         job: UnsafeCell::new(None),
-        next_task: AtomicUsize::new(0),
         panicked: AtomicBool::new(false),
         sleeping: AtomicUsize::new(0),
         busy: Mutex::new(()),
+        parts: OnceLock::new(),
         threads: OnceLock::new(),
     };
     POOL.threads.get_or_init(|| {
+        POOL.parts.get_or_init(|| (0..num_threads()).map(|_| Part::default()).collect());
         let start = |i| {
-            let thread = thread::Builder::new().name(format!("kernel-{i}")).spawn(|| POOL.work());
+            let thread = thread::Builder::new().name(format!("kernel-{i}")).spawn(move || POOL.work(i));
             thread.expect("a starting process can start a thread").thread().clone()
         };
         (1..num_threads()).map(start).collect()
@@ -105,19 +138,28 @@ fn pool() -> &'static Pool {
 
 impl Pool {
     /// Runs a job; the caller holds `busy`.
-    fn run(&self, tasks: usize, task: &(dyn Fn(usize) + Sync)) {
+    fn run(&self, len: usize, most: usize, task: &(dyn Fn(Range<usize>) + Sync)) {
+        assert!(u32::try_from(len).is_ok(), "a kernel has fewer than 2^32 tasks");
         // SAFETY: only the lifetime changes. Nobody uses the task after `close`, which runs before this frame ends.
-        let task: *const (dyn Fn(usize) + Sync) = unsafe { std::mem::transmute(task) };
+        let task: *const (dyn Fn(Range<usize>) + Sync) = unsafe { std::mem::transmute(task) };
+        let job = Job { task, most };
         // SAFETY: the last job was closed and left by all, and the lock keeps other callers out.
-        unsafe { *self.job.get() = Some(Job { task, tasks }) };
-        self.next_task.store(0, Ordering::Relaxed);
+        unsafe { *self.job.get() = Some(job) };
+        let parts = self.parts();
+        for (idx, part) in parts.iter().enumerate() {
+            part.set(len * idx / parts.len(), len * (idx + 1) / parts.len());
+        }
         self.panicked.store(false, Ordering::Relaxed);
         // Sequentially consistent with the sleepers' announcement: either they see the job or we see them.
         self.state.fetch_add(JOB | OPEN, Ordering::SeqCst);
         if self.sleeping.load(Ordering::SeqCst) > 0 {
             self.threads.get().into_iter().flatten().for_each(Thread::unpark);
         }
-        let mine = catch_unwind(AssertUnwindSafe(|| self.take_tasks(Job { task, tasks })));
+        let mine = catch_unwind(AssertUnwindSafe(|| self.take_pieces(job, 0)));
+        if mine.is_err() {
+            // What is left is not done.
+            parts.iter().for_each(|part| part.set(0, 0));
+        }
         self.close();
         if let Err(cause) = mine {
             resume_unwind(cause);
@@ -127,8 +169,6 @@ impl Pool {
 
     /// Lets nobody in any more and waits until all are out.
     fn close(&self) {
-        // Whatever is left after a panic is not done.
-        self.next_task.store(usize::MAX / 2, Ordering::Relaxed);
         self.state.fetch_and(!OPEN, Ordering::AcqRel);
         let mut spins = 0_usize;
         while self.state.load(Ordering::Acquire) & (OPEN - 1) != 0 {
@@ -137,26 +177,31 @@ impl Pool {
         }
     }
 
-    fn take_tasks(&self, job: Job) {
-        loop {
-            let i = self.next_task.fetch_add(1, Ordering::Relaxed);
-            if i >= job.tasks {
-                return;
+    fn parts(&self) -> &[Part] {
+        self.parts.get().expect("the pool has started")
+    }
+
+    /// The pieces of the thread's own part from its front, then those of the others from their ends.
+    fn take_pieces(&self, job: Job, own: usize) {
+        let parts = self.parts();
+        let (before, after) = parts.split_at(own);
+        for (idx, part) in after.iter().chain(before).enumerate() {
+            while let Some(piece) = part.take(job.most, idx == 0) {
+                // SAFETY: the caller of `run` keeps the task alive until everybody has left.
+                unsafe { (*job.task)(piece) };
             }
-            // SAFETY: the caller of `run` keeps the task alive until everybody has left.
-            unsafe { (*job.task)(i) };
         }
     }
 
-    /// A thread of the pool: waits for jobs for ever.
-    fn work(&self) {
+    /// A thread of the pool: waits for jobs for ever. `own` is the index of its part.
+    fn work(&self, own: usize) {
         let mut last = 0;
         loop {
             let entered = self.wait(last);
             last = entered / JOB;
             // SAFETY: this thread is inside, so the job is not replaced.
             let job = unsafe { *self.job.get() }.expect("an open job is there");
-            if catch_unwind(AssertUnwindSafe(|| self.take_tasks(job))).is_err() {
+            if catch_unwind(AssertUnwindSafe(|| self.take_pieces(job, own))).is_err() {
                 self.panicked.store(true, Ordering::Relaxed);
             }
             self.state.fetch_sub(1, Ordering::Release);
@@ -214,9 +259,27 @@ mod tests {
 
     #[test]
     fn ranges_tile_the_length() {
-        let seen = Mutex::new(vec![0; 103]);
-        for_ranges(103, 10, |range| range.for_each(|i| seen.lock().expect("no panic")[i] += 1));
-        assert!(seen.into_inner().expect("no panic").iter().all(|count| *count == 1));
+        for (len, most) in [(0, 3), (1, 1), (3, 7), (103, 10), (103, 1), (64, 64)] {
+            let seen = Mutex::new(vec![0; len]);
+            for_ranges(len, most, |range| {
+                assert!((1..=most).contains(&range.len()), "a piece has 1 to {most} elements");
+                range.for_each(|i| seen.lock().expect("no panic")[i] += 1);
+            });
+            assert!(seen.into_inner().expect("no panic").iter().all(|count| *count == 1));
+        }
+    }
+
+    #[test]
+    fn pieces_of_a_part_are_taken_once_from_both_ends_and_become_short() {
+        let part = Part::default();
+        assert_eq!(part.take(4, true), None);
+        part.set(10, 29);
+        let taken: Vec<_> = std::iter::repeat_n([true, true, false], 9)
+            .flatten()
+            .map_while(|is_front| part.take(4, is_front))
+            .collect();
+        assert_eq!(taken, [10..14, 14..18, 25..29, 18..22, 22..24, 24..25]);
+        assert_eq!(part.take(4, false), None);
     }
 
     #[test]

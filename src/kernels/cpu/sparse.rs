@@ -6,6 +6,8 @@
 
 #![expect(unsafe_code, reason = "gathers without checks, and threads write disjoint parts of the outputs")]
 
+use std::ops::Range;
+
 use super::dispatch::{dispatch, fma};
 use super::isa::Isa;
 use super::memory::Memory;
@@ -124,9 +126,9 @@ impl SparseRows {
         self.k
     }
 
-    /// What of a panel is worth fetching ahead: its eights and their first entries.
-    pub(super) fn panel_ahead(&self, panel_idx: usize) -> [Fetch; 2] {
-        let Some(eights) = self.eights_of(panel_idx) else { return [Fetch::NONE; 2] };
+    /// What of some panels is worth fetching ahead: their eights and the first entries.
+    pub(super) fn panels_ahead(&self, panels: Range<usize>) -> [Fetch; 2] {
+        let Some(eights) = self.eights_of(panels) else { return [Fetch::NONE; 2] };
         let (Some(first), Some(last)) = (eights.first(), eights.last()) else { return [Fetch::NONE; 2] };
         let steps = first.from as usize..last.to as usize;
         let steps = match &self.steps {
@@ -136,9 +138,10 @@ impl SparseRows {
         [Fetch::of(eights), steps.up_to(FETCH_BYTES_MAX)]
     }
 
-    /// The eights of a panel; none beyond the last panel that has any.
-    fn eights_of(&self, panel_idx: usize) -> Option<&[Eight]> {
-        let [from, to] = self.panels.get(panel_idx..panel_idx + 2)? else { return None };
+    /// The eights of neighbouring panels; none beyond the last panel that has any.
+    fn eights_of(&self, panels: Range<usize>) -> Option<&[Eight]> {
+        let from = self.panels.get(panels.start)?;
+        let to = self.panels.get(panels.end).or(self.panels.last())?;
         Some(&self.eights[*from as usize..*to as usize])
     }
 
@@ -160,7 +163,8 @@ impl SparseRows {
     /// Nobody else may use the outputs meanwhile.
     pub(super) unsafe fn add(&self, x: &[f32], tiles: &[f32], outputs: &Outputs<'_>) {
         assert!(outputs.first.is_multiple_of(PANEL) && outputs.columns <= PANEL, "the outputs are those of a panel");
-        let Some(eights) = self.eights_of(outputs.first / PANEL) else { return };
+        let panel_idx = outputs.first / PANEL;
+        let Some(eights) = self.eights_of(panel_idx..panel_idx + 1) else { return };
         let (mut row, to) = outputs.rows;
         let first = row;
         while row < to {

@@ -59,6 +59,12 @@ pub(super) struct Fetch {
     pub(super) lines: usize,
 }
 
+impl Default for Fetch {
+    fn default() -> Self {
+        Self::NONE
+    }
+}
+
 impl Fetch {
     /// Nothing.
     pub(super) const NONE: Self = Self { at: std::ptr::null(), lines: 0 };
@@ -67,6 +73,11 @@ impl Fetch {
     pub(super) fn of<T>(elements: &[T]) -> Self {
         let lines = size_of_val(elements).div_ceil(LINE_WORDS * size_of::<u32>());
         Self { at: elements.as_ptr().cast(), lines }
+    }
+
+    /// Its length.
+    pub(super) fn bytes(self) -> usize {
+        self.lines * LINE_WORDS * size_of::<u32>()
     }
 
     /// No more than its first `bytes`.

@@ -14,7 +14,7 @@ use std::mem::MaybeUninit;
 
 use super::gemm::Target;
 use super::packed::{PANEL, WeightFormat};
-use super::tile::{AVX2_STEPS, Fetch, LINE_WORDS, TileArgs};
+use super::tile::{AVX2_STEPS, Fetch, TileArgs};
 
 /// Columns of a vector.
 const LANES: usize = 8;
@@ -60,8 +60,8 @@ unsafe fn pairs<const M: usize, const V: usize>(args: &TileArgs<'_>) {
     unsafe { strips::<M, V, 2>(args, std::array::from_fn(|row| x[row].as_ptr().cast())) };
 }
 
-/// `y[m, j] += sum_s w[j, s] h[m, s]` for `columns` of the 64 columns of a panel of bf16 and `M` rows `h` of `r` numbers in
-/// f32; with `from_zero` the sums replace what y held. One chain over ascending `s` per output, from `y` on.
+/// `y[m, j] += sum_s w[j, s] h[m, s]` for the first `columns` of neighbouring panels of bf16 and `M` rows `h` of `r` numbers
+/// in f32; with `from_zero` the sums replace what y held. One chain over ascending `s` per output, from `y` on.
 ///
 /// # Safety
 /// `y` must be valid for reads and writes of the columns in each of `M` rows, and nobody else may touch them meanwhile. The
@@ -72,46 +72,50 @@ unsafe fn pairs<const M: usize, const V: usize>(args: &TileArgs<'_>) {
 #[target_feature(enable = "avx2,fma")]
 pub(super) unsafe fn expand<const M: usize>(
     (h, r): (&[f32], usize),
-    panel: &[u32],
+    panels: &[u32],
     y: Target,
     columns: usize,
     from_zero: bool,
 ) {
-    assert!(h.len() == M * r && panel.len() == r.div_ceil(2) * PANEL && columns <= PANEL, "rows and steps fit");
-    assert!(panel.as_ptr().cast::<__m256i>().is_aligned(), "a panel of a packed matrix");
-    for (block_idx, w) in panel.chunks(AVX2_STEPS * PANEL).enumerate() {
+    let panel_words = r.div_ceil(2) * PANEL;
+    assert!(h.len() == M * r && panels.len() == columns.div_ceil(PANEL) * panel_words, "rows and panels fit");
+    assert!(panels.as_ptr().cast::<__m256i>().is_aligned(), "panels of a packed matrix");
+    for block in (0..panel_words).step_by(AVX2_STEPS * PANEL) {
+        let words = (AVX2_STEPS * PANEL).min(panel_words - block);
         let mut x = [[[MaybeUninit::<f32>::uninit(); AVX2_STEPS]; 2]; M];
         for ([first, second], h) in x.iter_mut().zip(h.chunks_exact(r)) {
-            let (pairs, rest) = h[block_idx * 2 * AVX2_STEPS..].as_chunks::<2>();
-            let steps = pairs.len().min(w.len() / PANEL);
+            let (pairs, rest) = h[block / PANEL * 2..].as_chunks::<2>();
+            let steps = pairs.len().min(words / PANEL);
             for ((first, second), pair) in first.iter_mut().zip(&mut *second).zip(&pairs[..steps]) {
                 first.write(pair[0]);
                 second.write(pair[1]);
             }
-            if let ([last], true) = (rest, steps < w.len() / PANEL) {
+            if let ([last], true) = (rest, steps < words / PANEL) {
                 first[steps].write(*last);
                 second[steps].write(0.0);
             }
         }
-        let args = TileArgs {
-            x: &[],
-            x_stride: 0,
-            w,
-            is_first: true,
-            y: y.y,
-            y_stride: y.stride,
-            columns,
-            from_zero: from_zero && block_idx == 0,
-            fetch: Fetch { at: w.as_ptr_range().end, lines: w.len() / LINE_WORDS },
-            far: Fetch::NONE,
-        };
         let x = std::array::from_fn(|row| x[row].as_ptr().cast());
-        // SAFETY: the rows hold the two factors of each of the block's steps; y is the caller's.
-        unsafe {
-            match M {
-                1 => strips::<M, 8, 2>(&args, x),
-                2 | 3 => strips::<M, 4, 2>(&args, x),
-                _ => strips::<M, 2, 2>(&args, x),
+        for (panel_idx, panel) in panels.chunks_exact(panel_words).enumerate() {
+            let args = TileArgs {
+                x: &[],
+                x_stride: 0,
+                w: &panel[block..block + words],
+                is_first: true,
+                y: y.y.wrapping_add(panel_idx * PANEL),
+                y_stride: y.stride,
+                columns: PANEL.min(columns - panel_idx * PANEL),
+                from_zero: from_zero && block == 0,
+                fetch: Fetch::NONE,
+                far: Fetch::NONE,
+            };
+            // SAFETY: the rows hold the two factors of each of the block's steps; y is the caller's.
+            unsafe {
+                match M {
+                    1 => strips::<M, 8, 2>(&args, x),
+                    2 | 3 => strips::<M, 4, 2>(&args, x),
+                    _ => strips::<M, 2, 2>(&args, x),
+                }
             }
         }
     }
