@@ -176,7 +176,7 @@ fn attend_body<const R: usize, const FMA: bool>(task: &Task<'_>, scratch: &mut S
             let scores = &mut scratch.scores[row * TILE..][..TILE];
             mask(scores, low.saturating_sub(tile_start), (position + 1).saturating_sub(tile_start).min(width));
             let acc = &mut scratch.acc[row * head_dim..][..head_dim];
-            online_softmax(scores, &mut scratch.max[row], &mut scratch.sum[row], acc);
+            online_softmax::<FMA>(scores, &mut scratch.max[row], &mut scratch.sum[row], acc);
         }
         weigh_values::<R, FMA>(task, rows, tile_start, width, scratch);
     }
@@ -293,7 +293,7 @@ fn mask(scores: &mut [f32], low: usize, high: usize) {
 /// Turns scores into weights relative to the running maximum and rescales what was summed before. A tile that is
 /// masked throughout changes nothing.
 #[inline(always)]
-fn online_softmax(scores: &mut [f32], max: &mut f32, sum: &mut f32, acc: &mut [f32]) {
+fn online_softmax<const FMA: bool>(scores: &mut [f32], max: &mut f32, sum: &mut f32, acc: &mut [f32]) {
     let mut lanes = [f32::NEG_INFINITY; 16];
     for chunk in scores.chunks_exact(16) {
         for (lane, score) in lanes.iter_mut().zip(chunk) {
@@ -309,11 +309,11 @@ fn online_softmax(scores: &mut [f32], max: &mut f32, sum: &mut f32, acc: &mut [f
     let mut sums = [0.0_f32; 16];
     for chunk in scores.chunks_exact_mut(16) {
         for (sum, score) in sums.iter_mut().zip(chunk) {
-            *score = exp(*score - new_max);
+            *score = exp::<FMA>(*score - new_max);
             *sum += *score;
         }
     }
-    let rescale = exp(*max - new_max);
+    let rescale = exp::<FMA>(*max - new_max);
     *sum = *sum * rescale + sums.iter().sum::<f32>();
     *max = new_max;
     for value in acc {

@@ -44,6 +44,7 @@ pub(super) unsafe fn multiply_panel(
     while let Some((block_idx, block)) = blocks.next() {
         // Every pass fetches a part of the next block.
         let next = blocks.peek().map_or(ahead.block, |(_, next)| Fetch::of(next));
+        let lines = next.lines.div_ceil(passes);
         for (pass, row) in (0..m).step_by(ROWS).enumerate() {
             let args = TileArgs {
                 x: &x[row * x_stride + block_idx * steps..],
@@ -54,7 +55,7 @@ pub(super) unsafe fn multiply_panel(
                 y_stride: target.stride,
                 columns,
                 from_zero: block_idx == 0,
-                fetch: next.share(pass, passes),
+                fetch: next.part(pass, lines),
                 far: ahead.share(),
             };
             // SAFETY: the rows and columns are the caller's.
@@ -85,6 +86,7 @@ pub(super) unsafe fn multiply_integer_panel(
     let mut blocks = w.panel(panel_idx).chunks(block_groups(width) * width.group_words()).enumerate().peekable();
     while let Some((block_idx, block)) = blocks.next() {
         let next = blocks.peek().map_or(ahead.block, |(_, next)| Fetch::of(next));
+        let lines = next.lines.div_ceil(passes);
         for (pass, row) in (0..m).step_by(ROWS).enumerate() {
             let args = IntegerArgs {
                 x: &x[row * x_stride..],
@@ -96,7 +98,7 @@ pub(super) unsafe fn multiply_integer_panel(
                 y_stride: target.stride,
                 columns: PANEL.min(w.n() - panel_idx * PANEL),
                 from_zero: block_idx == 0,
-                fetch: next.share(pass, passes),
+                fetch: next.part(pass, lines),
                 far: ahead.share(),
             };
             // SAFETY: the rows and columns are the caller's.

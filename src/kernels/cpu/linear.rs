@@ -70,20 +70,23 @@ pub(crate) enum Finish<'a> {
     SiluMul,
 }
 
-/// Computes the linears of `x` (m, k) with their adapters into `y`, all f32 row-major; see the module's formula and
-/// [`Finish`]. All weights have k inputs and one form.
+/// Computes the linears of `x` (m, k) with their adapters: y, f32 row-major; see the module's formula and [`Finish`]. All
+/// weights have k inputs and one form.
 ///
 /// # Panics
 /// When lengths or formats do not fit.
-pub(crate) fn sweep(x: &[f32], linears: &[SweepLinear<'_>], finish: Finish<'_>, y: &mut [f32]) {
-    let Some(first) = linears.first() else { return };
+pub(crate) fn sweep(x: &[f32], linears: &[SweepLinear<'_>], finish: Finish<'_>) -> Vec<f32> {
+    let Some(first) = linears.first() else { return Vec::new() };
     let (k, form) = (first.weight.k(), first.weight.form());
     let m = x.len() / k;
     let widths: Vec<usize> = linears.iter().map(|linear| linear.weight.n()).collect();
     let row = match finish {
         Finish::Join => widths.iter().sum(),
         Finish::Add(residual) => {
-            assert!(linears.len() == 1 && residual.len() == y.len(), "one linear, and y is as long as the residual");
+            assert!(
+                linears.len() == 1 && residual.len() == m * widths[0],
+                "one linear, and y is as long as the residual"
+            );
             widths[0]
         }
         Finish::SiluMul => {
@@ -91,12 +94,15 @@ pub(crate) fn sweep(x: &[f32], linears: &[SweepLinear<'_>], finish: Finish<'_>, 
             widths[0]
         }
     };
-    assert_eq!((x.len(), y.len()), (m * k, m * row), "x is (m, k) and y is (m, n)");
+    assert_eq!(x.len(), m * k, "x is (m, k)");
     for linear in linears {
         check(linear, m, k, form);
         let can_finish = !matches!(finish, Finish::SiluMul) || !linear.needs_whole_rows();
         assert!(can_finish, "the panels of gated linears are finished one by one");
     }
+    // Zeros first would be one more pass over the memory, by one thread.
+    let mut y = Vec::with_capacity(m * row);
+    let outputs = Shared::unwritten(&mut y.spare_capacity_mut()[..m * row]);
     SCRATCH.with_borrow_mut(|scratch| {
         let plan = ShrinkPlan::new(linears, m);
         // Integers suffice where no row has an adapter.
@@ -110,10 +116,13 @@ pub(crate) fn sweep(x: &[f32], linears: &[SweepLinear<'_>], finish: Finish<'_>, 
         to_words(x, k, form, widths, (plain_terms, plain_integers));
         shrink((x, plain_terms, form), k, &plan, ((own_terms, own_integers), short));
         let words = RowWords { terms, integers };
-        let sweep = Sweep { linears, finish, x, k, words, plan: &plan, short, row, y: Shared::new(y), m };
+        let sweep = Sweep { linears, finish, x, k, words, plan: &plan, short, row, y: outputs, m };
         sweep.run();
         sweep.finish_whole_rows();
     });
+    // SAFETY: the panels of all linears, each written in every row, tile the outputs.
+    unsafe { y.set_len(m * row) };
+    y
 }
 
 fn check(linear: &SweepLinear<'_>, m: usize, k: usize, form: RowForm) {

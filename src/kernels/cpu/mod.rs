@@ -7,6 +7,8 @@ mod block_product;
 mod blocks;
 mod circulant;
 mod dispatch;
+#[cfg(target_arch = "x86_64")]
+mod dot_avx2;
 mod exp;
 mod expand;
 mod gemm;

@@ -125,8 +125,7 @@ impl CustomOp1 for SweepOp<'_> {
         let widths = self.linears.iter().map(|linear| linear.weight.n());
         let (n, finish) =
             if self.gated { (widths.max().unwrap_or(0), Finish::SiluMul) } else { (widths.sum(), Finish::Join) };
-        let mut y = vec![0.0; rows * n];
-        sweep(values(storage, layout)?, self.linears, finish, &mut y);
+        let y = sweep(values(storage, layout)?, self.linears, finish);
         Ok((CpuStorage::F32(y), (rows, n).into()))
     }
 }
@@ -160,9 +159,8 @@ impl CustomOp2 for AddOp<'_> {
         if residual_layout.shape().dims2()? != shape {
             bail!("a residual of shape {:?}, expected {shape:?}", residual_layout.shape());
         }
-        let mut y = vec![0.0; shape.0 * shape.1];
         let finish = Finish::Add(values(residual, residual_layout)?);
-        sweep(values(x, x_layout)?, std::slice::from_ref(&self.0), finish, &mut y);
+        let y = sweep(values(x, x_layout)?, std::slice::from_ref(&self.0), finish);
         Ok((CpuStorage::F32(y), shape.into()))
     }
 }

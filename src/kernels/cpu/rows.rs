@@ -8,6 +8,8 @@
 use half::bf16;
 
 use super::dispatch::{dispatch, fma};
+#[cfg(target_arch = "x86_64")]
+use super::dot_avx2;
 use super::isa::Isa;
 use super::memory::Memory;
 use super::packed::{Line, WeightFormat};
@@ -16,7 +18,7 @@ use super::words::{LANES, bf16_bits, row_words};
 /// Rows of `x` that are multiplied together; with four sums each they fill the registers of AVX-512.
 const TILE_ROWS: usize = 6;
 /// Partial sums per output.
-const CHAINS: usize = 4;
+pub(super) const CHAINS: usize = 4;
 
 /// A matrix (r, k) whose rows are the lanes of vectors of 32-bit words: bf16 pairs, or f32.
 #[derive(Clone, Debug)]
@@ -124,6 +126,20 @@ fn dot_tile(
                 4 => dot_bf16::<4>(x, width, lines, sums),
                 5 => dot_bf16::<5>(x, width, lines, sums),
                 _ => dot_bf16::<TILE_ROWS>(x, width, lines, sums),
+            }
+        }
+        return;
+    }
+    #[cfg(target_arch = "x86_64")]
+    if let (Isa::Avx2, WeightFormat::Bf16, 2..) = (isa, format, rows) {
+        for (x, sums) in x.chunks(dot_avx2::ROWS * width).zip(sums.chunks_mut(dot_avx2::ROWS)) {
+            // SAFETY: the instruction set was detected.
+            unsafe {
+                match x.len() / width {
+                    1 => dot_avx2::dot::<1>((x, width), lines, sums),
+                    2 => dot_avx2::dot::<2>((x, width), lines, sums),
+                    _ => dot_avx2::dot::<{ dot_avx2::ROWS }>((x, width), lines, sums),
+                }
             }
         }
         return;

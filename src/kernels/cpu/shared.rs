@@ -3,6 +3,7 @@
 #![expect(unsafe_code, reason = "threads write disjoint parts of one slice")]
 
 use std::marker::PhantomData;
+use std::mem::MaybeUninit;
 use std::ops::Range;
 
 /// A slice that threads write in disjoint parts.
@@ -22,6 +23,17 @@ impl<'a, T> Shared<'a, T> {
     /// The whole of `slice`, which stays borrowed.
     pub(super) fn new(slice: &'a mut [T]) -> Self {
         Self { start: slice.as_mut_ptr(), len: slice.len(), slice: PhantomData }
+    }
+
+    /// The whole of `slice`, whose elements are numbers of which nobody reads one before it is written; NaN in debug builds.
+    pub(super) fn unwritten(slice: &'a mut [MaybeUninit<T>]) -> Self
+    where
+        T: From<f32>,
+    {
+        if cfg!(debug_assertions) {
+            slice.fill_with(|| MaybeUninit::new(f32::NAN.into()));
+        }
+        Self { start: slice.as_mut_ptr().cast(), len: slice.len(), slice: PhantomData }
     }
 
     /// Elements `range`.

@@ -15,6 +15,8 @@ use super::slots::{PackedDelta, RowGates, SlotRun, short_len};
 
 /// Rows of one shrinking task, a multiple of those that sparse terms take together.
 const SHRINK_ROWS: usize = 16;
+/// The same of a run of no more than [`SHRINK_ROWS`], which would keep one thread busy.
+const SHRINK_ROWS_OF_FEW: usize = 8;
 
 /// Where the working memory of every run lies.
 pub(super) struct ShrinkPlan<'a> {
@@ -67,7 +69,11 @@ impl<'a> ShrinkPlan<'a> {
         }
         if short > 0 || slots.pre.is_some() {
             // Rows that share what is read from memory go together, others to whoever is free.
-            let rows = if slots.computes_by_row() { 1 } else { SHRINK_ROWS };
+            let rows = match run.rows.len() {
+                _ if slots.computes_by_row() => 1,
+                ..=SHRINK_ROWS => SHRINK_ROWS_OF_FEW,
+                _ => SHRINK_ROWS,
+            };
             for from in run.rows.clone().step_by(rows) {
                 self.tasks.push((run, from..run.rows.end.min(from + rows), place));
             }

@@ -35,7 +35,7 @@ dispatch! {
 fn silu_mul_body<const FMA: bool>(gate: &[f32], up: &[f32], y: &mut [f32]) {
     for ((y, g), up) in y.iter_mut().zip(gate).zip(up) {
         // The exponential of a number that is not positive, whatever the sign of g.
-        let e = exp(-g.abs());
+        let e = exp::<FMA>(-g.abs());
         let sigmoid = if *g < 0.0 { e } else { 1.0 } / (1.0 + e);
         *y = g * sigmoid * up;
     }

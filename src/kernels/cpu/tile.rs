@@ -87,7 +87,11 @@ impl Fetch {
 
     /// Share `idx` of `count` even ones.
     pub(super) fn share(self, idx: usize, count: usize) -> Self {
-        let lines = self.lines.div_ceil(count);
+        self.part(idx, self.lines.div_ceil(count))
+    }
+
+    /// Part `idx` of those of `lines` lines.
+    pub(super) fn part(self, idx: usize, lines: usize) -> Self {
         Self { at: self.at.wrapping_add(idx * lines * LINE_WORDS), lines }
     }
 

@@ -126,7 +126,7 @@ pub(super) unsafe fn expand<const M: usize>(
 /// # Safety
 /// The processor has the features, and both places are valid for writes of as many numbers as there are words.
 #[inline(always)]
-unsafe fn split(words: &[u32], first: *mut f32, second: *mut f32) {
+pub(super) unsafe fn split(words: &[u32], first: *mut f32, second: *mut f32) {
     let (vectors, rest) = words.as_chunks::<LANES>();
     // SAFETY: the caller's contract.
     unsafe {

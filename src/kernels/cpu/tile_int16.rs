@@ -105,7 +105,8 @@ unsafe fn strips<const M: usize, const V: usize, const U: usize>(args: &IntegerA
         let count = PANEL / (V * LANES);
         for strip in 0..count {
             let (mut fetch, mut far) = (args.fetch.share(strip, count), args.far.share(strip, count));
-            let far_lines = far.lines.div_ceil(args.w.len() / GROUP_WORDS * (STEPS_16 / U));
+            let rounds = args.w.len() / GROUP_WORDS * (STEPS_16 / U);
+            let far_lines = if far.lines > 0 { far.lines.div_ceil(rounds) } else { 0 };
             for (group, w) in args.w.chunks_exact(GROUP_WORDS).enumerate() {
                 let group = args.first_group + group;
                 let exponents = w.as_ptr().add(STEPS_16 * PANEL).cast::<u8>().add(strip * V * LANES);

@@ -30,14 +30,12 @@ proptest! {
             from += len;
             SlotRun { rows: from - len..from, slots: Some(slots), gates: gates_of(&gates, from - len..from) }
         }).collect();
-        let mut y = vec![f32::NAN; m * n];
-        sweep(&x, &[linear(runs.clone())], Finish::Join, &mut y);
+                let y = sweep(&x, &[linear(runs.clone())], Finish::Join);
         for (run, plain) in runs.iter().zip(&adapters) {
             for row in run.rows.clone() {
                 let x = &x[row * k..][..k];
-                let mut alone = vec![f32::NAN; n];
-                let runs = vec![SlotRun { rows: 0..1, slots: run.slots, gates: gates_of(&gates, row..row + 1) }];
-                sweep(x, &[linear(runs)], Finish::Join, &mut alone);
+                                let runs = vec![SlotRun { rows: 0..1, slots: run.slots, gates: gates_of(&gates, row..row + 1) }];
+                let alone = sweep(x, &[linear(runs)], Finish::Join);
                 prop_assert_eq!(&alone[..], &y[row * n..][..n]);
                 for (o, found) in alone.iter().enumerate() {
                     let expected = plain.output(x, &w, &bias, o);
@@ -80,14 +78,12 @@ proptest! {
                 gates: gates_of(&gates, from - len..from),
             }
         }).collect();
-        let mut y = vec![f32::NAN; m * n];
-        sweep(&x, &[linear(runs.clone())], Finish::Join, &mut y);
+                let y = sweep(&x, &[linear(runs.clone())], Finish::Join);
         for (run, plain) in runs.iter().zip(&adapters) {
             for row in run.rows.clone() {
                 let x = &x[row * k..][..k];
-                let mut alone = vec![f32::NAN; n];
-                let runs = vec![SlotRun { rows: 0..1, slots: run.slots, gates: gates_of(&gates, row..row + 1) }];
-                sweep(x, &[linear(runs)], Finish::Join, &mut alone);
+                                let runs = vec![SlotRun { rows: 0..1, slots: run.slots, gates: gates_of(&gates, row..row + 1) }];
+                let alone = sweep(x, &[linear(runs)], Finish::Join);
                 prop_assert_eq!(&alone[..], &y[row * n..][..n]);
                 let bare = Plain::default();
                 let plain = if run.slots.is_some() { plain } else { &bare };
@@ -132,10 +128,8 @@ fn bf16_terms_are_exact_on_bf16_values() {
         let b = up(format).expect("b");
         let deltas = vec![PackedDelta::LowRank { a: RowMatrix::new(format, &a, r, k), b }];
         let slots = PackedSlots { deltas, ..PackedSlots::default() };
-        let mut y = vec![0.0; 2 * n];
         let runs = vec![SlotRun { rows: 0..2, slots: Some(&slots), gates: None }];
-        sweep(&x, &[SweepLinear { weight: (&weight).into(), bias: None, runs }], Finish::Join, &mut y);
-        y
+        sweep(&x, &[SweepLinear { weight: (&weight).into(), bias: None, runs }], Finish::Join)
     };
     for (a, b) in run(WeightFormat::F32).iter().zip(run(WeightFormat::Bf16)) {
         assert!((a - b).abs() < 1e-5, "{a} {b}");
@@ -162,25 +156,16 @@ fn joined_added_and_gated_outputs_are_those_of_the_linears_alone() {
         bias: None,
         runs: vec![SlotRun::bare(0..2), SlotRun { rows: 2..5, slots: Some(&slots[i]), gates: gates_of(&gates, 2..5) }],
     };
-    let alone: Vec<Vec<f32>> = (0..3)
-        .map(|i| {
-            let mut y = vec![f32::NAN; m * widths[i]];
-            sweep(&x, &[linear(i)], Finish::Join, &mut y);
-            y
-        })
-        .collect();
-    let mut joined = vec![f32::NAN; m * 270];
-    sweep(&x, &[linear(0), linear(1), linear(2)], Finish::Join, &mut joined);
+    let alone: Vec<Vec<f32>> = (0..3).map(|i| sweep(&x, &[linear(i)], Finish::Join)).collect();
+    let joined = sweep(&x, &[linear(0), linear(1), linear(2)], Finish::Join);
     for row in 0..m {
         let expected: Vec<f32> = (0..3).flat_map(|i| alone[i][row * widths[i]..][..widths[i]].to_vec()).collect();
         assert_eq!(joined[row * 270..][..270], expected);
     }
     let residual = random(m * 130, 5);
-    let mut added = vec![f32::NAN; m * 130];
-    sweep(&x, &[linear(1)], Finish::Add(&residual), &mut added);
+    let added = sweep(&x, &[linear(1)], Finish::Add(&residual));
     assert!(added.iter().zip(&alone[1]).zip(&residual).all(|((found, y), r)| *found == y + r));
-    let mut gated = vec![f32::NAN; m * 70];
-    sweep(&x, &[linear(0), linear(2)], Finish::SiluMul, &mut gated);
+    let gated = sweep(&x, &[linear(0), linear(2)], Finish::SiluMul);
     let mut expected = vec![0.0; m * 70];
     silu_mul(Isa::best(), &alone[0], &alone[2], &mut expected);
     assert_eq!(gated, expected);
