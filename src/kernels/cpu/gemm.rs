@@ -1,7 +1,7 @@
 //! The matrix product with packed weights.
 
 use super::ahead::Ahead;
-use super::integers::{IntegerMatrix, groups};
+use super::integers::{IntegerMatrix, IntegerWidth, groups};
 use super::isa::Isa;
 use super::packed::{PANEL, PackedMatrix};
 use super::tile::{Fetch, ROWS, TileArgs, block_steps, tile};
@@ -82,10 +82,12 @@ pub(super) unsafe fn multiply_integer_panel(
     let width = w.width();
     let x_stride = width.row_words(w.k());
     let m = x.len() / x_stride;
+    // The processor foresees what a single row reads, forward and all of it; asking holds it up then.
+    let asks = m > 1 || isa != Isa::Avx2 || width != IntegerWidth::Sixteen;
     let passes = num_passes(m);
     let mut blocks = w.panel(panel_idx).chunks(block_groups(width) * width.group_words()).enumerate().peekable();
     while let Some((block_idx, block)) = blocks.next() {
-        let next = blocks.peek().map_or(ahead.block, |(_, next)| Fetch::of(next));
+        let next = if asks { blocks.peek().map_or(ahead.block, |(_, next)| Fetch::of(next)) } else { Fetch::NONE };
         let lines = next.lines.div_ceil(passes);
         for (pass, row) in (0..m).step_by(ROWS).enumerate() {
             let args = IntegerArgs {
@@ -112,7 +114,7 @@ mod tests {
     use half::bf16;
     use proptest::prelude::*;
 
-    use super::super::integers::{GROUP, IntegerWidth, quantise_row};
+    use super::super::integers::{GROUP, quantise_row};
     use super::super::packed::WeightFormat;
     use super::super::pool::for_each;
     use super::super::shared::Shared;

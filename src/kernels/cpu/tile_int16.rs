@@ -4,6 +4,7 @@
 
 use super::integers::{IntegerWidth, MANTISSA_BITS, STEPS_16};
 use super::packed::PANEL;
+use super::tile::LINE_WORDS;
 use super::tile_integers::IntegerArgs;
 use std::arch::asm;
 use std::arch::x86_64::__m256i;
@@ -61,6 +62,11 @@ pub(super) unsafe fn vnni<const M: usize>(args: &IntegerArgs<'_>) {
     }
 }
 
+/// Columns of a vector of AVX2.
+const LANES: usize = 8;
+/// The bits below an exponent, as the shift wants them.
+const SHIFT: i32 = MANTISSA_BITS.cast_signed();
+
 /// # Safety
 /// As for [`super::tile_integers::integer_tile`]; the processor has AVX2.
 #[target_feature(enable = "avx2,fma")]
@@ -68,9 +74,58 @@ pub(super) unsafe fn avx2<const M: usize>(args: &IntegerArgs<'_>) {
     // SAFETY: the caller's contract.
     unsafe {
         match M {
-            1 => strips::<M, 8, 1>(args),
+            1 => row(args),
             2 => strips::<M, 4, 4>(args),
             _ => strips::<M, 2, 4>(args),
+        }
+    }
+}
+
+/// One row: all columns, `U` steps at a time. The weights are operands in memory, one after the other, so that the processor
+/// has as many of them under way as it can.
+///
+/// # Safety
+/// As for [`avx2`].
+#[inline]
+#[target_feature(enable = "avx2,fma")]
+unsafe fn row(args: &IntegerArgs<'_>) {
+    use std::arch::x86_64::{
+        _mm_loadl_epi64, _mm256_add_epi32, _mm256_castsi256_ps, _mm256_cvtepi32_ps, _mm256_cvtepu8_epi32,
+        _mm256_fmadd_ps, _mm256_load_si256, _mm256_loadu_ps, _mm256_madd_epi16, _mm256_mul_ps, _mm256_set1_epi32,
+        _mm256_set1_ps, _mm256_setzero_si256, _mm256_slli_epi32, _mm256_storeu_ps,
+    };
+
+    /// Steps between branches.
+    const U: usize = 4;
+    /// Vectors of a panel.
+    const V: usize = PANEL / LANES;
+
+    const { assert!(STEPS_16.is_multiple_of(U), "whole rounds") };
+    assert!(args.w.as_ptr().cast::<__m256i>().is_aligned(), "a block of a packed matrix");
+    let mut fetch = args.fetch;
+    for (group, w) in args.w.chunks_exact(GROUP_WORDS).enumerate() {
+        let (integers, of_row) = args.row::<STEPS_16>(0, group);
+        // SAFETY: a group holds its steps and scales, on whole vectors; the rest is the caller's contract.
+        unsafe {
+            let mut at = w.as_ptr().cast::<__m256i>();
+            let mut acc = [_mm256_setzero_si256(); V];
+            for pairs in integers.as_chunks::<U>().0 {
+                fetch.next(U * PANEL / LINE_WORDS);
+                for (step, pair) in pairs.iter().enumerate() {
+                    let pair = _mm256_set1_epi32(pair.cast_signed());
+                    for (v, acc) in acc.iter_mut().enumerate() {
+                        let weights = _mm256_load_si256(at.add(step * V + v));
+                        *acc = _mm256_add_epi32(*acc, _mm256_madd_epi16(pair, weights));
+                    }
+                }
+                at = at.add(U * V);
+            }
+            for (v, acc) in acc.iter().enumerate() {
+                let exponents = _mm_loadl_epi64(at.cast::<u8>().add(v * LANES).cast());
+                let scales = _mm256_castsi256_ps(_mm256_slli_epi32::<SHIFT>(_mm256_cvtepu8_epi32(exponents)));
+                let (scales, y) = (_mm256_mul_ps(scales, _mm256_set1_ps(of_row)), args.y.add(v * LANES));
+                _mm256_storeu_ps(y, _mm256_fmadd_ps(_mm256_cvtepi32_ps(*acc), scales, _mm256_loadu_ps(y)));
+            }
         }
     }
 }
@@ -88,11 +143,6 @@ unsafe fn strips<const M: usize, const V: usize, const U: usize>(args: &IntegerA
         _mm256_cvtepu8_epi32, _mm256_fmadd_ps, _mm256_loadu_ps, _mm256_madd_epi16, _mm256_mul_ps, _mm256_set1_epi32,
         _mm256_setzero_ps, _mm256_setzero_si256, _mm256_slli_epi32, _mm256_storeu_ps,
     };
-
-    /// Columns of a vector.
-    const LANES: usize = 8;
-    /// The bits below an exponent, as the shift wants them.
-    const SHIFT: i32 = MANTISSA_BITS.cast_signed();
 
     const { assert!(STEPS_16.is_multiple_of(U) && V.is_multiple_of(2), "whole rounds, and whole lines of a step") };
     assert!(args.w.as_ptr().cast::<__m256i>().is_aligned(), "a block of a packed matrix");
