@@ -20,7 +20,7 @@ use super::gemm::{Target, num_passes};
 use super::isa::Isa;
 use super::packed::PANEL;
 use super::pool::{for_each, for_ranges};
-use super::scale::{PackedScale, scale_add};
+use super::scale::scale_add;
 use super::shared::Shared;
 use super::shrink::{Place, ShrinkPlan, shrink};
 use super::silu::silu_mul;
@@ -394,14 +394,10 @@ impl Sweep<'_> {
         (row, first): (usize, usize),
         y: &mut [f32],
     ) {
-        let scale = match slots.and_then(|slots| slots.scale.as_ref()) {
-            Some(PackedScale::Diag(scale)) => &scale[first..],
-            Some(scale) => {
-                scale.apply(first, y);
-                &[]
-            }
-            None => &[],
-        };
+        let scale = slots.and_then(|slots| slots.scale.as_ref()).map_or(&[][..], |scale| {
+            scale.mix(first, y);
+            scale.factors(first)
+        });
         let c = slots.and_then(|slots| slots.c.as_deref()).or(linear.bias).map_or(&[][..], |c| &c[first..]);
         let residual = match self.finish {
             Finish::Add(residual) => &residual[row * self.row + first..][..y.len()],

@@ -2,7 +2,6 @@
 
 use super::blocks::Blocks;
 use super::dispatch::dispatch;
-use super::isa::Isa;
 use super::packed::PANEL;
 
 /// An output scale in the CPU's form.
@@ -34,10 +33,18 @@ impl PackedScale {
         }
     }
 
-    /// Scales the columns from `first` on: a panel's, or all of a row.
-    pub(super) fn apply(&self, first: usize, y: &mut [f32]) {
+    /// The factors of the columns from `first` on; none where columns mix.
+    pub(super) fn factors(&self, first: usize) -> &[f32] {
         match self {
-            Self::Diag(scale) => scale_add(Isa::best(), &scale[first..], [&[], &[]], y),
+            Self::Diag(factors) => &factors[first..],
+            Self::PairRot { .. } | Self::BlockDiag(_) => &[],
+        }
+    }
+
+    /// Mixes the columns from `first` on, of whole panels or of a row, where they mix.
+    pub(super) fn mix(&self, first: usize, y: &mut [f32]) {
+        match self {
+            Self::Diag(_) => {}
             Self::PairRot { p, q, half } => rotate_pairs(y, (&p[first..], &q[first..]), *half),
             Self::BlockDiag(blocks) => blocks.multiply(first / blocks.s, y),
         }
