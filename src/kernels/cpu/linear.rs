@@ -199,7 +199,6 @@ struct Sweep<'a> {
 }
 
 /// Some rows of neighbouring panels of one linear.
-#[derive(Clone)]
 struct Piece<'a> {
     linear_idx: usize,
     panels: Range<usize>,
