@@ -137,11 +137,13 @@ impl DecoderLayer {
         segments: &[AdapterSegment],
         rows: &[u32],
     ) -> Result<(Tensor, Cow<'a, [AdapterSegment]>)> {
+        if rows.is_empty() {
+            return Ok((x.narrow(0, 0, 0)?, Cow::Owned(Vec::new())));
+        }
         let segments = row_segments(segments, rows)?;
         let rows = Tensor::new(rows, x.device())?;
         let (x, attended) = (x.index_select(&rows, 0)?, attended.index_select(&rows, 0)?);
-        let x = if segments.is_empty() { x } else { self.finished(number, (&x, &attended), &segments)? };
-        Ok((x, Cow::Owned(segments)))
+        Ok((self.finished(number, (&x, &attended), &segments)?, Cow::Owned(segments)))
     }
 }
 
