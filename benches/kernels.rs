@@ -90,11 +90,15 @@ fn main() -> Result<()> {
             bench_linear(&mut criterion, &name, &layers, rows, Arithmetic::Bf16)?;
         }
     }
-    for tokens in PREFILL {
-        bench_attention(&mut criterion, &format!("attention/prefill/{tokens} tokens"), 1, tokens, tokens)?;
-    }
-    for (sequences, context) in DECODE {
-        bench_attention(&mut criterion, &format!("attention/decode/{sequences} of {context}"), sequences, 1, context)?;
+    for (dtype, format) in [(DType::F32, "f32"), (DType::BF16, "bf16")] {
+        for tokens in PREFILL {
+            let name = format!("attention/{format}/prefill/{tokens} tokens");
+            bench_attention(&mut criterion, &name, dtype, (1, tokens, tokens))?;
+        }
+        for (sequences, context) in DECODE {
+            let name = format!("attention/{format}/decode/{sequences} of {context}");
+            bench_attention(&mut criterion, &name, dtype, (sequences, 1, context))?;
+        }
     }
     criterion.final_summary();
     Ok(())
@@ -224,13 +228,13 @@ fn bench_linear(
     Ok(())
 }
 
-/// `sequences` sequences with `tokens` query tokens each at the end of a context of `context` tokens.
+/// `sequences` sequences with `tokens` query tokens each at the end of a context of `context` tokens, keys and values in
+/// `dtype`.
 fn bench_attention(
     criterion: &mut Criterion,
     name: &str,
-    sequences: usize,
-    tokens: usize,
-    context: usize,
+    dtype: DType,
+    (sequences, tokens, context): (usize, usize, usize),
 ) -> Result<()> {
     let AttentionShape { num_heads, num_kv_heads, head_dim, .. } = HEADS;
     let blocks_each = context.div_ceil(BLOCK_TOKENS);
@@ -244,7 +248,7 @@ fn bench_attention(
     let caches: Vec<PagedKv> = (0..LAYERS)
         .map(|_| {
             let (size, heads) = ((sequences * blocks_each, BLOCK_TOKENS), (num_kv_heads, head_dim));
-            let cache = PagedKv::new(KvLayout::Heads, size, heads, DType::F32, &Device::Cpu)?;
+            let cache = PagedKv::new(KvLayout::Heads, size, heads, dtype, &Device::Cpu)?;
             cache.write(&everything, &fill, &fill, &HEADS)?;
             Ok(cache)
         })
@@ -256,7 +260,7 @@ fn bench_attention(
     let q = Tensor::from_vec(q, (sequences * tokens, num_heads * head_dim), &Device::Cpu)?;
     let visible: usize = (context - tokens + 1..=context).sum();
     let work = Work {
-        bytes: sequences * context * 2 * width * size_of::<f32>(),
+        bytes: sequences * context * 2 * width * dtype.size_in_bytes(),
         operations: sequences * visible * 4 * num_heads * head_dim,
         arithmetic: Arithmetic::F32,
     };

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use clap::{Args, ValueEnum};
 
 use crate::config::{ConfigError, Resolved, Setting, Sources, environment};
+use crate::engine::KvDtypeChoice;
 use crate::model::{DeviceChoice, DtypeChoice, QuantChoice};
 
 /// Flags for the settings that are set most often; `--set` reaches every other one.
@@ -46,6 +47,9 @@ pub(super) struct SettingsArgs {
     /// Size of the KV cache, for example 2GiB.
     #[arg(long, value_name = "BYTES")]
     kv_cache_bytes: Option<String>,
+    /// Number format of keys and values in the KV cache.
+    #[arg(long)]
+    kv_cache_dtype: Option<KvDtypeChoice>,
     /// Key for everything under /v1; PATCHBAY_SERVER_API_KEY keeps it out of the process list.
     #[arg(long, value_name = "KEY")]
     api_key: Option<Secret>,
@@ -102,6 +106,7 @@ impl SettingsArgs {
             ("--quant", "model.quant", self.quant.as_ref().map(name_of)),
             ("--context-tokens-max", "model.context_tokens_max", self.context_tokens_max.map(|n| n.to_string())),
             ("--kv-cache-bytes", "engine.kv_cache_bytes", self.kv_cache_bytes),
+            ("--kv-cache-dtype", "engine.kv_cache_dtype", self.kv_cache_dtype.as_ref().map(name_of)),
             ("--api-key", "server.api_key", self.api_key.map(|key| key.0)),
             ("--admin-key", "server.admin_key", self.admin_key.map(|key| key.0)),
             ("--log-level", "log.level", self.log_level),
@@ -142,8 +147,8 @@ mod tests {
     fn every_flag_reaches_its_key() {
         let config = config(
             "--model m --served-model-name n --adapters a --preload p,q --host ::1 --port 1 --device cuda \
-             --dtype bf16 --quant q4k --context-tokens-max 2 --kv-cache-bytes 1MiB --api-key k --admin-key l \
-             --log-level debug --set engine.queue_max=9",
+             --dtype bf16 --quant q4k --context-tokens-max 2 --kv-cache-bytes 1MiB --kv-cache-dtype f32 --api-key k \
+             --admin-key l --log-level debug --set engine.queue_max=9",
         );
         assert_eq!((config.model.path.as_str(), config.model.served_name.as_deref()), ("m", Some("n")));
         assert_eq!(config.adapters.root, PathBuf::from("a"));
@@ -152,6 +157,7 @@ mod tests {
         assert_eq!((config.model.device, config.model.dtype), (DeviceChoice::Cuda, DtypeChoice::Bf16));
         assert_eq!((config.model.quant, config.model.context_tokens_max), (Some(QuantChoice::Q4K), Some(2)));
         assert_eq!((config.engine.kv_cache_bytes, config.engine.queue_max), (1 << 20, 9));
+        assert_eq!(config.engine.kv_cache_dtype, KvDtypeChoice::F32);
         assert_eq!((config.server.api_key.as_deref(), config.server.admin_key.as_deref()), (Some("k"), Some("l")));
         assert_eq!(config.log.level, "debug");
     }
@@ -163,6 +169,9 @@ mod tests {
         }
         for dtype in DtypeChoice::value_variants() {
             assert_eq!(config(&format!("--dtype {}", name_of(dtype))).model.dtype, *dtype);
+        }
+        for dtype in KvDtypeChoice::value_variants() {
+            assert_eq!(config(&format!("--kv-cache-dtype {}", name_of(dtype))).engine.kv_cache_dtype, *dtype);
         }
     }
 

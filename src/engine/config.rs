@@ -1,5 +1,6 @@
 //! The `[engine]` section: the bounds of everything the engine holds.
 
+use candle_core::DType;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
@@ -15,12 +16,37 @@ pub struct EngineConfig {
     pub block_tokens: usize,
     /// KV cache size in bytes; sets the number of blocks. More holds more and longer sequences and prefixes.
     pub kv_cache_bytes: usize,
+    /// Number format of keys and values. bf16 holds twice the tokens of f32, rounded.
+    pub kv_cache_dtype: KvDtypeChoice,
     /// Requests waiting at most, and prompts waiting to be tokenized; one more is answered 429.
     pub queue_max: usize,
     /// Different adapters on the device at once. More avoids copies when many adapters are busy.
     pub adapter_slots: usize,
     /// Reuse the KV of equal prefixes (of equal adapter and salt).
     pub prefix_cache: bool,
+}
+
+/// Number format of the KV cache.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum KvDtypeChoice {
+    /// That of the activations.
+    Auto,
+    /// 32-bit floats.
+    F32,
+    /// bfloat16.
+    Bf16,
+}
+
+impl KvDtypeChoice {
+    /// The format of keys and values beside activations in `activations`.
+    pub fn dtype(self, activations: DType) -> DType {
+        match self {
+            Self::Auto => activations,
+            Self::F32 => DType::F32,
+            Self::Bf16 => DType::BF16,
+        }
+    }
 }
 
 impl Default for EngineConfig {
@@ -30,6 +56,7 @@ impl Default for EngineConfig {
             step_tokens_max: 512,
             block_tokens: 16,
             kv_cache_bytes: 256 << 20,
+            kv_cache_dtype: KvDtypeChoice::Auto,
             queue_max: 512,
             adapter_slots: 64,
             prefix_cache: true,

@@ -24,7 +24,7 @@ mod status;
 mod step;
 
 pub use admission::{Admission, Submission};
-pub use config::{EngineConfig, EngineConfigError};
+pub use config::{EngineConfig, EngineConfigError, KvDtypeChoice};
 pub use forward::{Forward, ForwardLimits};
 pub use handle::EngineHandle;
 pub use request::{

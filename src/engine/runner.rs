@@ -54,10 +54,20 @@ impl ModelRunner {
     pub fn new(model: Arc<Model>, config: &EngineConfig) -> std::result::Result<Self, RunnerError> {
         config.check()?;
         let info = model.info();
-        let num_blocks = num_blocks(info.kv_bytes_per_token(), config)?;
-        let kv_cache_bytes = num_blocks * config.block_tokens * info.kv_bytes_per_token();
-        let cache = KvCache::new(info, num_blocks, config.block_tokens)
+        let dtype = config.kv_cache_dtype.dtype(info.dtype);
+        let num_blocks = num_blocks(info.kv_bytes_per_token(dtype), config)?;
+        let kv_cache_bytes = num_blocks * config.block_tokens * info.kv_bytes_per_token(dtype);
+        let cache = KvCache::new(info, num_blocks, config.block_tokens, dtype)
             .map_err(|source| RunnerError::Memory { kv_cache_bytes, source })?;
+        tracing::info!(
+            num_blocks,
+            block_tokens = config.block_tokens,
+            cache_tokens = num_blocks * config.block_tokens,
+            dtype = dtype.as_str(),
+            bytes = kv_cache_bytes,
+            prefix_cache = config.prefix_cache,
+            "KV cache"
+        );
         log_bounds(info, config, num_blocks);
         let limits = ForwardLimits {
             vocab_size: info.vocab_size,
@@ -96,14 +106,6 @@ fn num_blocks(kv_bytes_per_token: usize, config: &EngineConfig) -> std::result::
 
 fn log_bounds(info: &ModelInfo, config: &EngineConfig, num_blocks: usize) {
     let cache_tokens = num_blocks * config.block_tokens;
-    tracing::info!(
-        num_blocks,
-        block_tokens = config.block_tokens,
-        cache_tokens,
-        bytes = cache_tokens * info.kv_bytes_per_token(),
-        prefix_cache = config.prefix_cache,
-        "KV cache"
-    );
     tracing::info!(
         sequences_max = config.sequences_max,
         step_tokens_max = config.step_tokens_max,

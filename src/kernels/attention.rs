@@ -63,8 +63,8 @@ pub(super) fn causal_mask(context_len: usize, len: usize, window: Option<usize>,
 
 /// `softmax(scale * q k^T + mask) v` for every span over its own context.
 ///
-/// `q` is (tokens, heads, head_dim); `k_cache` and `v_cache` are (blocks, block tokens, kv heads * head_dim) in the
-/// format of `q` and already hold the step's own keys and values; the spans tile the tokens in order. Scores and
+/// `q` is (tokens, heads, head_dim); `k_cache` and `v_cache` are (blocks, block tokens, kv heads * head_dim), are read in
+/// the format of `q` and already hold the step's own keys and values; the spans tile the tokens in order. Scores and
 /// softmax are f32. The result is (tokens, heads * head_dim) in the format of `q`.
 ///
 /// # Errors
@@ -79,8 +79,8 @@ pub(super) fn paged_attention(
     let mut pieces = Vec::with_capacity(spans.len());
     for span in spans {
         let first_key = first_visible(span.context_len, span.len, shape.window);
-        let k = gather(k_cache, span, first_key, shape)?; // [kv_heads, visible, head_dim]
-        let v = gather(v_cache, span, first_key, shape)?;
+        let k = gather(k_cache, span, first_key, shape)?.to_dtype(q.dtype())?; // [kv_heads, visible, head_dim]
+        let v = gather(v_cache, span, first_key, shape)?.to_dtype(q.dtype())?;
         let mask =
             match span.len {
                 1 => None,

@@ -11,8 +11,8 @@ use super::kv::{slot_index, write_kv};
 pub enum KvLayout {
     /// Keys and values (blocks, block tokens, kv heads * head_dim), for any device.
     Rows,
-    /// Keys (blocks, kv heads, head_dim, block tokens) and values (blocks, kv heads, block tokens, head_dim) in f32, for
-    /// the CPU's kernels.
+    /// Keys (blocks, kv heads, head_dim, block tokens) and values (blocks, kv heads, block tokens, head_dim) in f32 or
+    /// bf16, for the CPU's kernels.
     Heads,
 }
 
@@ -137,15 +137,16 @@ impl PagedKv {
         self.keys.dtype()
     }
 
-    /// Writes the step's keys and values (tokens, kv heads * head_dim) in place at the plan's slots.
+    /// Writes the step's keys and values (tokens, kv heads * head_dim) in place at the plan's slots, rounded to the cache's
+    /// format.
     ///
     /// # Errors
     /// When shapes do not fit or the device fails.
     pub fn write(&self, plan: &AttentionPlan<'_>, k: &Tensor, v: &Tensor, shape: &AttentionShape) -> Result<()> {
         match &plan.0 {
             Plan::Rows { slots, .. } => {
-                write_kv(&self.keys.flatten_to(1)?, slots, &k.contiguous()?)?;
-                write_kv(&self.values.flatten_to(1)?, slots, &v.contiguous()?)
+                write_kv(&self.keys.flatten_to(1)?, slots, &k.to_dtype(self.dtype())?)?;
+                write_kv(&self.values.flatten_to(1)?, slots, &v.to_dtype(self.dtype())?)
             }
             Plan::Heads { slots, .. } => {
                 write_cache_op((k, v), (&self.keys, &self.values), self.block_tokens, slots, *shape)

@@ -22,7 +22,7 @@ pub struct ModelInfo {
     pub head_dim: usize,
     /// Longest context in tokens.
     pub context_tokens_max: usize,
-    /// Format of activations and KV cache.
+    /// Format of activations.
     pub dtype: DType,
     /// Formats in which adapters are kept.
     pub adapter_formats: Formats,
@@ -74,9 +74,9 @@ pub struct GenerationDefaults {
 }
 
 impl ModelInfo {
-    /// Bytes one token's keys and values take over all layers.
-    pub fn kv_bytes_per_token(&self) -> usize {
-        2 * self.num_layers * self.num_kv_heads * self.head_dim * self.dtype.size_in_bytes()
+    /// Bytes one token's keys and values take over all layers, kept in `dtype`.
+    pub fn kv_bytes_per_token(&self, dtype: DType) -> usize {
+        2 * self.num_layers * self.num_kv_heads * self.head_dim * dtype.size_in_bytes()
     }
 }
 

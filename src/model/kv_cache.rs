@@ -17,15 +17,15 @@ pub struct KvCache {
 }
 
 impl KvCache {
-    /// Takes the memory for `num_blocks` blocks on the model's device.
+    /// Takes the memory for `num_blocks` blocks on the model's device, keys and values in `dtype`.
     ///
     /// # Errors
     /// When the device is out of memory.
-    pub fn new(info: &ModelInfo, num_blocks: usize, block_tokens: usize) -> Result<Self> {
+    pub fn new(info: &ModelInfo, num_blocks: usize, block_tokens: usize, dtype: DType) -> Result<Self> {
         let heads = (info.num_kv_heads, info.head_dim);
         let mut layers = Vec::with_capacity(info.num_layers);
         for _ in 0..info.num_layers {
-            layers.push(PagedKv::new(info.kv_layout, (num_blocks, block_tokens), heads, info.dtype, &info.device)?);
+            layers.push(PagedKv::new(info.kv_layout, (num_blocks, block_tokens), heads, dtype, &info.device)?);
         }
         Ok(Self { layers, num_blocks, block_tokens, width: info.num_kv_heads * info.head_dim, heads })
     }
@@ -51,10 +51,5 @@ impl KvCache {
     /// Where it lies.
     pub(super) fn device(&self) -> &Device {
         self.layers[0].device()
-    }
-
-    /// Format of keys and values.
-    pub(super) fn dtype(&self) -> DType {
-        self.layers[0].dtype()
     }
 }

@@ -1,6 +1,6 @@
 //! What all layers need to know of one step, prepared once.
 
-use candle_core::Result;
+use candle_core::{DType, Result};
 
 use super::layers::{Rope, Rotation};
 
@@ -18,10 +18,11 @@ pub(super) struct Step<'a> {
 }
 
 impl<'a> Step<'a> {
-    /// Prepares `batch`, with the gates in its `segments`, for a model whose layers use `windows` (distinct sliding windows).
+    /// Prepares `batch`, with the gates in its `segments`, for a model with activations in `dtype`
+    /// whose layers use `windows` (distinct sliding windows).
     pub(super) fn new(
         (batch, segments): (&'a Batch, &'a [AdapterSegment]),
-        cache: &KvCache,
+        (cache, dtype): (&KvCache, DType),
         rope: &Rope,
         windows: &[Option<usize>],
     ) -> Result<Self> {
@@ -37,7 +38,7 @@ impl<'a> Step<'a> {
         let rows = (cache.width, device);
         Ok(Self {
             segments,
-            rope: rope.rotation(&batch.positions, &batch.rope_lens, cache.layout(), (device, cache.dtype()))?,
+            rope: rope.rotation(&batch.positions, &batch.rope_lens, cache.layout(), (device, dtype))?,
             attention: AttentionPlan::new(cache.layout(), &batch.slot_mapping, &spans, windows, rows)?,
         })
     }

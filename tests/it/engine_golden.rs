@@ -71,7 +71,7 @@ fn check(model_name: &str, (block_tokens, prefix_cache): (usize, bool)) {
         sequences_max: 6,
         step_tokens_max: 13,
         block_tokens,
-        kv_cache_bytes: CACHE_TOKENS * model.info().kv_bytes_per_token(),
+        kv_cache_bytes: CACHE_TOKENS * model.info().kv_bytes_per_token(model.info().dtype),
         adapter_slots: 3,
         prefix_cache,
         ..EngineConfig::default()

@@ -251,7 +251,9 @@ fn one_batch_holds_every_kind() {
     const MODEL: &str = "llama";
     /// Room for 100 contexts of some 60 positions.
     const NUM_BLOCKS: usize = 1200;
-    let mut runner = Runner::with_blocks(fixtures::load_model(MODEL), NUM_BLOCKS);
+    let model = fixtures::load_model(MODEL);
+    let dtype = model.info().dtype;
+    let mut runner = Runner::with_cache(model, NUM_BLOCKS, dtype);
     let cases = fixtures::manifest().cases;
     let of_kind = |kind: &Kind| {
         let mut cases = cases.iter().filter(|case| case.model == MODEL && case.peft_type == kind.peft_type);

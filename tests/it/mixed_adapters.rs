@@ -508,8 +508,12 @@ fn assert_close(found: &Tensor, expected: &Tensor, what: &str) {
 #[test]
 fn mixed_batch_of_random_adapters_equals_each_alone() {
     let prompts = fixtures::prompts();
-    for name in MODELS {
-        let mut runner = Runner::new(fixtures::load_model(name));
+    let on_cpu = fixtures::device_choice() == DeviceChoice::Cpu;
+    let kv_dtypes: &[Option<DType>] = if on_cpu { &[None, Some(DType::BF16)] } else { &[None] };
+    for (name, kv_dtype) in MODELS.iter().flat_map(|name| kv_dtypes.iter().map(move |dtype| (name, dtype))) {
+        let model = fixtures::load_model(name);
+        let kv_dtype = kv_dtype.unwrap_or(model.info().dtype);
+        let mut runner = Runner::with_kv(model, kv_dtype);
         for seed in 0..SEEDS {
             let mut rng = ChaCha8Rng::seed_from_u64(seed);
             let mut adapters: Vec<_> = (0..5).map(|_| Some(random_adapter(&mut rng, &runner.model))).collect();
@@ -547,8 +551,8 @@ fn mixed_batch_of_random_adapters_equals_each_alone() {
                 }
                 let found = concatenated(found);
                 let alone = alone[idx].index_select(&Tensor::new(rows, &Device::Cpu).unwrap(), 0).unwrap();
-                let what = format!("{name} seed {seed} context {idx}");
-                if fixtures::device_choice() == DeviceChoice::Cpu {
+                let what = format!("{name} keys in {kv_dtype:?} seed {seed} context {idx}");
+                if on_cpu {
                     // The CPU's kernels reduce in an order that does not depend on what shares the step.
                     assert_eq!(found.to_vec2::<f32>().unwrap(), alone.to_vec2::<f32>().unwrap(), "{what}");
                 }

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use candle_core::Tensor;
+use candle_core::{DType, Tensor};
 use patchbay::adapter::LoweredAdapter;
 use patchbay::model::{
     AdapterSegment, AttentionSpan, Batch, DeviceAdapter, KvCache, Model, PrefixWrite, RopeLengthRule, VirtualRun,
@@ -49,12 +49,18 @@ pub(crate) struct Context {
 
 impl Runner {
     pub(crate) fn new(model: Model) -> Self {
-        Self::with_blocks(model, NUM_BLOCKS)
+        let dtype = model.info().dtype;
+        Self::with_cache(model, NUM_BLOCKS, dtype)
     }
 
-    /// With a cache of `num_blocks` blocks.
-    pub(crate) fn with_blocks(model: Model, num_blocks: usize) -> Self {
-        let cache = KvCache::new(model.info(), num_blocks, BLOCK_TOKENS).unwrap();
+    /// With keys and values in `dtype`.
+    pub(crate) fn with_kv(model: Model, dtype: DType) -> Self {
+        Self::with_cache(model, NUM_BLOCKS, dtype)
+    }
+
+    /// With a cache of `num_blocks` blocks in `dtype`.
+    pub(crate) fn with_cache(model: Model, num_blocks: usize, dtype: DType) -> Self {
+        let cache = KvCache::new(model.info(), num_blocks, BLOCK_TOKENS, dtype).unwrap();
         let mut free: Vec<u32> = (0..num_blocks as u32).collect();
         free.shuffle(&mut ChaCha8Rng::seed_from_u64(7));
         Self { model, cache, free }

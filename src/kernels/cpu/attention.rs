@@ -1,8 +1,5 @@
 //! Causal attention over a paged KV cache.
 //!
-//! Keys are stored transposed inside their block, `[blocks][kv_heads][head_dim][block_tokens]`, so that the scores of
-//! neighbouring positions are neighbouring lanes; values as they come, `[blocks][kv_heads][block_tokens][head_dim]`.
-//!
 //! A query row meets the keys in ascending order in tiles that start at fixed positions, with an online softmax between
 //! tiles. Rows never mix, so a row's bits depend on nothing but its own query and context.
 
@@ -11,6 +8,7 @@ use std::cell::RefCell;
 use super::dispatch::{dispatch, fma};
 use super::exp::exp;
 use super::isa::Isa;
+use super::kv::{CacheView, KvElement, Rows};
 use super::pool::for_each;
 use super::shared::Shared;
 use crate::kernels::AttentionShape;
@@ -37,33 +35,13 @@ pub(crate) struct QuerySpan<'a> {
     pub block_table: &'a [u32],
 }
 
-/// Keys and values of one layer.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct CacheView<'a> {
-    /// `[blocks][kv_heads][head_dim][block_tokens]`.
-    pub keys: &'a [f32],
-    /// `[blocks][kv_heads][block_tokens][head_dim]`.
-    pub values: &'a [f32],
-    /// Positions per block.
-    pub block_tokens: usize,
-}
-
-/// Rows of a matrix that need not adjoin.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Rows<'a> {
-    /// From the first row's first element on.
-    pub values: &'a [f32],
-    /// Elements between the beginnings of rows.
-    pub stride: usize,
-}
-
 /// `y = softmax(scale * q Kᵀ + mask) V` per head; rows of q and y are (heads, head_dim), those of y adjoin.
 ///
 /// # Panics
 /// When lengths do not fit or a block table is too short.
-pub(super) fn paged_attention(
+pub(super) fn paged_attention<T: KvElement>(
     q: Rows<'_>,
-    cache: CacheView<'_>,
+    cache: CacheView<'_, T>,
     spans: &[QuerySpan<'_>],
     shape: AttentionShape,
     y: &mut [f32],
@@ -107,9 +85,9 @@ thread_local! {
 
 /// Some queries of one span, one group of heads.
 #[derive(Clone, Copy)]
-struct Task<'a> {
+struct Task<'a, T> {
     q: Rows<'a>,
-    cache: CacheView<'a>,
+    cache: CacheView<'a, T>,
     span: &'a QuerySpan<'a>,
     /// First query of the task within the span.
     first: usize,
@@ -129,7 +107,7 @@ struct Scratch {
 }
 
 /// Leaves the outputs in the scratch: rows (query, head of the group) of head_dim.
-fn attend(isa: Isa, task: &Task<'_>, scratch: &mut Scratch) {
+fn attend<T: KvElement>(isa: Isa, task: &Task<'_, T>, scratch: &mut Scratch) {
     match isa {
         Isa::Avx512 | Isa::Avx512Vnni | Isa::Avx512Bf16 => attend_wide(isa, task, scratch),
         Isa::Avx2 | Isa::Portable => attend_narrow(isa, task, scratch),
@@ -138,27 +116,27 @@ fn attend(isa: Isa, task: &Task<'_>, scratch: &mut Scratch) {
 
 dispatch! {
     /// For 32 registers of 16 lanes.
-    fn attend_wide(task: &Task<'_>, scratch: &mut Scratch) => attend_wide_body
+    fn attend_wide<T: KvElement>(task: &Task<'_, T>, scratch: &mut Scratch) => attend_wide_body
 }
 
 dispatch! {
     /// For 16 registers of 8 lanes.
-    fn attend_narrow(task: &Task<'_>, scratch: &mut Scratch) => attend_narrow_body
+    fn attend_narrow<T: KvElement>(task: &Task<'_, T>, scratch: &mut Scratch) => attend_narrow_body
 }
 
 #[inline(always)]
-fn attend_wide_body<const FMA: bool>(task: &Task<'_>, scratch: &mut Scratch) {
-    attend_body::<8, FMA>(task, scratch);
+fn attend_wide_body<const FMA: bool, T: KvElement>(task: &Task<'_, T>, scratch: &mut Scratch) {
+    attend_body::<8, FMA, T>(task, scratch);
 }
 
 #[inline(always)]
-fn attend_narrow_body<const FMA: bool>(task: &Task<'_>, scratch: &mut Scratch) {
-    attend_body::<6, FMA>(task, scratch);
+fn attend_narrow_body<const FMA: bool, T: KvElement>(task: &Task<'_, T>, scratch: &mut Scratch) {
+    attend_body::<6, FMA, T>(task, scratch);
 }
 
 /// `R` rows of 16 columns are what the registers hold.
 #[inline(always)]
-fn attend_body<const R: usize, const FMA: bool>(task: &Task<'_>, scratch: &mut Scratch) {
+fn attend_body<const R: usize, const FMA: bool, T: KvElement>(task: &Task<'_, T>, scratch: &mut Scratch) {
     let AttentionShape { num_heads, num_kv_heads, head_dim, .. } = task.shape;
     let group = num_heads / num_kv_heads;
     let queries = task.queries;
@@ -169,7 +147,7 @@ fn attend_body<const R: usize, const FMA: bool>(task: &Task<'_>, scratch: &mut S
     let end = first_position + queries;
     for tile_start in (from / TILE * TILE..end).step_by(TILE) {
         let width = TILE.min(end - tile_start);
-        score_tile::<R, FMA>(task, rows, tile_start, width, scratch);
+        score_tile::<R, FMA, T>(task, rows, tile_start, width, scratch);
         for row in 0..rows {
             let position = first_position + row / group;
             let low = task.shape.window.map_or(0, |w| (position + 1).saturating_sub(w));
@@ -178,7 +156,7 @@ fn attend_body<const R: usize, const FMA: bool>(task: &Task<'_>, scratch: &mut S
             let acc = &mut scratch.acc[row * head_dim..][..head_dim];
             online_softmax::<FMA>(scores, &mut scratch.max[row], &mut scratch.sum[row], acc);
         }
-        weigh_values::<R, FMA>(task, rows, tile_start, width, scratch);
+        weigh_values::<R, FMA, T>(task, rows, tile_start, width, scratch);
     }
     for (acc, sum) in scratch.acc.chunks_exact_mut(head_dim).zip(&scratch.sum) {
         let inverse = 1.0 / sum;
@@ -193,7 +171,7 @@ fn query_stride(head_dim: usize) -> usize {
 
 /// Copies the task's scaled queries together and resets the running softmax.
 #[inline(always)]
-fn load_queries(task: &Task<'_>, rows: usize, group: usize, scratch: &mut Scratch) {
+fn load_queries<T: KvElement>(task: &Task<'_, T>, rows: usize, group: usize, scratch: &mut Scratch) {
     let AttentionShape { head_dim, scale, .. } = task.shape;
     let stride = query_stride(head_dim);
     scratch.q.resize(rows * stride, 0.0);
@@ -216,7 +194,11 @@ fn load_queries(task: &Task<'_>, rows: usize, group: usize, scratch: &mut Scratc
 
 /// Positions of a tile that lie in one cache block: (offset in the tile, offset in the block, count, block).
 #[inline(always)]
-fn pieces(task: &Task<'_>, tile_start: usize, width: usize) -> impl Iterator<Item = (usize, usize, usize, usize)> {
+fn pieces<T: KvElement>(
+    task: &Task<'_, T>,
+    tile_start: usize,
+    width: usize,
+) -> impl Iterator<Item = (usize, usize, usize, usize)> {
     let block_tokens = task.cache.block_tokens;
     let mut offset = 0;
     std::iter::from_fn(move || {
@@ -234,8 +216,8 @@ fn pieces(task: &Task<'_>, tile_start: usize, width: usize) -> impl Iterator<Ite
 
 /// `scores[row, j] = q[row] . k[tile_start + j]`.
 #[inline(always)]
-fn score_tile<const R: usize, const FMA: bool>(
-    task: &Task<'_>,
+fn score_tile<const R: usize, const FMA: bool, T: KvElement>(
+    task: &Task<'_, T>,
     rows: usize,
     tile_start: usize,
     width: usize,
@@ -254,17 +236,17 @@ fn score_tile<const R: usize, const FMA: bool>(
             scratch.scores[row * TILE + offset..][..count].fill(0.0);
         }
         if a_stride == QUERY_STRIDE {
-            accumulate::<QUERY_STRIDE, R, FMA>(&product, rows, count, &mut scratch.scores[offset..], TILE);
+            accumulate::<QUERY_STRIDE, R, FMA, T>(&product, rows, count, &mut scratch.scores[offset..], TILE);
         } else {
-            accumulate::<0, R, FMA>(&product, rows, count, &mut scratch.scores[offset..], TILE);
+            accumulate::<0, R, FMA, T>(&product, rows, count, &mut scratch.scores[offset..], TILE);
         }
     }
 }
 
 /// `acc[row] += sum_j p[row, j] * v[tile_start + j]`.
 #[inline(always)]
-fn weigh_values<const R: usize, const FMA: bool>(
-    task: &Task<'_>,
+fn weigh_values<const R: usize, const FMA: bool, T: KvElement>(
+    task: &Task<'_, T>,
     rows: usize,
     tile_start: usize,
     width: usize,
@@ -277,7 +259,7 @@ fn weigh_values<const R: usize, const FMA: bool>(
         let values = &task.cache.values[from..][..count * head_dim];
         let product =
             Product { a: &scratch.scores[offset..], a_stride: TILE, b: values, b_stride: head_dim, depth: count };
-        accumulate::<TILE, R, FMA>(&product, rows, head_dim, &mut scratch.acc, head_dim);
+        accumulate::<TILE, R, FMA, T>(&product, rows, head_dim, &mut scratch.acc, head_dim);
     }
 }
 
@@ -322,18 +304,18 @@ fn online_softmax<const FMA: bool>(scores: &mut [f32], max: &mut f32, sum: &mut 
 }
 
 /// Operands of `out += a b`: a (rows, depth), b (depth, columns).
-struct Product<'a> {
+struct Product<'a, T> {
     a: &'a [f32],
     a_stride: usize,
-    b: &'a [f32],
+    b: &'a [T],
     b_stride: usize,
     depth: usize,
 }
 
 /// `out[r, c] += sum_d a[r, d] * b[d, c]`, one chain over ascending `d` per output; up to `R` rows together, in even parts.
 #[inline(always)]
-fn accumulate<const A: usize, const R: usize, const FMA: bool>(
-    p: &Product<'_>,
+fn accumulate<const A: usize, const R: usize, const FMA: bool, T: KvElement>(
+    p: &Product<'_, T>,
     rows: usize,
     columns: usize,
     out: &mut [f32],
@@ -342,7 +324,7 @@ fn accumulate<const A: usize, const R: usize, const FMA: bool>(
     let mut column = 0;
     // A single row keeps the arithmetic busy with many columns only.
     while rows == 1 && columns - column >= 64 {
-        block::<1, 64, A, FMA>(p, 0, column, out, stride);
+        block::<1, 64, A, FMA, T>(p, 0, column, out, stride);
         column += 64;
     }
     let together = rows.div_ceil(rows.div_ceil(R).max(1));
@@ -350,14 +332,14 @@ fn accumulate<const A: usize, const R: usize, const FMA: bool>(
         let mut row = 0;
         while row < rows {
             match together.min(rows - row).min(R) {
-                1 => block::<1, 16, A, FMA>(p, row, column, out, stride),
-                2 => block::<2, 16, A, FMA>(p, row, column, out, stride),
-                3 => block::<3, 16, A, FMA>(p, row, column, out, stride),
-                4 => block::<4, 16, A, FMA>(p, row, column, out, stride),
-                5 => block::<5, 16, A, FMA>(p, row, column, out, stride),
-                6 => block::<6, 16, A, FMA>(p, row, column, out, stride),
-                7 => block::<7, 16, A, FMA>(p, row, column, out, stride),
-                _ => block::<8, 16, A, FMA>(p, row, column, out, stride),
+                1 => block::<1, 16, A, FMA, T>(p, row, column, out, stride),
+                2 => block::<2, 16, A, FMA, T>(p, row, column, out, stride),
+                3 => block::<3, 16, A, FMA, T>(p, row, column, out, stride),
+                4 => block::<4, 16, A, FMA, T>(p, row, column, out, stride),
+                5 => block::<5, 16, A, FMA, T>(p, row, column, out, stride),
+                6 => block::<6, 16, A, FMA, T>(p, row, column, out, stride),
+                7 => block::<7, 16, A, FMA, T>(p, row, column, out, stride),
+                _ => block::<8, 16, A, FMA, T>(p, row, column, out, stride),
             }
             row += together.min(rows - row);
         }
@@ -367,7 +349,7 @@ fn accumulate<const A: usize, const R: usize, const FMA: bool>(
         for column in column..columns {
             let value = &mut out[row * stride + column];
             for d in 0..p.depth {
-                *value = fma::<FMA>(p.a[row * p.a_stride + d], p.b[d * p.b_stride + column], *value);
+                *value = fma::<FMA>(p.a[row * p.a_stride + d], p.b[d * p.b_stride + column].widen(), *value);
             }
         }
     }
@@ -375,8 +357,8 @@ fn accumulate<const A: usize, const R: usize, const FMA: bool>(
 
 /// `R` rows of `C` columns; `A` is the stride of `a` where that is known, else 0.
 #[inline(always)]
-fn block<const R: usize, const C: usize, const A: usize, const FMA: bool>(
-    p: &Product<'_>,
+fn block<const R: usize, const C: usize, const A: usize, const FMA: bool, T: KvElement>(
+    p: &Product<'_, T>,
     row: usize,
     column: usize,
     out: &mut [f32],
@@ -393,13 +375,14 @@ fn block<const R: usize, const C: usize, const A: usize, const FMA: bool>(
     for d in 0..p.depth {
         #[expect(unsafe_code, reason = "the innermost loop checks nothing")]
         // SAFETY: in bounds by the assertions above.
-        let b: &[f32; C] = unsafe { &*b.add(d * p.b_stride).cast() };
+        let b: &[T; C] = unsafe { &*b.add(d * p.b_stride).cast() };
+        let b = b.map(T::widen);
         for (r, acc) in acc.iter_mut().enumerate() {
             #[expect(unsafe_code, reason = "the innermost loop checks nothing")]
             // SAFETY: in bounds by the assertions above.
             let a = unsafe { *a.add(r * a_stride + d) };
             for (value, b) in acc.iter_mut().zip(b) {
-                *value = fma::<FMA>(a, *b, *value);
+                *value = fma::<FMA>(a, b, *value);
             }
         }
     }
@@ -408,59 +391,20 @@ fn block<const R: usize, const C: usize, const A: usize, const FMA: bool>(
     }
 }
 
-/// Writes keys `k` (tokens, kv_heads, head_dim) to their slots of `keys`, `[blocks][kv_heads][head_dim][block_tokens]`.
-///
-/// # Panics
-/// When lengths do not fit.
-pub(super) fn write_keys(k: Rows<'_>, slots: &[u32], shape: AttentionShape, block_tokens: usize, keys: &mut [f32]) {
-    for_each_head(k, slots, shape, block_tokens, |base, offset, k| {
-        for (d, value) in k.iter().enumerate() {
-            keys[base + d * block_tokens + offset] = *value;
-        }
-    });
-}
-
-/// Writes values `v` (tokens, kv_heads, head_dim) to their slots of `values`,
-/// `[blocks][kv_heads][block_tokens][head_dim]`.
-///
-/// # Panics
-/// When lengths do not fit.
-pub(super) fn write_values(v: Rows<'_>, slots: &[u32], shape: AttentionShape, block_tokens: usize, values: &mut [f32]) {
-    for_each_head(v, slots, shape, block_tokens, |base, offset, v| {
-        values[base + offset * v.len()..][..v.len()].copy_from_slice(v);
-    });
-}
-
-/// Calls `f(start of the head in its block, offset in the block, the head's vector)` for every token and head.
-fn for_each_head(
-    rows: Rows<'_>,
-    slots: &[u32],
-    shape: AttentionShape,
-    block_tokens: usize,
-    mut f: impl FnMut(usize, usize, &[f32]),
-) {
-    let AttentionShape { num_kv_heads, head_dim, .. } = shape;
-    for (token, slot) in slots.iter().enumerate() {
-        let (block, offset) = (*slot as usize / block_tokens, *slot as usize % block_tokens);
-        for head in 0..num_kv_heads {
-            let base = (block * num_kv_heads + head) * head_dim * block_tokens;
-            f(base, offset, &rows.values[token * rows.stride + head * head_dim..][..head_dim]);
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
+    use half::bf16;
     use proptest::prelude::*;
 
+    use super::super::kv::{write_keys, write_values};
     use super::*;
     use crate::kernels::cpu::testing::random;
 
     /// Softmax attention of one row in f64, from unpaged keys and values.
-    fn reference(q: &[f32], keys: &[&[f32]], values: &[&[f32]], scale: f32) -> Vec<f64> {
+    fn reference(q: &[f32], keys: &[Vec<f32>], values: &[Vec<f32>], scale: f32) -> Vec<f64> {
         let scores: Vec<f64> = keys
             .iter()
-            .map(|k| f64::from(scale) * q.iter().zip(*k).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum::<f64>())
+            .map(|k| f64::from(scale) * q.iter().zip(k).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum::<f64>())
             .collect();
         let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
         let weights: Vec<f64> = scores.iter().map(|s| (s - max).exp()).collect();
@@ -469,10 +413,10 @@ mod tests {
     }
 
     /// Keys and values in the cache, the block table, and the plain keys and values.
-    type Cached = (Vec<f32>, Vec<f32>, Vec<u32>, Vec<f32>, Vec<f32>);
+    type Cached<T> = (Vec<T>, Vec<T>, Vec<u32>, Vec<f32>, Vec<f32>);
 
     /// A context of `len` positions in shuffled blocks, and its cache.
-    fn cache(shape: AttentionShape, block_tokens: usize, len: usize, seed: u64) -> Cached {
+    fn cache<T: KvElement>(shape: AttentionShape, block_tokens: usize, len: usize, seed: u64) -> Cached<T> {
         let blocks = len.div_ceil(block_tokens);
         let table: Vec<u32> = (0..blocks as u32).map(|b| (b * 7 + 3) % (blocks as u32 * 2)).collect();
         let table = if table.iter().collect::<std::collections::HashSet<_>>().len() == blocks {
@@ -481,9 +425,10 @@ mod tests {
             (0..blocks as u32).rev().collect()
         };
         let width = shape.num_kv_heads * shape.head_dim;
-        let (k, v) = (random(len * width, seed), random(len * width, seed ^ 77));
+        let rounded = |seed| random(len * width, seed).into_iter().map(|value| T::narrow(value).widen()).collect();
+        let (k, v): (Vec<f32>, Vec<f32>) = (rounded(seed), rounded(seed ^ 77));
         let size = 2 * blocks * block_tokens * width;
-        let (mut keys, mut values) = (vec![f32::NAN; size], vec![f32::NAN; size]);
+        let (mut keys, mut values) = (vec![T::narrow(f32::NAN); size], vec![T::narrow(f32::NAN); size]);
         let slots: Vec<u32> =
             (0..len).map(|p| table[p / block_tokens] * block_tokens as u32 + (p % block_tokens) as u32).collect();
         write_keys(Rows { values: &k, stride: width }, &slots, shape, block_tokens, &mut keys);
@@ -491,11 +436,60 @@ mod tests {
         (keys, values, table, k, v)
     }
 
-    fn run(q: &[f32], cache: CacheView<'_>, spans: &[QuerySpan<'_>], shape: AttentionShape) -> Vec<f32> {
+    fn run<T: KvElement>(
+        q: &[f32],
+        cache: CacheView<'_, T>,
+        spans: &[QuerySpan<'_>],
+        shape: AttentionShape,
+    ) -> Vec<f32> {
         let mut y = vec![f32::NAN; q.len()];
         let q = Rows { values: q, stride: shape.num_heads * shape.head_dim };
         paged_attention(q, cache, spans, shape, &mut y);
         y
+    }
+
+    /// Panics where attention of the last `len` positions of a context differs from the reference over what the cache
+    /// keeps.
+    fn check_reference<T: KvElement>(
+        shape: AttentionShape,
+        block_tokens: usize,
+        (context, len): (usize, usize),
+        seed: u64,
+    ) {
+        let AttentionShape { num_heads, num_kv_heads, head_dim, window, .. } = shape;
+        let (keys, values, table, k, v) = cache::<T>(shape, block_tokens, context, seed);
+        let q = random(len * num_heads * head_dim, seed ^ 1);
+        let view = CacheView { keys: &keys, values: &values, block_tokens };
+        let span = QuerySpan { start: 0, len, context_len: context, block_table: &table };
+        let y = run(&q, view, &[span], shape);
+        for (row, (q, y)) in q.chunks(head_dim).zip(y.chunks(head_dim)).enumerate() {
+            let (position, head) = (context - len + row / num_heads, row % num_heads);
+            let low = window.map_or(0, |w| (position + 1).saturating_sub(w));
+            let of = |all: &[f32], p: usize| {
+                let from = (p * num_kv_heads + head / (num_heads / num_kv_heads)) * head_dim;
+                all[from..from + head_dim].to_vec()
+            };
+            let (ks, vs): (Vec<_>, Vec<_>) = (low..=position).map(|p| (of(&k, p), of(&v, p))).unzip();
+            let expected = reference(q, &ks, &vs, shape.scale as f32);
+            for (found, expected) in y.iter().zip(expected) {
+                assert!((f64::from(*found) - expected).abs() < 1e-5, "{found} {expected}");
+            }
+        }
+    }
+
+    /// Panics where a position's query alone has other bits than in one span with all others.
+    fn check_bits<T: KvElement>(shape: AttentionShape, context: usize, seed: u64) {
+        let (keys, values, table, ..) = cache::<T>(shape, 16, context, seed);
+        let row = shape.num_heads * shape.head_dim;
+        let q = random(context * row, seed ^ 1);
+        let view = CacheView { keys: &keys, values: &values, block_tokens: 16 };
+        let span = QuerySpan { start: 0, len: context, context_len: context, block_table: &table };
+        let together = run(&q, view, &[span], shape);
+        for position in 0..context {
+            let span = QuerySpan { start: 0, len: 1, context_len: position + 1, block_table: &table };
+            let alone = run(&q[position * row..][..row], view, &[span], shape);
+            assert_eq!(&alone[..], &together[position * row..][..row]);
+        }
     }
 
     proptest! {
@@ -508,30 +502,8 @@ mod tests {
         ) {
             let shape =
                 AttentionShape { num_heads: kv_heads * group, num_kv_heads: kv_heads, head_dim, scale: 0.7, window };
-            let len = len.min(context);
-            let (keys, values, table, k, v) = cache(shape, block_tokens, context, seed);
-            let q = random(len * shape.num_heads * head_dim, seed ^ 1);
-            let view = CacheView { keys: &keys, values: &values, block_tokens };
-            let span = QuerySpan { start: 0, len, context_len: context, block_table: &table };
-            let y = run(&q, view, &[span], shape);
-            for (row, (q, y)) in q.chunks(head_dim).zip(y.chunks(head_dim)).enumerate() {
-                let (position, head) = (context - len + row / shape.num_heads, row % shape.num_heads);
-                let low = window.map_or(0, |w| (position + 1).saturating_sub(w));
-                let of = |all: &'_ [f32], p: usize| {
-                    let from = (p * kv_heads + head / group) * head_dim;
-                    all[from..from + head_dim].to_vec()
-                };
-                let (ks, vs): (Vec<_>, Vec<_>) = (low..=position).map(|p| (of(&k, p), of(&v, p))).unzip();
-                let expected = reference(
-                    q,
-                    &ks.iter().map(Vec::as_slice).collect::<Vec<_>>(),
-                    &vs.iter().map(Vec::as_slice).collect::<Vec<_>>(),
-                    0.7,
-                );
-                for (found, expected) in y.iter().zip(expected) {
-                    prop_assert!((f64::from(*found) - expected).abs() < 1e-5, "{found} {expected}");
-                }
-            }
+            check_reference::<f32>(shape, block_tokens, (context, len.min(context)), seed);
+            check_reference::<bf16>(shape, block_tokens, (context, len.min(context)), seed);
         }
 
         #[test]
@@ -540,17 +512,8 @@ mod tests {
             window in proptest::option::of(1_usize..90), seed: u64,
         ) {
             let shape = AttentionShape { num_heads: 2 * group, num_kv_heads: 2, head_dim, scale: 0.5, window };
-            let (keys, values, table, ..) = cache(shape, 16, context, seed);
-            let row = shape.num_heads * head_dim;
-            let q = random(context * row, seed ^ 1);
-            let view = CacheView { keys: &keys, values: &values, block_tokens: 16 };
-            let span = QuerySpan { start: 0, len: context, context_len: context, block_table: &table };
-            let together = run(&q, view, &[span], shape);
-            for position in 0..context {
-                let span = QuerySpan { start: 0, len: 1, context_len: position + 1, block_table: &table };
-                let alone = run(&q[position * row..][..row], view, &[span], shape);
-                prop_assert_eq!(&alone[..], &together[position * row..][..row]);
-            }
+            check_bits::<f32>(shape, context, seed);
+            check_bits::<bf16>(shape, context, seed);
         }
     }
 }

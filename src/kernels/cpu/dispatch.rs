@@ -3,20 +3,20 @@
 /// Defines `fn $name(args)` that runs `$body::<FMA>(args)` compiled for the best instruction set of the processor.
 ///
 /// The body is plain Rust marked `#[inline(always)]` and generic over `const FMA: bool`, which says whether fused
-/// multiply-add is an instruction there; the compiler vectorises it.
+/// multiply-add is an instruction there; the compiler vectorises it. A type parameter of the function is the body's second.
 macro_rules! dispatch {
-    ($(#[$doc:meta])* $vis:vis fn $name:ident($($arg:ident : $ty:ty),* $(,)?) => $body:ident) => {
+    ($(#[$doc:meta])* $vis:vis fn $name:ident$(<$t:ident: $bound:ident>)?($($arg:ident : $ty:ty),* $(,)?) => $body:ident) => {
         $(#[$doc])*
-        $vis fn $name(isa: $crate::kernels::cpu::Isa, $($arg: $ty),*) {
+        $vis fn $name$(<$t: $bound>)?(isa: $crate::kernels::cpu::Isa, $($arg: $ty),*) {
             #[cfg(target_arch = "x86_64")]
             {
                 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-                fn avx512($($arg: $ty),*) {
-                    $body::<true>($($arg),*);
+                fn avx512$(<$t: $bound>)?($($arg: $ty),*) {
+                    $body::<true $(, $t)?>($($arg),*);
                 }
                 #[target_feature(enable = "avx2,fma")]
-                fn avx2($($arg: $ty),*) {
-                    $body::<true>($($arg),*);
+                fn avx2$(<$t: $bound>)?($($arg: $ty),*) {
+                    $body::<true $(, $t)?>($($arg),*);
                 }
                 match isa {
                     $crate::kernels::cpu::Isa::Avx512
@@ -35,7 +35,7 @@ macro_rules! dispatch {
                 }
             }
             let _ = isa;
-            $body::<false>($($arg),*);
+            $body::<false $(, $t)?>($($arg),*);
         }
     };
 }

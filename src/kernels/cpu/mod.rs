@@ -15,6 +15,7 @@ mod gemm;
 mod integers;
 mod isa;
 mod joint;
+mod kv;
 mod limits;
 mod linear;
 mod memory;

@@ -1,10 +1,12 @@
 //! The kernels as operations on candle's CPU tensors.
 
 use candle_core::{
-    CpuStorage, CustomOp1, CustomOp2, CustomOp3, InplaceOp1, InplaceOp2, Layout, Result, Shape, Tensor, bail,
+    CpuStorage, CustomOp1, CustomOp2, CustomOp3, InplaceOp1, InplaceOp2, Layout, Result, Shape, Tensor, WithDType, bail,
 };
+use half::bf16;
 
-use super::attention::{CacheView, QuerySpan, Rows, paged_attention, write_keys, write_values};
+use super::attention::{QuerySpan, paged_attention};
+use super::kv::{CacheView, KvElement, Rows, write_keys, write_values};
 use super::linear::{Finish, SweepLinear, sweep};
 use super::norm::{Norm, rms_norm};
 use super::rotate::{QkPrepare, prepare_qk};
@@ -60,11 +62,11 @@ pub(crate) fn prepare_qk_op(rows: &Tensor, prepare: &QkPrepare<'_>) -> Result<()
     rows.inplace_op1(&QkOp(prepare))
 }
 
-/// Attention of `q` (tokens, heads * head_dim) over a layer's cache, all f32: (tokens, heads * head_dim). The rows of
-/// `q` need not adjoin.
+/// Attention of `q` (tokens, heads * head_dim) f32 over a layer's cache, keys and values both f32 or both bf16:
+/// (tokens, heads * head_dim) f32. The rows of `q` need not adjoin.
 ///
 /// # Errors
-/// When a tensor is not f32 on the CPU.
+/// When a tensor is not in its format or not on the CPU.
 pub(crate) fn attention_op(
     q: &Tensor,
     (keys, values): (&Tensor, &Tensor),
@@ -75,11 +77,11 @@ pub(crate) fn attention_op(
     q.apply_op3_no_bwd(keys, values, &AttentionOp { block_tokens, spans, shape })
 }
 
-/// Writes the keys `k` and values `v` (tokens, kv_heads * head_dim) to their slots of a layer's cache, in place. Their
-/// rows need not adjoin.
+/// Writes the keys `k` and values `v` (tokens, kv_heads * head_dim) f32 to their slots of a layer's cache in f32 or bf16
+/// (rounded to nearest), in place. Their rows need not adjoin.
 ///
 /// # Errors
-/// When a tensor is not f32 on the CPU.
+/// When a tensor is not in its format or not on the CPU.
 pub(crate) fn write_cache_op(
     (k, v): (&Tensor, &Tensor),
     (keys, values): (&Tensor, &Tensor),
@@ -91,10 +93,10 @@ pub(crate) fn write_cache_op(
     values.inplace_op2(v, &WriteOp { block_tokens, slots, shape, transposed: false })
 }
 
-/// The values of a contiguous f32 tensor.
-fn values<'a>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [f32]> {
+/// The values of a contiguous tensor.
+fn values<'a, T: WithDType>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [T]> {
     let Some((from, to)) = layout.contiguous_offsets() else { bail!("the tensor is not contiguous") };
-    Ok(&storage.as_slice::<f32>()?[from..to])
+    Ok(&storage.as_slice::<T>()?[from..to])
 }
 
 /// The rows of an f32 matrix whose elements adjoin within a row.
@@ -231,10 +233,24 @@ impl CustomOp3 for AttentionOp<'_> {
         cached: &CpuStorage,
         cached_layout: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
+        let cached = ((keys, keys_layout), (cached, cached_layout));
+        match keys {
+            CpuStorage::BF16(_) => self.attend::<bf16>((q, q_layout), cached),
+            _ => self.attend::<f32>((q, q_layout), cached),
+        }
+    }
+}
+
+impl AttentionOp<'_> {
+    fn attend<T: KvElement + WithDType>(
+        &self,
+        (q, q_layout): (&CpuStorage, &Layout),
+        (keys, cached): ((&CpuStorage, &Layout), (&CpuStorage, &Layout)),
+    ) -> Result<(CpuStorage, Shape)> {
         let width = self.shape.num_heads * self.shape.head_dim;
         let cache = CacheView {
-            keys: values(keys, keys_layout)?,
-            values: values(cached, cached_layout)?,
+            keys: values::<T>(keys.0, keys.1)?,
+            values: values::<T>(cached.0, cached.1)?,
             block_tokens: self.block_tokens,
         };
         let (tokens, _) = q_layout.shape().dims2()?;
@@ -269,9 +285,18 @@ impl InplaceOp2 for WriteOp<'_> {
             bail!("{} rows for {} slots", new_layout.dims()[0], self.slots.len());
         }
         let Some((from, to)) = cache_layout.contiguous_offsets() else { bail!("the cache is not contiguous") };
-        let CpuStorage::F32(cache) = cache else { bail!("the cache is not f32") };
-        let write = if self.transposed { write_keys } else { write_values };
-        write(new, self.slots, self.shape, self.block_tokens, &mut cache[from..to]);
+        match cache {
+            CpuStorage::F32(cache) => self.write(new, &mut cache[from..to]),
+            CpuStorage::BF16(cache) => self.write(new, &mut cache[from..to]),
+            _ => bail!("the cache is neither f32 nor bf16"),
+        }
         Ok(())
+    }
+}
+
+impl WriteOp<'_> {
+    fn write<T: KvElement>(&self, new: Rows<'_>, cache: &mut [T]) {
+        let write = if self.transposed { write_keys } else { write_values };
+        write(new, self.slots, self.shape, self.block_tokens, cache);
     }
 }

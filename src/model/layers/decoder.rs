@@ -84,9 +84,9 @@ impl Decoder {
         let mut windows: Vec<Option<usize>> = self.layers.iter().map(|layer| layer.self_attn.window).collect();
         windows.sort_unstable();
         windows.dedup();
-        let step = Step::new((batch, segments), cache, &self.rope, &windows)?;
-        cache.write_prefixes(&batch.prefix_writes)?;
         let mut x = self.embed_tokens.forward(batch)?; // [tokens, hidden]
+        let step = Step::new((batch, segments), (cache, x.dtype()), &self.rope, &windows)?;
+        cache.write_prefixes(&batch.prefix_writes)?;
         let last = self.layers.len() - 1;
         for (number, (layer, cache)) in self.layers.iter().zip(&cache.layers).enumerate() {
             let attended = layer.attended(number, &x, &step, cache)?;

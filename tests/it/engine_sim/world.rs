@@ -104,6 +104,7 @@ impl World {
             step_tokens_max: self.step_tokens_max,
             block_tokens: self.block_tokens,
             kv_cache_bytes: 0,
+            kv_cache_dtype: EngineConfig::default().kv_cache_dtype,
             queue_max: self.queue_max,
             adapter_slots: self.adapter_slots,
             prefix_cache: self.prefix_cache,
