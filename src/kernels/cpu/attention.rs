@@ -4,6 +4,7 @@
 //! tiles. Rows never mix, so a row's bits depend on nothing but its own query and context.
 
 use std::cell::RefCell;
+use std::ops::Range;
 
 use super::dispatch::{dispatch, fma};
 use super::exp::exp;
@@ -11,6 +12,7 @@ use super::isa::Isa;
 use super::kv::{CacheView, KvElement, Rows};
 use super::pool::for_each;
 use super::shared::Shared;
+use super::tile::Fetch;
 use crate::kernels::AttentionShape;
 
 /// Positions per online-softmax tile.
@@ -65,7 +67,7 @@ pub(super) fn paged_attention<T: KvElement>(
     let y = Shared::new(y);
     for_each(tasks.len(), |i| {
         SCRATCH.with_borrow_mut(|scratch| {
-            attend(Isa::best(), &tasks[i], scratch);
+            attend(Isa::best(), &tasks[i], tasks.get(i + 1), scratch);
             let Task { span, first, queries, kv_head, .. } = tasks[i];
             let heads = row / shape.num_kv_heads;
             for query in 0..queries {
@@ -96,6 +98,30 @@ struct Task<'a, T> {
     shape: AttentionShape,
 }
 
+impl<T> Task<'_, T> {
+    /// Of its first query.
+    fn first_position(&self) -> usize {
+        self.span.context_len - self.span.len + self.first
+    }
+
+    /// Where the first tile begins that any of its queries sees.
+    fn first_tile(&self) -> usize {
+        self.shape.window.map_or(0, |w| (self.first_position() + 1).saturating_sub(w)) / TILE * TILE
+    }
+
+    /// The keys of a block.
+    fn keys(&self, block: usize) -> &[T] {
+        let len = self.shape.head_dim * self.cache.block_tokens;
+        &self.cache.keys[(block * self.shape.num_kv_heads + self.kv_head) * len..][..len]
+    }
+
+    /// The values of a block.
+    fn values(&self, block: usize) -> &[T] {
+        let len = self.shape.head_dim * self.cache.block_tokens;
+        &self.cache.values[(block * self.shape.num_kv_heads + self.kv_head) * len..][..len]
+    }
+}
+
 /// Working memory of a task; rows are (query, head of the group).
 #[derive(Default)]
 struct Scratch {
@@ -107,47 +133,67 @@ struct Scratch {
 }
 
 /// Leaves the outputs in the scratch: rows (query, head of the group) of head_dim.
-fn attend<T: KvElement>(isa: Isa, task: &Task<'_, T>, scratch: &mut Scratch) {
+fn attend<T: KvElement>(isa: Isa, task: &Task<'_, T>, next: Option<&Task<'_, T>>, scratch: &mut Scratch) {
     match isa {
-        Isa::Avx512 | Isa::Avx512Vnni | Isa::Avx512Bf16 => attend_wide(isa, task, scratch),
-        Isa::Avx2 | Isa::Portable => attend_narrow(isa, task, scratch),
+        Isa::Avx512 | Isa::Avx512Vnni | Isa::Avx512Bf16 => attend_wide(isa, task, next, scratch),
+        Isa::Avx2 | Isa::Portable => attend_narrow(isa, task, next, scratch),
     }
 }
 
 dispatch! {
     /// For 32 registers of 16 lanes.
-    fn attend_wide<T: KvElement>(task: &Task<'_, T>, scratch: &mut Scratch) => attend_wide_body
+    fn attend_wide<T: KvElement>(task: &Task<'_, T>, next: Option<&Task<'_, T>>, scratch: &mut Scratch) => attend_wide_body
 }
 
 dispatch! {
     /// For 16 registers of 8 lanes.
-    fn attend_narrow<T: KvElement>(task: &Task<'_, T>, scratch: &mut Scratch) => attend_narrow_body
+    fn attend_narrow<T: KvElement>(task: &Task<'_, T>, next: Option<&Task<'_, T>>, scratch: &mut Scratch) => attend_narrow_body
 }
 
 #[inline(always)]
-fn attend_wide_body<const FMA: bool, T: KvElement>(task: &Task<'_, T>, scratch: &mut Scratch) {
-    attend_body::<8, FMA, T>(task, scratch);
+fn attend_wide_body<const FMA: bool, T: KvElement>(
+    task: &Task<'_, T>,
+    next: Option<&Task<'_, T>>,
+    scratch: &mut Scratch,
+) {
+    if task.queries == 1 {
+        attend_body::<8, FMA, T, true>(task, next, scratch);
+    } else {
+        attend_body::<8, FMA, T, false>(task, next, scratch);
+    }
 }
 
 #[inline(always)]
-fn attend_narrow_body<const FMA: bool, T: KvElement>(task: &Task<'_, T>, scratch: &mut Scratch) {
-    attend_body::<6, FMA, T>(task, scratch);
+fn attend_narrow_body<const FMA: bool, T: KvElement>(
+    task: &Task<'_, T>,
+    next: Option<&Task<'_, T>>,
+    scratch: &mut Scratch,
+) {
+    if task.queries == 1 {
+        attend_body::<6, FMA, T, true>(task, next, scratch);
+    } else {
+        attend_body::<6, FMA, T, false>(task, next, scratch);
+    }
 }
 
-/// `R` rows of 16 columns are what the registers hold.
+/// `R` rows of 16 columns are what the registers hold. `ASK` asks for keys and values before they are read, which pays where
+/// a single query reads them once.
 #[inline(always)]
-fn attend_body<const R: usize, const FMA: bool, T: KvElement>(task: &Task<'_, T>, scratch: &mut Scratch) {
+fn attend_body<const R: usize, const FMA: bool, T: KvElement, const ASK: bool>(
+    task: &Task<'_, T>,
+    next: Option<&Task<'_, T>>,
+    scratch: &mut Scratch,
+) {
     let AttentionShape { num_heads, num_kv_heads, head_dim, .. } = task.shape;
     let group = num_heads / num_kv_heads;
     let queries = task.queries;
     let rows = queries * group;
-    let first_position = task.span.context_len - task.span.len + task.first;
+    let first_position = task.first_position();
     load_queries(task, rows, group, scratch);
-    let from = task.shape.window.map_or(0, |w| (first_position + 1).saturating_sub(w));
     let end = first_position + queries;
-    for tile_start in (from / TILE * TILE..end).step_by(TILE) {
+    for tile_start in (task.first_tile()..end).step_by(TILE) {
         let width = TILE.min(end - tile_start);
-        score_tile::<R, FMA, T>(task, rows, tile_start, width, scratch);
+        score_tile::<R, FMA, T, ASK>(task, rows, tile_start, width, scratch);
         for row in 0..rows {
             let position = first_position + row / group;
             let low = task.shape.window.map_or(0, |w| (position + 1).saturating_sub(w));
@@ -156,7 +202,9 @@ fn attend_body<const R: usize, const FMA: bool, T: KvElement>(task: &Task<'_, T>
             let acc = &mut scratch.acc[row * head_dim..][..head_dim];
             online_softmax::<FMA>(scores, &mut scratch.max[row], &mut scratch.sum[row], acc);
         }
-        weigh_values::<R, FMA, T>(task, rows, tile_start, width, scratch);
+        let behind = tile_start + TILE;
+        let ahead = if behind < end { Some((task, behind)) } else { next.map(|next| (next, next.first_tile())) };
+        weigh_values::<R, FMA, T, ASK>(task, rows, tile_start, width, ahead, scratch);
     }
     for (acc, sum) in scratch.acc.chunks_exact_mut(head_dim).zip(&scratch.sum) {
         let inverse = 1.0 / sum;
@@ -216,50 +264,58 @@ fn pieces<T: KvElement>(
 
 /// `scores[row, j] = q[row] . k[tile_start + j]`.
 #[inline(always)]
-fn score_tile<const R: usize, const FMA: bool, T: KvElement>(
+fn score_tile<const R: usize, const FMA: bool, T: KvElement, const ASK: bool>(
     task: &Task<'_, T>,
     rows: usize,
     tile_start: usize,
     width: usize,
     scratch: &mut Scratch,
 ) {
-    let AttentionShape { num_kv_heads: kv_heads, head_dim, .. } = task.shape;
+    let head_dim = task.shape.head_dim;
     let block_tokens = task.cache.block_tokens;
     for (offset, in_block, count, block) in pieces(task, tile_start, width) {
-        let from = (block * kv_heads + task.kv_head) * head_dim * block_tokens + in_block;
-        let keys = &task.cache.keys[from..][..head_dim * block_tokens - in_block];
+        let ahead = Fetch::of(&task.values(block)[in_block * head_dim..][..count * head_dim]);
+        let keys = &task.keys(block)[in_block..];
         let a_stride = query_stride(head_dim);
-        let product = Product { a: &scratch.q, a_stride, b: keys, b_stride: block_tokens, depth: head_dim };
+        let product = Product { a: &scratch.q, a_stride, b: keys, b_stride: block_tokens, depth: head_dim, ahead };
         // Whole vectors: what lies behind the context is masked afterwards.
         let count = count.next_multiple_of(LANES).min(block_tokens - in_block).min(TILE - offset);
         for row in 0..rows {
             scratch.scores[row * TILE + offset..][..count].fill(0.0);
         }
         if a_stride == QUERY_STRIDE {
-            accumulate::<QUERY_STRIDE, R, FMA, T>(&product, rows, count, &mut scratch.scores[offset..], TILE);
+            accumulate::<QUERY_STRIDE, R, FMA, T, ASK>(&product, rows, count, &mut scratch.scores[offset..], TILE);
         } else {
-            accumulate::<0, R, FMA, T>(&product, rows, count, &mut scratch.scores[offset..], TILE);
+            accumulate::<0, R, FMA, T, ASK>(&product, rows, count, &mut scratch.scores[offset..], TILE);
         }
     }
 }
 
 /// `acc[row] += sum_j p[row, j] * v[tile_start + j]`.
 #[inline(always)]
-fn weigh_values<const R: usize, const FMA: bool, T: KvElement>(
+fn weigh_values<const R: usize, const FMA: bool, T: KvElement, const ASK: bool>(
     task: &Task<'_, T>,
     rows: usize,
     tile_start: usize,
     width: usize,
+    ahead: Option<(&Task<'_, T>, usize)>,
     scratch: &mut Scratch,
 ) {
-    let AttentionShape { num_kv_heads: kv_heads, head_dim, .. } = task.shape;
-    let block_tokens = task.cache.block_tokens;
+    let head_dim = task.shape.head_dim;
+    let mut ahead = ahead.map(|(task, from)| (task, pieces(task, from, TILE.min(task.span.context_len - from))));
     for (offset, in_block, count, block) in pieces(task, tile_start, width) {
-        let from = ((block * kv_heads + task.kv_head) * block_tokens + in_block) * head_dim;
-        let values = &task.cache.values[from..][..count * head_dim];
-        let product =
-            Product { a: &scratch.scores[offset..], a_stride: TILE, b: values, b_stride: head_dim, depth: count };
-        accumulate::<TILE, R, FMA, T>(&product, rows, head_dim, &mut scratch.acc, head_dim);
+        let ahead =
+            ahead.as_mut().and_then(|(task, pieces)| pieces.next().map(|(.., block)| Fetch::of(task.keys(block))));
+        let values = &task.values(block)[in_block * head_dim..][..count * head_dim];
+        let product = Product {
+            a: &scratch.scores[offset..],
+            a_stride: TILE,
+            b: values,
+            b_stride: head_dim,
+            depth: count,
+            ahead: ahead.unwrap_or(Fetch::NONE),
+        };
+        accumulate::<TILE, R, FMA, T, ASK>(&product, rows, head_dim, &mut scratch.acc, head_dim);
     }
 }
 
@@ -310,11 +366,13 @@ struct Product<'a, T> {
     b: &'a [T],
     b_stride: usize,
     depth: usize,
+    /// What is read next, asked for meanwhile, a line with each vector of `b`.
+    ahead: Fetch,
 }
 
 /// `out[r, c] += sum_d a[r, d] * b[d, c]`, one chain over ascending `d` per output; up to `R` rows together, in even parts.
 #[inline(always)]
-fn accumulate<const A: usize, const R: usize, const FMA: bool, T: KvElement>(
+fn accumulate<const A: usize, const R: usize, const FMA: bool, T: KvElement, const ASK: bool>(
     p: &Product<'_, T>,
     rows: usize,
     columns: usize,
@@ -322,9 +380,10 @@ fn accumulate<const A: usize, const R: usize, const FMA: bool, T: KvElement>(
     stride: usize,
 ) {
     let mut column = 0;
+    let mut ahead = p.ahead;
     // A single row keeps the arithmetic busy with many columns only.
     while rows == 1 && columns - column >= 64 {
-        block::<1, 64, A, FMA, T>(p, 0, column, out, stride);
+        block::<1, 64, A, FMA, T, ASK>(p, (0, column), &mut ahead, (out, stride));
         column += 64;
     }
     let together = rows.div_ceil(rows.div_ceil(R).max(1));
@@ -332,14 +391,14 @@ fn accumulate<const A: usize, const R: usize, const FMA: bool, T: KvElement>(
         let mut row = 0;
         while row < rows {
             match together.min(rows - row).min(R) {
-                1 => block::<1, 16, A, FMA, T>(p, row, column, out, stride),
-                2 => block::<2, 16, A, FMA, T>(p, row, column, out, stride),
-                3 => block::<3, 16, A, FMA, T>(p, row, column, out, stride),
-                4 => block::<4, 16, A, FMA, T>(p, row, column, out, stride),
-                5 => block::<5, 16, A, FMA, T>(p, row, column, out, stride),
-                6 => block::<6, 16, A, FMA, T>(p, row, column, out, stride),
-                7 => block::<7, 16, A, FMA, T>(p, row, column, out, stride),
-                _ => block::<8, 16, A, FMA, T>(p, row, column, out, stride),
+                1 => block::<1, 16, A, FMA, T, ASK>(p, (row, column), &mut ahead, (out, stride)),
+                2 => block::<2, 16, A, FMA, T, ASK>(p, (row, column), &mut ahead, (out, stride)),
+                3 => block::<3, 16, A, FMA, T, ASK>(p, (row, column), &mut ahead, (out, stride)),
+                4 => block::<4, 16, A, FMA, T, ASK>(p, (row, column), &mut ahead, (out, stride)),
+                5 => block::<5, 16, A, FMA, T, ASK>(p, (row, column), &mut ahead, (out, stride)),
+                6 => block::<6, 16, A, FMA, T, ASK>(p, (row, column), &mut ahead, (out, stride)),
+                7 => block::<7, 16, A, FMA, T, ASK>(p, (row, column), &mut ahead, (out, stride)),
+                _ => block::<8, 16, A, FMA, T, ASK>(p, (row, column), &mut ahead, (out, stride)),
             }
             row += together.min(rows - row);
         }
@@ -357,37 +416,64 @@ fn accumulate<const A: usize, const R: usize, const FMA: bool, T: KvElement>(
 
 /// `R` rows of `C` columns; `A` is the stride of `a` where that is known, else 0.
 #[inline(always)]
-fn block<const R: usize, const C: usize, const A: usize, const FMA: bool, T: KvElement>(
+fn block<const R: usize, const C: usize, const A: usize, const FMA: bool, T: KvElement, const ASK: bool>(
     p: &Product<'_, T>,
-    row: usize,
-    column: usize,
-    out: &mut [f32],
-    stride: usize,
+    (row, column): (usize, usize),
+    ahead: &mut Fetch,
+    (out, stride): (&mut [f32], usize),
 ) {
     let a_stride = if A == 0 { p.a_stride } else { A };
     assert!(p.a.len() >= (row + R - 1) * a_stride + p.depth, "a has the rows");
     assert!(p.b.len() + p.b_stride >= p.depth * p.b_stride + column + C, "b has the columns");
-    let (a, b) = (p.a[row * a_stride..].as_ptr(), p.b[column..].as_ptr());
     let mut acc = [[0.0_f32; C]; R];
     for (r, acc) in acc.iter_mut().enumerate() {
         acc.copy_from_slice(&out[(row + r) * stride + column..][..C]);
     }
-    for d in 0..p.depth {
-        #[expect(unsafe_code, reason = "the innermost loop checks nothing")]
-        // SAFETY: in bounds by the assertions above.
-        let b: &[T; C] = unsafe { &*b.add(d * p.b_stride).cast() };
-        let b = b.map(T::widen);
+    let from = (&p.a[row * a_stride..], &p.b[column..]);
+    #[expect(unsafe_code, reason = "the innermost loop checks nothing")]
+    // SAFETY: in bounds by the assertions above.
+    unsafe {
+        if ASK {
+            // As many lines per vector of `b` as that has in f32.
+            let lines = C / LANES;
+            let asked = p.depth.min(ahead.lines.div_ceil(lines));
+            steps::<R, C, A, FMA, T>(p, from, 0..asked, ahead.take(asked * lines), &mut acc);
+            steps::<R, C, A, FMA, T>(p, from, asked..p.depth, Fetch::NONE, &mut acc);
+        } else {
+            steps::<R, C, A, FMA, T>(p, from, 0..p.depth, Fetch::NONE, &mut acc);
+        }
+    }
+    for (r, acc) in acc.iter().enumerate() {
+        out[(row + r) * stride + column..][..C].copy_from_slice(acc);
+    }
+}
+
+/// The steps `range` of a block's sums; asks for what is `ahead` meanwhile.
+///
+/// # Safety
+/// `range` lies within the depth, for which `a` has `R` rows and `b` has `C` columns.
+#[expect(unsafe_code, reason = "the innermost loop checks nothing")]
+#[inline(always)]
+unsafe fn steps<const R: usize, const C: usize, const A: usize, const FMA: bool, T: KvElement>(
+    p: &Product<'_, T>,
+    (a, b): (&[f32], &[T]),
+    range: Range<usize>,
+    mut ahead: Fetch,
+    acc: &mut [[f32; C]; R],
+) {
+    let a_stride = if A == 0 { p.a_stride } else { A };
+    let (a, b) = (a.as_ptr(), b.as_ptr());
+    for d in range {
+        ahead.next(C / LANES);
+        // SAFETY: in bounds by the function's contract.
+        let b = unsafe { b.add(d * p.b_stride).cast::<[T; C]>().read() }.map(T::widen);
         for (r, acc) in acc.iter_mut().enumerate() {
-            #[expect(unsafe_code, reason = "the innermost loop checks nothing")]
-            // SAFETY: in bounds by the assertions above.
+            // SAFETY: as above.
             let a = unsafe { *a.add(r * a_stride + d) };
             for (value, b) in acc.iter_mut().zip(b) {
                 *value = fma::<FMA>(a, b, *value);
             }
         }
-    }
-    for (r, acc) in acc.iter().enumerate() {
-        out[(row + r) * stride + column..][..C].copy_from_slice(acc);
     }
 }
 
