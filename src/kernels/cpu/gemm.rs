@@ -82,10 +82,12 @@ pub(super) unsafe fn multiply_integer_panel(
     let width = w.width();
     let x_stride = width.row_words(w.k());
     let m = x.len() / x_stride;
-    // The processor foresees what a single row reads, forward and all of it; asking holds it up then.
+    // The processor foresees what a single row reads, forward and all of it: asking holds it up then, and blocks, which keep
+    // weights near for the next rows, only interrupt it.
     let asks = m > 1 || isa != Isa::Avx2 || width != IntegerWidth::Sixteen;
+    let block_groups = if asks { block_groups(width) } else { groups(w.k()) };
     let passes = num_passes(m);
-    let mut blocks = w.panel(panel_idx).chunks(block_groups(width) * width.group_words()).enumerate().peekable();
+    let mut blocks = w.panel(panel_idx).chunks(block_groups * width.group_words()).enumerate().peekable();
     while let Some((block_idx, block)) = blocks.next() {
         let next = if asks { blocks.peek().map_or(ahead.block, |(_, next)| Fetch::of(next)) } else { Fetch::NONE };
         let lines = next.lines.div_ceil(passes);
@@ -94,7 +96,7 @@ pub(super) unsafe fn multiply_integer_panel(
                 x: &x[row * x_stride..],
                 x_stride,
                 groups: groups(w.k()),
-                first_group: block_idx * block_groups(width),
+                first_group: block_idx * block_groups,
                 w: block,
                 y: target.y.wrapping_add(row * target.stride),
                 y_stride: target.stride,

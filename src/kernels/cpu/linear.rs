@@ -245,11 +245,11 @@ impl Sweep<'_> {
 
     /// Panels of a piece: several of few rows, so that what is done for each of the rows is done less often.
     fn panels_together(&self) -> usize {
-        let deltas = |linear: &SweepLinear<'_>| -> usize {
+        let read = |linear: &SweepLinear<'_>| -> usize {
             let slots = linear.runs.iter().filter_map(|run| run.slots);
-            slots.flat_map(|slots| &slots.deltas).flat_map(|delta| delta.ahead(0..1)).map(|term| term.bytes()).sum()
+            slots.flat_map(|slots| slots.ahead(0..1)).map(Fetch::bytes).sum()
         };
-        let bytes = self.linears.iter().map(deltas).max().unwrap_or(0);
+        let bytes = self.linears.iter().map(read).max().unwrap_or(0);
         (PIECE / self.m.max(1)).min(TERMS_BYTES_MAX / bytes.max(1)).clamp(1, PANELS_MAX)
     }
 
@@ -315,10 +315,10 @@ impl Sweep<'_> {
         }
     }
 
-    /// The terms of a piece come from memory while its last products are computed.
+    /// What adapters have for a piece comes from memory while its last products are computed.
     fn ask_ahead(&self, linear: &SweepLinear<'_>, piece: &Piece<'_>, ahead: &mut Ahead) {
         let slots = linear.runs.iter().filter(|run| overlaps(&run.rows, piece)).filter_map(|run| run.slots);
-        let parts = slots.flat_map(|slots| &slots.deltas).flat_map(|delta| delta.ahead(piece.panels.clone()));
+        let parts = slots.flat_map(|slots| slots.ahead(piece.panels.clone()));
         let (passes, blocks) = (num_passes(piece.to - piece.from), piece.panels.len() * linear.weight.num_blocks());
         ahead.start(parts, passes * AHEAD_BLOCKS, passes * blocks);
     }

@@ -33,6 +33,15 @@ impl PackedScale {
         }
     }
 
+    /// What it has of each output (n).
+    pub(super) fn vectors(&self) -> [&[f32]; 2] {
+        match self {
+            Self::Diag(factors) => [factors, &[]],
+            Self::PairRot { p, q, .. } => [p, q],
+            Self::BlockDiag(_) => [&[]; 2],
+        }
+    }
+
     /// The factors of the columns from `first` on; none where columns mix.
     pub(super) fn factors(&self, first: usize) -> &[f32] {
         match self {
@@ -59,10 +68,14 @@ dispatch! {
 /// The sums are rounded one by one, on every processor.
 #[inline(always)]
 fn scale_add_body<const FMA: bool>(scale: &[f32], terms: [&[f32]; 2], y: &mut [f32]) {
-    y.iter_mut().zip(scale).for_each(|(y, scale)| *y *= scale);
-    for term in terms {
-        y.iter_mut().zip(term).for_each(|(y, term)| *y += term);
+    let [first, second] = terms;
+    match (scale, first) {
+        (&[], first) => y.iter_mut().zip(first).for_each(|(y, term)| *y += term),
+        (scale, &[]) => y.iter_mut().zip(scale).for_each(|(y, scale)| *y *= scale),
+        // In one pass.
+        (scale, first) => y.iter_mut().zip(scale).zip(first).for_each(|((y, scale), term)| *y = *y * scale + term),
     }
+    y.iter_mut().zip(second).for_each(|(y, term)| *y += term);
 }
 
 fn rotate_pairs(row: &mut [f32], (p, q): (&[f32], &[f32]), half: usize) {

@@ -123,6 +123,18 @@ impl PackedSlots {
         self.scale.as_ref().is_some_and(PackedScale::needs_whole_rows)
     }
 
+    /// What it reads for panels of outputs that is worth fetching ahead.
+    pub(super) fn ahead(&self, panels: Range<usize>) -> impl Iterator<Item = Fetch> {
+        let columns = panels.start * PANEL..panels.end * PANEL;
+        let [first, second] = self.scale.as_ref().map_or([&[][..]; 2], PackedScale::vectors);
+        let vectors = [first, second, self.c.as_deref().unwrap_or(&[])];
+        let of_columns = move |vector: &[f32]| {
+            let part = vector.get(columns.start..columns.end.min(vector.len()));
+            part.map_or(Fetch::NONE, Fetch::of)
+        };
+        self.deltas.iter().flat_map(move |delta| delta.ahead(panels.clone())).chain(vectors.map(of_columns))
+    }
+
     /// Whether a row is so much work before the sweep that it is a task by itself.
     pub(super) fn computes_by_row(&self) -> bool {
         self.deltas.iter().any(|delta| match delta {
@@ -145,7 +157,7 @@ impl PackedDelta {
     }
 
     /// What it reads for panels of outputs that is worth fetching ahead.
-    pub(super) fn ahead(&self, panels: Range<usize>) -> [Fetch; 2] {
+    fn ahead(&self, panels: Range<usize>) -> [Fetch; 2] {
         match self {
             Self::Sparse(s) => s.panels_ahead(panels),
             other => [other.up().map_or(Fetch::NONE, |up| up.panels_ahead(panels)), Fetch::NONE],

@@ -55,7 +55,7 @@ impl IntegerArgs<'_> {
     }
 }
 
-/// Most groups of one call: they and the next ones (17 KiB each) share the nearest cache.
+/// Most groups of one call for several rows: they and the next ones (17 KiB each) share the nearest cache.
 pub(super) const fn block_groups(width: IntegerWidth) -> usize {
     match width {
         IntegerWidth::Eight => 4,
@@ -85,9 +85,10 @@ macro_rules! by_rows {
 /// touch them meanwhile. `isa` must be available.
 ///
 /// # Panics
-/// When the block has more than [`block_groups`] groups or `x` lacks words.
+/// When the block has more than [`block_groups`] groups, of a single row more than all, or `x` lacks words.
 pub(super) unsafe fn integer_tile(rows: usize, isa: Isa, width: IntegerWidth, args: &IntegerArgs<'_>) {
-    assert!(args.w.len() <= block_groups(width) * width.group_words(), "a block's groups");
+    let most = if rows == 1 { args.groups } else { block_groups(width) };
+    assert!(args.w.len() <= most * width.group_words(), "a block's groups");
     // SAFETY: the caller's contract.
     unsafe {
         if args.columns < PANEL {
