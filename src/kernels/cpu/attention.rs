@@ -6,19 +6,19 @@
 use std::cell::RefCell;
 use std::ops::Range;
 
-use super::dispatch::{dispatch, fma};
+use super::dispatch::dispatch;
 use super::exp::exp;
 use super::isa::Isa;
 use super::kv::{CacheView, KvElement, Rows};
+use super::lanes::Lanes;
 use super::pool::for_each;
 use super::shared::Shared;
 use super::tile::Fetch;
+use super::words::LANES;
 use crate::kernels::AttentionShape;
 
 /// Positions per online-softmax tile.
 const TILE: usize = 64;
-/// Lanes of a vector.
-const LANES: usize = 16;
 /// Elements between the copied queries where heads are no longer: known to the compiler, and no power of two.
 const QUERY_STRIDE: usize = 272;
 /// Query rows (tokens times heads of a group) per task.
@@ -132,54 +132,23 @@ struct Scratch {
     sum: Vec<f32>,
 }
 
-/// Leaves the outputs in the scratch: rows (query, head of the group) of head_dim.
-fn attend<T: KvElement>(isa: Isa, task: &Task<'_, T>, next: Option<&Task<'_, T>>, scratch: &mut Scratch) {
-    match isa {
-        Isa::Avx512 | Isa::Avx512Vnni | Isa::Avx512Bf16 => attend_wide(isa, task, next, scratch),
-        Isa::Avx2 | Isa::Portable => attend_narrow(isa, task, next, scratch),
-    }
-}
-
 dispatch! {
-    /// For 32 registers of 16 lanes.
-    fn attend_wide<T: KvElement>(task: &Task<'_, T>, next: Option<&Task<'_, T>>, scratch: &mut Scratch) => attend_wide_body
-}
-
-dispatch! {
-    /// For 16 registers of 8 lanes.
-    fn attend_narrow<T: KvElement>(task: &Task<'_, T>, next: Option<&Task<'_, T>>, scratch: &mut Scratch) => attend_narrow_body
+    /// Leaves the outputs in the scratch: rows (query, head of the group) of head_dim.
+    fn attend<T: KvElement>(task: &Task<'_, T>, next: Option<&Task<'_, T>>, scratch: &mut Scratch) => lanes attend_body
 }
 
 #[inline(always)]
-fn attend_wide_body<const FMA: bool, T: KvElement>(
-    task: &Task<'_, T>,
-    next: Option<&Task<'_, T>>,
-    scratch: &mut Scratch,
-) {
+fn attend_body<L: Lanes, T: KvElement>(task: &Task<'_, T>, next: Option<&Task<'_, T>>, scratch: &mut Scratch) {
     if task.queries == 1 {
-        attend_body::<8, FMA, T, true>(task, next, scratch);
+        attend_queries::<L, T, true>(task, next, scratch);
     } else {
-        attend_body::<8, FMA, T, false>(task, next, scratch);
+        attend_queries::<L, T, false>(task, next, scratch);
     }
 }
 
+/// `ASK` asks for keys and values before they are read, which pays where a single query reads them once.
 #[inline(always)]
-fn attend_narrow_body<const FMA: bool, T: KvElement>(
-    task: &Task<'_, T>,
-    next: Option<&Task<'_, T>>,
-    scratch: &mut Scratch,
-) {
-    if task.queries == 1 {
-        attend_body::<6, FMA, T, true>(task, next, scratch);
-    } else {
-        attend_body::<6, FMA, T, false>(task, next, scratch);
-    }
-}
-
-/// `R` rows of 16 columns are what the registers hold. `ASK` asks for keys and values before they are read, which pays where
-/// a single query reads them once.
-#[inline(always)]
-fn attend_body<const R: usize, const FMA: bool, T: KvElement, const ASK: bool>(
+fn attend_queries<L: Lanes, T: KvElement, const ASK: bool>(
     task: &Task<'_, T>,
     next: Option<&Task<'_, T>>,
     scratch: &mut Scratch,
@@ -193,18 +162,18 @@ fn attend_body<const R: usize, const FMA: bool, T: KvElement, const ASK: bool>(
     let end = first_position + queries;
     for tile_start in (task.first_tile()..end).step_by(TILE) {
         let width = TILE.min(end - tile_start);
-        score_tile::<R, FMA, T, ASK>(task, rows, tile_start, width, scratch);
+        score_tile::<L, T, ASK>(task, rows, tile_start, width, scratch);
         for row in 0..rows {
             let position = first_position + row / group;
             let low = task.shape.window.map_or(0, |w| (position + 1).saturating_sub(w));
             let scores = &mut scratch.scores[row * TILE..][..TILE];
             mask(scores, low.saturating_sub(tile_start), (position + 1).saturating_sub(tile_start).min(width));
             let acc = &mut scratch.acc[row * head_dim..][..head_dim];
-            online_softmax::<FMA>(scores, &mut scratch.max[row], &mut scratch.sum[row], acc);
+            online_softmax::<L>(scores, &mut scratch.max[row], &mut scratch.sum[row], acc);
         }
         let behind = tile_start + TILE;
         let ahead = if behind < end { Some((task, behind)) } else { next.map(|next| (next, next.first_tile())) };
-        weigh_values::<R, FMA, T, ASK>(task, rows, tile_start, width, ahead, scratch);
+        weigh_values::<L, T, ASK>(task, rows, tile_start, width, ahead, scratch);
     }
     for (acc, sum) in scratch.acc.chunks_exact_mut(head_dim).zip(&scratch.sum) {
         let inverse = 1.0 / sum;
@@ -264,7 +233,7 @@ fn pieces<T: KvElement>(
 
 /// `scores[row, j] = q[row] . k[tile_start + j]`.
 #[inline(always)]
-fn score_tile<const R: usize, const FMA: bool, T: KvElement, const ASK: bool>(
+fn score_tile<L: Lanes, T: KvElement, const ASK: bool>(
     task: &Task<'_, T>,
     rows: usize,
     tile_start: usize,
@@ -284,16 +253,16 @@ fn score_tile<const R: usize, const FMA: bool, T: KvElement, const ASK: bool>(
             scratch.scores[row * TILE + offset..][..count].fill(0.0);
         }
         if a_stride == QUERY_STRIDE {
-            accumulate::<QUERY_STRIDE, R, FMA, T, ASK>(&product, rows, count, &mut scratch.scores[offset..], TILE);
+            accumulate::<QUERY_STRIDE, L, T, ASK>(&product, rows, count, &mut scratch.scores[offset..], TILE);
         } else {
-            accumulate::<0, R, FMA, T, ASK>(&product, rows, count, &mut scratch.scores[offset..], TILE);
+            accumulate::<0, L, T, ASK>(&product, rows, count, &mut scratch.scores[offset..], TILE);
         }
     }
 }
 
 /// `acc[row] += sum_j p[row, j] * v[tile_start + j]`.
 #[inline(always)]
-fn weigh_values<const R: usize, const FMA: bool, T: KvElement, const ASK: bool>(
+fn weigh_values<L: Lanes, T: KvElement, const ASK: bool>(
     task: &Task<'_, T>,
     rows: usize,
     tile_start: usize,
@@ -315,7 +284,7 @@ fn weigh_values<const R: usize, const FMA: bool, T: KvElement, const ASK: bool>(
             depth: count,
             ahead: ahead.unwrap_or(Fetch::NONE),
         };
-        accumulate::<TILE, R, FMA, T, ASK>(&product, rows, head_dim, &mut scratch.acc, head_dim);
+        accumulate::<TILE, L, T, ASK>(&product, rows, head_dim, &mut scratch.acc, head_dim);
     }
 }
 
@@ -331,7 +300,7 @@ fn mask(scores: &mut [f32], low: usize, high: usize) {
 /// Turns scores into weights relative to the running maximum and rescales what was summed before. A tile that is
 /// masked throughout changes nothing.
 #[inline(always)]
-fn online_softmax<const FMA: bool>(scores: &mut [f32], max: &mut f32, sum: &mut f32, acc: &mut [f32]) {
+fn online_softmax<L: Lanes>(scores: &mut [f32], max: &mut f32, sum: &mut f32, acc: &mut [f32]) {
     let mut lanes = [f32::NEG_INFINITY; 16];
     for chunk in scores.chunks_exact(16) {
         for (lane, score) in lanes.iter_mut().zip(chunk) {
@@ -347,16 +316,22 @@ fn online_softmax<const FMA: bool>(scores: &mut [f32], max: &mut f32, sum: &mut 
     let mut sums = [0.0_f32; 16];
     for chunk in scores.chunks_exact_mut(16) {
         for (sum, score) in sums.iter_mut().zip(chunk) {
-            *score = exp::<FMA>(*score - new_max);
+            *score = weight::<L>(*score - new_max);
             *sum += *score;
         }
     }
-    let rescale = exp::<FMA>(*max - new_max);
+    let rescale = weight::<L>(*max - new_max);
     *sum = *sum * rescale + sums.iter().sum::<f32>();
     *max = new_max;
     for value in acc {
         *value *= rescale;
     }
+}
+
+/// `e^x` in the arithmetic of the lanes.
+#[inline(always)]
+fn weight<L: Lanes>(x: f32) -> f32 {
+    if L::FMA { exp::<true>(x) } else { exp::<false>(x) }
 }
 
 /// Operands of `out += a b`: a (rows, depth), b (depth, columns).
@@ -370,9 +345,10 @@ struct Product<'a, T> {
     ahead: Fetch,
 }
 
-/// `out[r, c] += sum_d a[r, d] * b[d, c]`, one chain over ascending `d` per output; up to `R` rows together, in even parts.
+/// `out[r, c] += sum_d a[r, d] * b[d, c]`, one chain over ascending `d` per output; as many rows together as the registers
+/// hold. `A` is the stride of `a` where that is known, else 0.
 #[inline(always)]
-fn accumulate<const A: usize, const R: usize, const FMA: bool, T: KvElement, const ASK: bool>(
+fn accumulate<const A: usize, L: Lanes, T: KvElement, const ASK: bool>(
     p: &Product<'_, T>,
     rows: usize,
     columns: usize,
@@ -381,42 +357,55 @@ fn accumulate<const A: usize, const R: usize, const FMA: bool, T: KvElement, con
 ) {
     let mut column = 0;
     let mut ahead = p.ahead;
-    // A single row keeps the arithmetic busy with many columns only.
-    while rows == 1 && columns - column >= 64 {
-        block::<1, 64, A, FMA, T, ASK>(p, (0, column), &mut ahead, (out, stride));
-        column += 64;
+    // A single row would wait for its own sums where those are few, and 32 registers hold many.
+    while (rows == 1 || L::WIDE) && columns - column >= 4 * LANES {
+        blocks::<4, A, L, T, ASK>(p, (rows, 6), column, &mut ahead, (out, stride));
+        column += 4 * LANES;
     }
-    let together = rows.div_ceil(rows.div_ceil(R).max(1));
-    while columns - column >= 16 {
-        let mut row = 0;
-        while row < rows {
-            match together.min(rows - row).min(R) {
-                1 => block::<1, 16, A, FMA, T, ASK>(p, (row, column), &mut ahead, (out, stride)),
-                2 => block::<2, 16, A, FMA, T, ASK>(p, (row, column), &mut ahead, (out, stride)),
-                3 => block::<3, 16, A, FMA, T, ASK>(p, (row, column), &mut ahead, (out, stride)),
-                4 => block::<4, 16, A, FMA, T, ASK>(p, (row, column), &mut ahead, (out, stride)),
-                5 => block::<5, 16, A, FMA, T, ASK>(p, (row, column), &mut ahead, (out, stride)),
-                6 => block::<6, 16, A, FMA, T, ASK>(p, (row, column), &mut ahead, (out, stride)),
-                7 => block::<7, 16, A, FMA, T, ASK>(p, (row, column), &mut ahead, (out, stride)),
-                _ => block::<8, 16, A, FMA, T, ASK>(p, (row, column), &mut ahead, (out, stride)),
-            }
-            row += together.min(rows - row);
-        }
-        column += 16;
+    while columns - column >= LANES {
+        blocks::<1, A, L, T, ASK>(p, (rows, if L::WIDE { 8 } else { 6 }), column, &mut ahead, (out, stride));
+        column += LANES;
     }
     for row in 0..rows {
         for column in column..columns {
             let value = &mut out[row * stride + column];
             for d in 0..p.depth {
-                *value = fma::<FMA>(p.a[row * p.a_stride + d], p.b[d * p.b_stride + column].widen(), *value);
+                let (a, b) = (p.a[row * p.a_stride + d], p.b[d * p.b_stride + column].widen());
+                *value = if L::FMA { a.mul_add(b, *value) } else { a * b + *value };
             }
         }
     }
 }
 
-/// `R` rows of `C` columns; `A` is the stride of `a` where that is known, else 0.
+/// All `rows` of `V` vectors from `column` on, no more than `most` (up to 8) at a time, in even parts.
 #[inline(always)]
-fn block<const R: usize, const C: usize, const A: usize, const FMA: bool, T: KvElement, const ASK: bool>(
+fn blocks<const V: usize, const A: usize, L: Lanes, T: KvElement, const ASK: bool>(
+    p: &Product<'_, T>,
+    (rows, most): (usize, usize),
+    column: usize,
+    ahead: &mut Fetch,
+    (out, stride): (&mut [f32], usize),
+) {
+    let together = rows.div_ceil(rows.div_ceil(most).max(1));
+    let mut row = 0;
+    while row < rows {
+        match together.min(rows - row) {
+            1 => block::<1, V, A, L, T, ASK>(p, (row, column), ahead, (out, stride)),
+            2 => block::<2, V, A, L, T, ASK>(p, (row, column), ahead, (out, stride)),
+            3 => block::<3, V, A, L, T, ASK>(p, (row, column), ahead, (out, stride)),
+            4 => block::<4, V, A, L, T, ASK>(p, (row, column), ahead, (out, stride)),
+            5 => block::<5, V, A, L, T, ASK>(p, (row, column), ahead, (out, stride)),
+            6 => block::<6, V, A, L, T, ASK>(p, (row, column), ahead, (out, stride)),
+            7 => block::<7, V, A, L, T, ASK>(p, (row, column), ahead, (out, stride)),
+            _ => block::<8, V, A, L, T, ASK>(p, (row, column), ahead, (out, stride)),
+        }
+        row += together.min(rows - row);
+    }
+}
+
+/// `R` rows of `V` vectors.
+#[inline(always)]
+fn block<const R: usize, const V: usize, const A: usize, L: Lanes, T: KvElement, const ASK: bool>(
     p: &Product<'_, T>,
     (row, column): (usize, usize),
     ahead: &mut Fetch,
@@ -424,54 +413,55 @@ fn block<const R: usize, const C: usize, const A: usize, const FMA: bool, T: KvE
 ) {
     let a_stride = if A == 0 { p.a_stride } else { A };
     assert!(p.a.len() >= (row + R - 1) * a_stride + p.depth, "a has the rows");
-    assert!(p.b.len() + p.b_stride >= p.depth * p.b_stride + column + C, "b has the columns");
-    let mut acc = [[0.0_f32; C]; R];
-    for (r, acc) in acc.iter_mut().enumerate() {
-        acc.copy_from_slice(&out[(row + r) * stride + column..][..C]);
-    }
-    let from = (&p.a[row * a_stride..], &p.b[column..]);
+    assert!(p.b.len() + p.b_stride >= p.depth * p.b_stride + column + V * LANES, "b has the columns");
+    assert!(out.len() >= (row + R - 1) * stride + column + V * LANES, "the output has rows and columns");
+    let (from, out) = ((&p.a[row * a_stride..], &p.b[column..]), out[row * stride + column..].as_mut_ptr());
     #[expect(unsafe_code, reason = "the innermost loop checks nothing")]
-    // SAFETY: in bounds by the assertions above.
+    // SAFETY: in bounds by the assertions above; the lanes are those of the instruction set that this is compiled for.
     unsafe {
+        let mut sums: [[L; V]; R] =
+            std::array::from_fn(|r| std::array::from_fn(|v| L::load(out.add(r * stride + v * LANES))));
         if ASK {
             // As many lines per vector of `b` as that has in f32.
-            let lines = C / LANES;
-            let asked = p.depth.min(ahead.lines.div_ceil(lines));
-            steps::<R, C, A, FMA, T>(p, from, 0..asked, ahead.take(asked * lines), &mut acc);
-            steps::<R, C, A, FMA, T>(p, from, asked..p.depth, Fetch::NONE, &mut acc);
+            let asked = p.depth.min(ahead.lines.div_ceil(V));
+            steps::<R, V, A, L, T>(p, from, 0..asked, ahead.take(asked * V), &mut sums);
+            steps::<R, V, A, L, T>(p, from, asked..p.depth, Fetch::NONE, &mut sums);
         } else {
-            steps::<R, C, A, FMA, T>(p, from, 0..p.depth, Fetch::NONE, &mut acc);
+            steps::<R, V, A, L, T>(p, from, 0..p.depth, Fetch::NONE, &mut sums);
         }
-    }
-    for (r, acc) in acc.iter().enumerate() {
-        out[(row + r) * stride + column..][..C].copy_from_slice(acc);
+        for (r, sums) in sums.iter().enumerate() {
+            for (v, sum) in sums.iter().enumerate() {
+                sum.store(out.add(r * stride + v * LANES));
+            }
+        }
     }
 }
 
 /// The steps `range` of a block's sums; asks for what is `ahead` meanwhile.
 ///
 /// # Safety
-/// `range` lies within the depth, for which `a` has `R` rows and `b` has `C` columns.
+/// `range` lies within the depth, for which `a` has `R` rows and `b` has `V` vectors; the processor has the instructions.
 #[expect(unsafe_code, reason = "the innermost loop checks nothing")]
 #[inline(always)]
-unsafe fn steps<const R: usize, const C: usize, const A: usize, const FMA: bool, T: KvElement>(
+unsafe fn steps<const R: usize, const V: usize, const A: usize, L: Lanes, T: KvElement>(
     p: &Product<'_, T>,
     (a, b): (&[f32], &[T]),
     range: Range<usize>,
     mut ahead: Fetch,
-    acc: &mut [[f32; C]; R],
+    sums: &mut [[L; V]; R],
 ) {
     let a_stride = if A == 0 { p.a_stride } else { A };
     let (a, b) = (a.as_ptr(), b.as_ptr());
     for d in range {
-        ahead.next(C / LANES);
+        ahead.next(V);
         // SAFETY: in bounds by the function's contract.
-        let b = unsafe { b.add(d * p.b_stride).cast::<[T; C]>().read() }.map(T::widen);
-        for (r, acc) in acc.iter_mut().enumerate() {
-            // SAFETY: as above.
-            let a = unsafe { *a.add(r * a_stride + d) };
-            for (value, b) in acc.iter_mut().zip(b) {
-                *value = fma::<FMA>(a, b, *value);
+        unsafe {
+            let b: [L; V] = std::array::from_fn(|v| T::lanes(b.add(d * p.b_stride + v * LANES)));
+            for (r, sums) in sums.iter_mut().enumerate() {
+                let a = L::splat(*a.add(r * a_stride + d));
+                for (sum, b) in sums.iter_mut().zip(b) {
+                    *sum = sum.add_product(a, b);
+                }
             }
         }
     }

@@ -6,6 +6,7 @@ use super::dispatch::{dispatch, fma};
 #[cfg(target_arch = "x86_64")]
 use super::gemm::Target;
 use super::isa::Isa;
+use super::lanes::Lanes;
 use super::packed::{PANEL, PackedMatrix, WeightFormat};
 use super::slots::Outputs;
 #[cfg(target_arch = "x86_64")]
@@ -76,14 +77,6 @@ const VECTORS: usize = PANEL / LANES;
 /// The columns of one panel in up to [`EXPAND_ROWS`] rows; rows that are not there are empty.
 pub(super) type PanelRows<'a> = [&'a mut [f32]; EXPAND_ROWS];
 
-/// `y[m, j] += sum_s b[j, s] * h[m, s]` for the columns of one panel and up to [`EXPAND_ROWS`] rows.
-pub(super) fn expand_tile(isa: Isa, h: &[f32], panel: &[u32], b: &PackedMatrix, y: &mut PanelRows<'_>) {
-    match isa {
-        Isa::Avx512 | Isa::Avx512Vnni | Isa::Avx512Bf16 => expand_wide(isa, h, panel, b, y),
-        Isa::Avx2 | Isa::Portable => expand_narrow(isa, h, panel, b, y),
-    }
-}
-
 /// `sums[m, j] = sum_s b[j, s] * h[m, s]` for the columns of one panel and up to [`EXPAND_ROWS`] rows h of f32; one chain per
 /// sum, whatever the number of rows.
 pub(super) fn expand_sums(h: &[f32], b: &PackedMatrix, panel_idx: usize, sums: &mut [[f32; PANEL]; EXPAND_ROWS]) {
@@ -100,81 +93,74 @@ pub(super) fn expand_sums(h: &[f32], b: &PackedMatrix, panel_idx: usize, sums: &
 }
 
 dispatch! {
-    /// For 32 registers of 16 lanes: all columns at once.
-    fn expand_wide(h: &[f32], panel: &[u32], b: &PackedMatrix, y: &mut PanelRows<'_>) => expand_wide_body
-}
-
-dispatch! {
-    /// For 16 registers of 8 lanes: the more rows the fewer columns.
-    fn expand_narrow(h: &[f32], panel: &[u32], b: &PackedMatrix, y: &mut PanelRows<'_>) => expand_narrow_body
+    /// `y[m, j] += sum_s b[j, s] * h[m, s]` for the columns of one panel and up to [`EXPAND_ROWS`] rows.
+    pub(super) fn expand_tile(h: &[f32], panel: &[u32], b: &PackedMatrix, y: &mut PanelRows<'_>) => lanes expand_tile_body
 }
 
 #[inline(always)]
-fn expand_wide_body<const FMA: bool>(h: &[f32], panel: &[u32], b: &PackedMatrix, y: &mut PanelRows<'_>) {
-    match h.len() / b.k() {
-        1 => expand_some::<1, VECTORS, FMA>(h, panel, b, y),
-        2 => expand_some::<2, VECTORS, FMA>(h, panel, b, y),
-        3 => expand_some::<3, VECTORS, FMA>(h, panel, b, y),
-        4 => expand_some::<4, VECTORS, FMA>(h, panel, b, y),
-        5 => expand_some::<5, VECTORS, FMA>(h, panel, b, y),
-        _ => expand_some::<EXPAND_ROWS, VECTORS, FMA>(h, panel, b, y),
-    }
-}
-
-#[inline(always)]
-fn expand_narrow_body<const FMA: bool>(h: &[f32], panel: &[u32], b: &PackedMatrix, y: &mut PanelRows<'_>) {
-    match h.len() / b.k() {
-        1 => expand_some::<1, VECTORS, FMA>(h, panel, b, y),
-        2 => expand_some::<2, 2, FMA>(h, panel, b, y),
-        3 => expand_some::<3, 1, FMA>(h, panel, b, y),
-        4 => expand_some::<4, 1, FMA>(h, panel, b, y),
-        5 => expand_some::<5, 1, FMA>(h, panel, b, y),
-        _ => expand_some::<EXPAND_ROWS, 1, FMA>(h, panel, b, y),
+fn expand_tile_body<L: Lanes>(h: &[f32], panel: &[u32], b: &PackedMatrix, y: &mut PanelRows<'_>) {
+    match (h.len() / b.k(), L::WIDE) {
+        (1, _) => expand_some::<1, VECTORS, L>(h, panel, b, y),
+        (2, true) => expand_some::<2, VECTORS, L>(h, panel, b, y),
+        (3, true) => expand_some::<3, VECTORS, L>(h, panel, b, y),
+        (4, true) => expand_some::<4, VECTORS, L>(h, panel, b, y),
+        (5, true) => expand_some::<5, VECTORS, L>(h, panel, b, y),
+        (_, true) => expand_some::<EXPAND_ROWS, VECTORS, L>(h, panel, b, y),
+        (2, false) => expand_some::<2, 2, L>(h, panel, b, y),
+        (3, false) => expand_some::<3, 1, L>(h, panel, b, y),
+        (4, false) => expand_some::<4, 1, L>(h, panel, b, y),
+        (5, false) => expand_some::<5, 1, L>(h, panel, b, y),
+        (_, false) => expand_some::<EXPAND_ROWS, 1, L>(h, panel, b, y),
     }
 }
 
 /// `M` rows and `V` vectors at a time, one chain over ascending `s` per output.
 #[inline(always)]
-fn expand_some<const M: usize, const V: usize, const FMA: bool>(
+fn expand_some<const M: usize, const V: usize, L: Lanes>(
     h: &[f32],
     panel: &[u32],
     b: &PackedMatrix,
     y: &mut PanelRows<'_>,
 ) {
     let r = b.k();
-    assert_eq!(h.len(), M * r, "h has the rows");
-    let (steps, _) = panel.as_chunks::<PANEL>();
+    assert_eq!((h.len(), panel.len()), (M * r, b.format().steps(r) * PANEL), "h has the rows, and b its panel");
     let columns = y[0].len().div_ceil(LANES);
     for from in (0..columns).step_by(V) {
-        let mut acc = [[[0.0_f32; LANES]; V]; M];
-        for (step, words) in steps.iter().enumerate() {
-            let (vectors, _) = words.as_chunks::<LANES>();
-            for v in 0..V {
-                let words = &vectors[from + v];
+        let mut sums = [[[0.0_f32; LANES]; V]; M];
+        // SAFETY: the panel holds as many steps as the rows, and `V` divides its vectors; the lanes are those of the
+        // instruction set that this is compiled for.
+        unsafe {
+            let mut acc = [[L::splat(0.0); V]; M];
+            for step in 0..panel.len() / PANEL {
+                let words = panel.as_ptr().add(step * PANEL + from * LANES);
                 match b.format() {
                     WeightFormat::F32 => {
+                        let weights: [L; V] = std::array::from_fn(|v| L::load(words.add(v * LANES).cast()));
                         for (m, acc) in acc.iter_mut().enumerate() {
-                            let h = h[m * r + step];
-                            for (sum, word) in acc[v].iter_mut().zip(words) {
-                                *sum = fma::<FMA>(h, f32::from_bits(*word), *sum);
+                            let h = L::splat(*h.get_unchecked(m * r + step));
+                            for (sum, weight) in acc.iter_mut().zip(weights) {
+                                *sum = sum.add_product(h, weight);
                             }
                         }
                     }
                     WeightFormat::Bf16 => {
-                        let low = words.map(|word| f32::from_bits(word << 16));
-                        let high = words.map(|word| f32::from_bits(word & 0xffff_0000));
+                        let has_second = 2 * step + 1 < r;
+                        let weights: [[L; 2]; V] = std::array::from_fn(|v| L::load_pairs(words.add(v * LANES)));
                         for (m, acc) in acc.iter_mut().enumerate() {
-                            let first = h[m * r + 2 * step];
-                            let second = if 2 * step + 1 < r { h[m * r + 2 * step + 1] } else { 0.0 };
-                            for ((sum, low), high) in acc[v].iter_mut().zip(&low).zip(&high) {
-                                *sum = fma::<FMA>(second, *high, fma::<FMA>(first, *low, *sum));
+                            let h = h.as_ptr().add(m * r + 2 * step);
+                            let pair = [L::splat(*h), L::splat(if has_second { *h.add(1) } else { 0.0 })];
+                            for (sum, [low, high]) in acc.iter_mut().zip(weights) {
+                                *sum = sum.add_product(pair[0], low).add_product(pair[1], high);
                             }
                         }
                     }
                 }
             }
+            for (sum, to) in acc.as_flattened().iter().zip(sums.as_flattened_mut()) {
+                sum.store(to.as_mut_ptr());
+            }
         }
-        for (y, sums) in y.iter_mut().zip(&acc) {
+        for (y, sums) in y.iter_mut().zip(&sums) {
             let Some(y) = y.get_mut(from * LANES..) else { continue };
             for (y, sum) in y.iter_mut().zip(sums.as_flattened()) {
                 *y += sum;

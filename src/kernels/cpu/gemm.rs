@@ -20,10 +20,15 @@ pub(super) fn num_passes(m: usize) -> usize {
     m.div_ceil(ROWS)
 }
 
+/// Rows of a tile: as even parts as possible, since few rows do not keep the arithmetic busy.
+fn rows_together(m: usize) -> usize {
+    m.div_ceil(num_passes(m).max(1)).max(1)
+}
+
 /// All rows `x` of padded words times one panel of `w`.
 ///
-/// The first rows to meet a block fetch it from memory, ahead of its use; the others find it in the cache. Every tile asks
-/// for a share of `ahead`, those of the last block for what `ahead` says comes after the panel.
+/// Every tile asks for its part of the next block, those of the last block for the one that `ahead` says comes after the panel,
+/// and for a share of `ahead`.
 ///
 /// # Safety
 /// `target` must be valid for reads and writes of the panel's columns in each of the rows, and nobody else may touch
@@ -39,28 +44,28 @@ pub(super) unsafe fn multiply_panel(
 ) {
     let x_stride = row_words(w.format(), w.k());
     let (m, columns) = (x.len() / x_stride, PANEL.min(w.n() - panel_idx * PANEL));
-    let (steps, passes) = (block_steps(isa), num_passes(m));
+    let (steps, together) = (block_steps(isa), rows_together(m));
     let mut blocks = w.panel(panel_idx).chunks(steps * PANEL).enumerate().peekable();
     while let Some((block_idx, block)) = blocks.next() {
         // Every pass fetches a part of the next block.
         let next = blocks.peek().map_or(ahead.block, |(_, next)| Fetch::of(next));
-        let lines = next.lines.div_ceil(passes);
-        for (pass, row) in (0..m).step_by(ROWS).enumerate() {
+        for row in (0..m).step_by(together) {
+            let rows = together.min(m - row);
             let args = TileArgs {
                 x: &x[row * x_stride + block_idx * steps..],
                 x_stride,
                 w: block,
-                is_first: pass == 0,
+                is_only: rows == m,
                 y: target.y.wrapping_add(row * target.stride),
                 y_stride: target.stride,
                 columns,
                 from_zero: block_idx == 0,
-                fetch: next.part(pass, lines),
+                fetch: next.of_rows((row, row + rows), m),
                 far: ahead.share(),
             };
             // SAFETY: the rows and columns are the caller's.
             unsafe {
-                tile(ROWS.min(m - row), isa, w.format(), args);
+                tile(rows, isa, w.format(), args);
             }
         }
     }
@@ -86,12 +91,12 @@ pub(super) unsafe fn multiply_integer_panel(
     // weights near for the next rows, only interrupt it.
     let asks = m > 1 || isa != Isa::Avx2 || width != IntegerWidth::Sixteen;
     let block_groups = if asks { block_groups(width) } else { groups(w.k()) };
-    let passes = num_passes(m);
+    let together = rows_together(m);
     let mut blocks = w.panel(panel_idx).chunks(block_groups * width.group_words()).enumerate().peekable();
     while let Some((block_idx, block)) = blocks.next() {
         let next = if asks { blocks.peek().map_or(ahead.block, |(_, next)| Fetch::of(next)) } else { Fetch::NONE };
-        let lines = next.lines.div_ceil(passes);
-        for (pass, row) in (0..m).step_by(ROWS).enumerate() {
+        for row in (0..m).step_by(together) {
+            let rows = together.min(m - row);
             let args = IntegerArgs {
                 x: &x[row * x_stride..],
                 x_stride,
@@ -102,11 +107,11 @@ pub(super) unsafe fn multiply_integer_panel(
                 y_stride: target.stride,
                 columns: PANEL.min(w.n() - panel_idx * PANEL),
                 from_zero: block_idx == 0,
-                fetch: next.part(pass, lines),
+                fetch: next.of_rows((row, row + rows), m),
                 far: ahead.share(),
             };
             // SAFETY: the rows and columns are the caller's.
-            unsafe { integer_tile(ROWS.min(m - row), isa, width, &args) };
+            unsafe { integer_tile(rows, isa, width, &args) };
         }
     }
 }

@@ -3,8 +3,11 @@
 //! Keys are stored transposed inside their block, `[blocks][kv_heads][head_dim][block_tokens]`, so that the scores of
 //! neighbouring positions are neighbouring lanes; values as they come, `[blocks][kv_heads][block_tokens][head_dim]`.
 
+#![expect(unsafe_code, reason = "vector loads through raw pointers")]
+
 use half::bf16;
 
+use super::lanes::Lanes;
 use super::words::bf16_bits;
 use crate::kernels::AttentionShape;
 
@@ -14,6 +17,11 @@ pub(super) trait KvElement: Copy + Send + Sync {
     fn narrow(value: f32) -> Self;
     /// The same number.
     fn widen(self) -> f32;
+    /// Neighbouring numbers.
+    ///
+    /// # Safety
+    /// As for [`Lanes`].
+    unsafe fn lanes<L: Lanes>(from: *const Self) -> L;
 }
 
 impl KvElement for f32 {
@@ -26,6 +34,12 @@ impl KvElement for f32 {
     fn widen(self) -> f32 {
         self
     }
+
+    #[inline(always)]
+    unsafe fn lanes<L: Lanes>(from: *const Self) -> L {
+        // SAFETY: the caller's contract.
+        unsafe { L::load(from) }
+    }
 }
 
 impl KvElement for bf16 {
@@ -37,6 +51,12 @@ impl KvElement for bf16 {
     #[inline(always)]
     fn widen(self) -> f32 {
         f32::from_bits(u32::from(self.to_bits()) << 16)
+    }
+
+    #[inline(always)]
+    unsafe fn lanes<L: Lanes>(from: *const Self) -> L {
+        // SAFETY: the caller's contract.
+        unsafe { L::load_bf16(from) }
     }
 }
 

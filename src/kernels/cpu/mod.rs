@@ -16,6 +16,7 @@ mod integers;
 mod isa;
 mod joint;
 mod kv;
+mod lanes;
 mod limits;
 mod linear;
 mod memory;
@@ -39,6 +40,8 @@ pub(super) mod testing;
 mod tile;
 #[cfg(target_arch = "x86_64")]
 mod tile_avx2;
+#[cfg(target_arch = "x86_64")]
+mod tile_avx512;
 #[cfg(target_arch = "x86_64")]
 mod tile_int16;
 #[cfg(target_arch = "x86_64")]

@@ -13,6 +13,8 @@ use super::dot_avx2;
 use super::isa::Isa;
 use super::memory::Memory;
 use super::packed::{Line, WeightFormat};
+#[cfg(target_arch = "x86_64")]
+use super::tile_avx512::as_bf16;
 use super::words::{LANES, bf16_bits, row_words};
 
 /// Rows of `x` that are multiplied together; with four sums each they fill the registers of AVX-512.
@@ -153,14 +155,8 @@ fn dot_tile(
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
 unsafe fn dot_bf16<const M: usize>(x: &[u32], width: usize, lines: &[Line], sums: &mut [[f32; LANES]; TILE_ROWS]) {
     use std::arch::x86_64::{
-        __m512bh, __m512i, _mm512_add_ps, _mm512_dpbf16_ps, _mm512_loadu_si512, _mm512_set1_epi32, _mm512_setzero_ps,
-        _mm512_storeu_ps,
+        _mm512_add_ps, _mm512_dpbf16_ps, _mm512_loadu_si512, _mm512_set1_epi32, _mm512_setzero_ps, _mm512_storeu_ps,
     };
-
-    fn as_bf16(v: __m512i) -> __m512bh {
-        // SAFETY: both are 64 bytes in which every bit pattern is valid.
-        unsafe { std::mem::transmute(v) }
-    }
 
     let mut acc = [[_mm512_setzero_ps(); CHAINS]; M];
     let (fours, rest) = lines.as_chunks::<CHAINS>();

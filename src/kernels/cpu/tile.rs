@@ -4,9 +4,15 @@
 //! depend on neither the number of rows nor the blocking. The chains differ between instruction sets.
 
 use super::isa::Isa;
+#[cfg(target_arch = "x86_64")]
+use super::lanes::Avx512;
+use super::lanes::{Array, Lanes};
 use super::packed::{PANEL, WeightFormat};
 #[cfg(target_arch = "x86_64")]
 use super::tile_avx2::tile as avx2;
+#[cfg(target_arch = "x86_64")]
+use super::tile_avx512::tile as bf16;
+use super::words::LANES;
 
 /// Most rows one call takes; 6 rows of 64 columns fill the 32 registers of AVX-512, 6 of 16 the 16 of AVX2.
 pub(super) const ROWS: usize = 6;
@@ -34,8 +40,8 @@ pub(super) struct TileArgs<'a> {
     pub(super) x_stride: usize,
     /// The panel's block, `[steps][PANEL]`.
     pub(super) w: &'a [u32],
-    /// Nobody has used the block before: it comes from memory.
-    pub(super) is_first: bool,
+    /// No other tile uses the block.
+    pub(super) is_only: bool,
     /// Where the tile's first output goes.
     pub(super) y: *mut f32,
     /// Elements between rows of `y`.
@@ -85,13 +91,15 @@ impl Fetch {
         Self { lines: self.lines.min(bytes.div_ceil(LINE_WORDS * size_of::<u32>())), ..self }
     }
 
-    /// Share `idx` of `count` even ones.
-    pub(super) fn share(self, idx: usize, count: usize) -> Self {
-        self.part(idx, self.lines.div_ceil(count))
+    /// The part that rows `from..to` of `m` ask for.
+    pub(super) fn of_rows(self, (from, to): (usize, usize), m: usize) -> Self {
+        let (first, end) = (self.lines * from / m, self.lines * to / m);
+        Self { at: self.at.wrapping_add(first * LINE_WORDS), lines: end - first }
     }
 
-    /// Part `idx` of those of `lines` lines.
-    pub(super) fn part(self, idx: usize, lines: usize) -> Self {
+    /// Share `idx` of `count` even ones.
+    pub(super) fn share(self, idx: usize, count: usize) -> Self {
+        let lines = self.lines.div_ceil(count);
         Self { at: self.at.wrapping_add(idx * lines * LINE_WORDS), lines }
     }
 
@@ -143,7 +151,8 @@ impl Fetch {
 /// touch them meanwhile. `isa` must be available.
 #[expect(unsafe_code, reason = "the output pointer is shared by panels that write different columns")]
 pub(super) unsafe fn tile(rows: usize, isa: Isa, format: WeightFormat, mut args: TileArgs<'_>) {
-    if isa != Isa::Avx2 {
+    let spreads = matches!((isa, format), (Isa::Avx2, _) | (Isa::Avx512Bf16, WeightFormat::Bf16));
+    if !spreads {
         args.far.next_far(args.far.lines);
     }
     let steps = args.w.len() / PANEL;
@@ -166,7 +175,7 @@ pub(super) unsafe fn tile(rows: usize, isa: Isa, format: WeightFormat, mut args:
     }
     match (isa, format) {
         #[cfg(target_arch = "x86_64")]
-        (Isa::Avx512Bf16, WeightFormat::Bf16) => by_rows!(dot_bf16),
+        (Isa::Avx512Bf16, WeightFormat::Bf16) => by_rows!(bf16),
         #[cfg(target_arch = "x86_64")]
         (Isa::Avx512Bf16 | Isa::Avx512Vnni | Isa::Avx512, _) => by_rows!(generic_avx512, format),
         #[cfg(target_arch = "x86_64")]
@@ -176,122 +185,93 @@ pub(super) unsafe fn tile(rows: usize, isa: Isa, format: WeightFormat, mut args:
 }
 
 #[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
-#[expect(unsafe_code, reason = "vector loads and stores through raw pointers")]
-unsafe fn dot_bf16<const M: usize>(args: TileArgs<'_>) {
-    use std::arch::x86_64::{
-        __m512bh, __m512i, _MM_HINT_T0, _mm_prefetch, _mm512_dpbf16_ps, _mm512_loadu_si512, _mm512_mask_storeu_ps,
-        _mm512_maskz_loadu_ps, _mm512_set1_epi32, _mm512_setzero_ps, _mm512_setzero_si512,
-    };
-
-    /// Steps that a block's first use asks for ahead: it runs at the memory's speed.
-    const AHEAD: usize = 16;
-
-    fn as_bf16(v: __m512i) -> __m512bh {
-        // SAFETY: both are 64 bytes in which every bit pattern is valid.
-        unsafe { std::mem::transmute(v) }
-    }
-
-    let TileArgs { x, x_stride, w, is_first, y, y_stride, columns, from_zero, .. } = args;
-    let masks: [u16; 4] = std::array::from_fn(|v| {
-        let lanes = columns.saturating_sub(16 * v).min(16);
-        u16::try_from((1_u32 << lanes) - 1).expect("at most 16 lanes")
-    });
-    let mut acc = [[_mm512_setzero_ps(); 4]; M];
-    // SAFETY: masked lanes are neither read nor written, so that a vector of them may lie outside of `y`; the other lanes,
-    // and `x` and `w`, are in bounds by the caller's contract. Prefetching an address past the end is harmless.
-    unsafe {
-        if !from_zero {
-            for (r, row) in acc.iter_mut().enumerate() {
-                for (v, lane) in row.iter_mut().enumerate() {
-                    *lane = _mm512_maskz_loadu_ps(masks[v], y.wrapping_add(r * y_stride + 16 * v));
-                }
-            }
-        }
-        for (step, weights) in w.chunks_exact(PANEL).enumerate() {
-            let mut wv = [_mm512_setzero_si512(); 4];
-            for (v, lane) in wv.iter_mut().enumerate() {
-                *lane = _mm512_loadu_si512(weights.as_ptr().add(16 * v).cast());
-                if is_first {
-                    _mm_prefetch::<_MM_HINT_T0>(weights.as_ptr().wrapping_add(AHEAD * PANEL + 16 * v).cast());
-                }
-            }
-            for (r, row) in acc.iter_mut().enumerate() {
-                let pair = _mm512_set1_epi32(x.get_unchecked(r * x_stride + step).cast_signed());
-                for (v, lane) in row.iter_mut().enumerate() {
-                    *lane = _mm512_dpbf16_ps(*lane, as_bf16(pair), as_bf16(wv[v]));
-                }
-            }
-        }
-        for (r, row) in acc.iter().enumerate() {
-            for (v, lane) in row.iter().enumerate() {
-                _mm512_mask_storeu_ps(y.wrapping_add(r * y_stride + 16 * v), masks[v], *lane);
-            }
-        }
-    }
-}
-
-#[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
 #[expect(unsafe_code, reason = "passes the caller's contract on")]
 unsafe fn generic_avx512<const M: usize>(args: TileArgs<'_>, format: WeightFormat) {
     // SAFETY: the caller's contract.
-    unsafe { generic::<M, 4, true>(args, format) }
+    unsafe { generic::<M, 4, Avx512>(args, format) }
 }
 
 #[expect(unsafe_code, reason = "passes the caller's contract on")]
 unsafe fn generic_portable<const M: usize>(args: TileArgs<'_>, format: WeightFormat) {
     // SAFETY: the caller's contract.
-    unsafe { generic::<M, 1, false>(args, format) }
+    unsafe { generic::<M, 1, Array<false>>(args, format) }
 }
 
-/// Lanes that the plain loops keep together; the compiler makes them one vector or a few.
-const LANES: usize = 16;
-
-/// The plain loops, `V` groups of lanes at a time; the compiler vectorises them for the features of the function they are
-/// inlined into. `FMA` says whether fused multiply-add is an instruction there.
+/// The loops without a product of bf16, `V` vectors of columns at a time.
+///
+/// # Safety
+/// As for [`tile`].
 #[inline(always)]
-#[expect(unsafe_code, reason = "the output is a raw pointer")]
-unsafe fn generic<const M: usize, const V: usize, const FMA: bool>(args: TileArgs<'_>, format: WeightFormat) {
-    let TileArgs { x, x_stride, w, y, y_stride, columns, from_zero, .. } = args;
-    let fma = |a: f32, b: f32, c: f32| if FMA { a.mul_add(b, c) } else { a * b + c };
-    let (steps, _) = w.as_chunks::<PANEL>();
-    assert!(x.len() >= (M - 1) * x_stride + steps.len(), "x holds every row of the tile");
-    for from in (0..columns).step_by(V * LANES) {
-        let width = (V * LANES).min(columns - from);
-        let mut acc = [[[0.0_f32; LANES]; V]; M];
-        if !from_zero {
-            for (r, row) in acc.iter_mut().enumerate() {
-                for (c, value) in row.as_flattened_mut()[..width].iter_mut().enumerate() {
-                    // SAFETY: inside the tile by the caller's contract.
-                    *value = unsafe { *y.add(r * y_stride + from + c) };
-                }
+#[expect(unsafe_code, reason = "vector loads and stores through raw pointers")]
+unsafe fn generic<const M: usize, const V: usize, L: Lanes>(args: TileArgs<'_>, format: WeightFormat) {
+    for from in (0..args.columns).step_by(V * LANES) {
+        let columns = (V * LANES).min(args.columns - from);
+        let part = TileArgs { w: &args.w[from..], y: args.y.wrapping_add(from), ..args };
+        // SAFETY: the strip lies in the tile; where the panel has fewer columns than the strip the sums go through memory
+        // that has all.
+        unsafe {
+            if columns == V * LANES {
+                strip::<M, V, L>(&part, format);
+                continue;
+            }
+            let mut copy = [[0.0_f32; PANEL]; M];
+            let at = copy.as_flattened_mut().as_mut_ptr();
+            for row in 0..if args.from_zero { 0 } else { M } {
+                part.y.add(row * args.y_stride).copy_to_nonoverlapping(at.add(row * PANEL), columns);
+            }
+            strip::<M, V, L>(&TileArgs { y: at, y_stride: PANEL, ..part }, format);
+            for row in 0..M {
+                at.add(row * PANEL).copy_to_nonoverlapping(part.y.add(row * args.y_stride), columns);
             }
         }
-        for (step, weights) in steps.iter().enumerate() {
-            for v in 0..V {
-                let weights: &[u32; LANES] =
-                    weights[from + v * LANES..][..LANES].try_into().expect("the lanes divide the panel");
-                let low = weights.map(|weight| f32::from_bits(weight << 16));
-                let high = weights.map(|weight| f32::from_bits(weight & 0xffff_0000));
-                for (r, row) in acc.iter_mut().enumerate() {
-                    let word = x[r * x_stride + step];
-                    for (lane, value) in row[v].iter_mut().enumerate() {
-                        *value = match format {
-                            WeightFormat::F32 => fma(f32::from_bits(word), f32::from_bits(weights[lane]), *value),
-                            WeightFormat::Bf16 => {
-                                let sum = fma(f32::from_bits(word << 16), low[lane], *value);
-                                fma(f32::from_bits(word & 0xffff_0000), high[lane], sum)
-                            }
-                        };
+    }
+}
+
+/// One strip of [`generic`]: `w` starts at its first column of the first step.
+///
+/// # Safety
+/// `y` must be valid for reads and writes of `V` vectors in each of `M` rows; else as for [`tile`].
+#[inline(always)]
+#[expect(unsafe_code, reason = "vector loads and stores through raw pointers")]
+unsafe fn strip<const M: usize, const V: usize, L: Lanes>(args: &TileArgs<'_>, format: WeightFormat) {
+    let TileArgs { x, x_stride, w, y, y_stride, .. } = *args;
+    // SAFETY: every step of `w` holds the strip's columns, every row of `x` a word for each step, and `y` is the caller's.
+    unsafe {
+        let mut sums = [[L::splat(0.0); V]; M];
+        for (row, sums) in sums.iter_mut().enumerate().take(if args.from_zero { 0 } else { M }) {
+            for (v, sum) in sums.iter_mut().enumerate() {
+                *sum = L::load(y.add(row * y_stride + v * LANES));
+            }
+        }
+        for step in 0..w.len().div_ceil(PANEL) {
+            let words = w.as_ptr().add(step * PANEL);
+            let x = x.as_ptr().add(step);
+            match format {
+                WeightFormat::F32 => {
+                    let weights: [L; V] = std::array::from_fn(|v| L::load(words.add(v * LANES).cast()));
+                    for (row, sums) in sums.iter_mut().enumerate() {
+                        let x = L::splat(f32::from_bits(*x.add(row * x_stride)));
+                        for (sum, weight) in sums.iter_mut().zip(weights) {
+                            *sum = sum.add_product(x, weight);
+                        }
+                    }
+                }
+                WeightFormat::Bf16 => {
+                    for v in 0..V {
+                        let [first, second] = L::load_pairs(words.add(v * LANES));
+                        for (row, sums) in sums.iter_mut().enumerate() {
+                            let word = *x.add(row * x_stride);
+                            let sum = sums[v].add_product(L::splat(f32::from_bits(word << 16)), first);
+                            sums[v] = sum.add_product(L::splat(f32::from_bits(word & 0xffff_0000)), second);
+                        }
                     }
                 }
             }
         }
-        for (r, row) in acc.iter().enumerate() {
-            for (c, value) in row.as_flattened()[..width].iter().enumerate() {
-                // SAFETY: inside the tile by the caller's contract.
-                unsafe { *y.add(r * y_stride + from + c) = *value };
+        for (row, sums) in sums.iter().enumerate() {
+            for (v, sum) in sums.iter().enumerate() {
+                sum.store(y.add(row * y_stride + v * LANES));
             }
         }
     }

@@ -101,7 +101,7 @@ pub(super) unsafe fn expand<const M: usize>(
                 x: &[],
                 x_stride: 0,
                 w: &panel[block..block + words],
-                is_first: true,
+                is_only: true,
                 y: y.y.wrapping_add(panel_idx * PANEL),
                 y_stride: y.stride,
                 columns: PANEL.min(columns - panel_idx * PANEL),
