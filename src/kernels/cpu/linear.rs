@@ -25,22 +25,16 @@ use super::shared::Shared;
 use super::shrink::{Place, ShrinkPlan, shrink};
 use super::silu::silu_mul;
 use super::slots::{Outputs, PackedSlots, SlotRun, apply_slots, replace_rows};
-use super::tile::Fetch;
+use super::tile::{Fetch, ahead_bytes, piece};
 
 /// Rows multiplied before their outputs are finished.
 const CHUNK_ROWS: usize = 192;
 /// Elements converted to words by one task.
 const WORDS_GRAIN: usize = 1 << 15;
-/// Rows times panels multiplied before their outputs are finished, where those are fewer than [`CHUNK_ROWS`]: their outputs
-/// take half of the nearest cache.
-const PIECE: usize = 64;
 /// Most panels multiplied before their outputs are finished.
 const PANELS_MAX: usize = 8;
 /// Most of what adapters read for the panels of a piece: it waits in the second cache.
 const TERMS_BYTES_MAX: usize = 128 << 10;
-/// Blocks of the base weight during which that is asked for: they pass through the same cache.
-const AHEAD_BLOCKS: usize = 12;
-
 /// One linear of a sweep.
 #[derive(Clone, Debug)]
 pub struct SweepLinear<'a> {
@@ -250,7 +244,7 @@ impl Sweep<'_> {
             slots.flat_map(|slots| slots.ahead(0..1)).map(Fetch::bytes).sum()
         };
         let bytes = self.linears.iter().map(read).max().unwrap_or(0);
-        (PIECE / self.m.max(1)).min(TERMS_BYTES_MAX / bytes.max(1)).clamp(1, PANELS_MAX)
+        (piece(Isa::best()) / self.m.max(1)).min(TERMS_BYTES_MAX / bytes.max(1)).clamp(1, PANELS_MAX)
     }
 
     /// Panels of a linear whose outputs go to `y`, from `column` of its rows on.
@@ -320,7 +314,8 @@ impl Sweep<'_> {
         let slots = linear.runs.iter().filter(|run| overlaps(&run.rows, piece)).filter_map(|run| run.slots);
         let parts = slots.flat_map(|slots| slots.ahead(piece.panels.clone()));
         let (passes, blocks) = (num_passes(piece.to - piece.from), piece.panels.len() * linear.weight.num_blocks());
-        ahead.start(parts, passes * AHEAD_BLOCKS, passes * blocks);
+        let asking = (ahead_bytes(Isa::best()) / linear.weight.first_block(0).bytes().max(1)).max(1);
+        ahead.start(parts, passes * asking, passes * blocks);
     }
 
     /// The dense products of a piece in one of its panels.

@@ -3,6 +3,7 @@
 //! Every output is one chain over ascending `k` that starts at zero or at what the previous block left, so its bits
 //! depend on neither the number of rows nor the blocking. The chains differ between instruction sets.
 
+use super::ahead::Share;
 use super::isa::Isa;
 #[cfg(target_arch = "x86_64")]
 use super::lanes::Avx512;
@@ -25,6 +26,24 @@ pub(super) fn block_steps(isa: Isa) -> usize {
     match isa {
         Isa::Avx2 => AVX2_STEPS,
         Isa::Portable | Isa::Avx512 | Isa::Avx512Vnni | Isa::Avx512Bf16 => 512,
+    }
+}
+
+/// Rows times panels multiplied before their outputs are finished, where those are few rows: their outputs take half of the
+/// nearest cache, or all of it beside a large second one.
+pub(super) fn piece(isa: Isa) -> usize {
+    match isa {
+        Isa::Portable | Isa::Avx2 => 64,
+        Isa::Avx512 | Isa::Avx512Vnni | Isa::Avx512Bf16 => 128,
+    }
+}
+
+/// Bytes of the base weight during which is asked for what comes after it: they pass through the second cache, which waits for
+/// both; processors with AVX-512 have at least 1 MiB.
+pub(super) fn ahead_bytes(isa: Isa) -> usize {
+    match isa {
+        Isa::Portable | Isa::Avx2 => 192 << 10,
+        Isa::Avx512 | Isa::Avx512Vnni | Isa::Avx512Bf16 => 384 << 10,
     }
 }
 
@@ -53,7 +72,7 @@ pub(super) struct TileArgs<'a> {
     /// What to fetch meanwhile.
     pub(super) fetch: Fetch,
     /// What to fetch for later, to a cache further away.
-    pub(super) far: Fetch,
+    pub(super) far: Share<'a>,
 }
 
 /// Memory that is asked for while a tile is computed: it need not exist.
@@ -150,10 +169,10 @@ impl Fetch {
 /// `y` must be valid for reads and writes of `columns` elements in each of `rows` rows at `y_stride`, and nobody else may
 /// touch them meanwhile. `isa` must be available.
 #[expect(unsafe_code, reason = "the output pointer is shared by panels that write different columns")]
-pub(super) unsafe fn tile(rows: usize, isa: Isa, format: WeightFormat, mut args: TileArgs<'_>) {
+pub(super) unsafe fn tile(rows: usize, isa: Isa, format: WeightFormat, args: TileArgs<'_>) {
     let spreads = matches!((isa, format), (Isa::Avx2, _) | (Isa::Avx512Bf16, WeightFormat::Bf16));
     if !spreads {
-        args.far.next_far(args.far.lines);
+        args.far.all();
     }
     let steps = args.w.len() / PANEL;
     assert!(args.x.len() >= (rows - 1) * args.x_stride + steps, "x holds every row of the tile");

@@ -12,6 +12,7 @@ use std::arch::x86_64::{
 };
 use std::mem::MaybeUninit;
 
+use super::ahead::Share;
 use super::gemm::Target;
 use super::packed::{PANEL, WeightFormat};
 use super::tile::{AVX2_STEPS, Fetch, TileArgs};
@@ -107,7 +108,7 @@ pub(super) unsafe fn expand<const M: usize>(
                 columns: PANEL.min(columns - panel_idx * PANEL),
                 from_zero: from_zero && block == 0,
                 fetch: Fetch::NONE,
-                far: Fetch::NONE,
+                far: Share::NONE,
             };
             // SAFETY: the rows hold the two factors of each of the block's steps; y is the caller's.
             unsafe {
@@ -167,7 +168,7 @@ unsafe fn strips<const M: usize, const V: usize, const PARTS: usize>(args: &Tile
         let from = idx * width;
         let columns = width.min(args.columns - from);
         let (w, y) = (&args.w[from..], args.y.wrapping_add(from));
-        let part = TileArgs { w, y, fetch: args.fetch.share(idx, count), far: args.far.share(idx, count), ..*args };
+        let part = TileArgs { w, y, fetch: args.fetch.share(idx, count), far: args.far.of_strip(idx, count), ..*args };
         // SAFETY: the strip lies in the tile; where the panel has fewer columns than the strip the sums go through memory
         // that has all.
         unsafe {
@@ -196,7 +197,7 @@ unsafe fn strips<const M: usize, const V: usize, const PARTS: usize>(args: &Tile
 unsafe fn strip<const M: usize, const V: usize, const PARTS: usize>(args: &TileArgs<'_>, x: [*const f32; M]) {
     let (mut fetch, mut far) = (args.fetch, args.far);
     let steps = args.w.len().div_ceil(PANEL);
-    let far_lines = far.lines.div_ceil(steps);
+    let far_lines = far.lines_of(steps);
     // SAFETY: every step of `w` holds the strip's columns, on whole vectors of a packed matrix's lines; every row of `x`
     // holds its factors, and `y` is the caller's.
     unsafe {
@@ -211,7 +212,7 @@ unsafe fn strip<const M: usize, const V: usize, const PARTS: usize>(args: &TileA
             let w = args.w.as_ptr().add(step * PANEL);
             // All strips together fetch as many lines as a step has.
             fetch.next(V / 2);
-            far.next_far(far_lines);
+            far.next(far_lines);
             for part in 0..PARTS {
                 let mut weights = [_mm256_setzero_ps(); V];
                 for (v, weight) in weights.iter_mut().enumerate() {

@@ -1,8 +1,8 @@
 //! The tile for AVX-512 with the dot product of bf16.
 //!
 //! A panel's 64 columns are four vectors, which with six rows fill the registers. Where several tiles use a block, all of them
-//! ask for the next one meanwhile, for the second cache, so that the memory works all the time; a single tile asks for its own
-//! a little ahead, for the nearest.
+//! ask for the next one meanwhile, for the second cache, so that the memory works all the time. What a single tile reads the
+//! processor foresees, forward and all of it: asking would hold it up.
 
 #![expect(unsafe_code, reason = "vector loads and stores through raw pointers")]
 
@@ -12,15 +12,13 @@ use std::arch::x86_64::{
 };
 
 use super::packed::PANEL;
-use super::tile::{Fetch, LINE_WORDS, TileArgs};
+use super::tile::TileArgs;
 use super::words::LANES;
 
 /// Vectors of a panel's columns.
 const VECTORS: usize = PANEL / LANES;
 /// Steps between which memory is asked for.
 const GROUP: usize = 8;
-/// Groups that a block's only tile asks for ahead.
-const GROUPS_AHEAD: usize = 2;
 
 /// Accumulates `M` rows.
 ///
@@ -34,7 +32,7 @@ pub(super) unsafe fn tile<const M: usize>(args: TileArgs<'_>) {
         u16::try_from((1_u32 << lanes) - 1).expect("at most 16 lanes")
     });
     let groups = w.len().div_ceil(GROUP * PANEL);
-    let (lines, far_lines) = (fetch.lines.div_ceil(groups), far.lines.div_ceil(groups));
+    let (lines, far_lines) = (fetch.lines.div_ceil(groups), far.lines_of(groups));
     // SAFETY: masked lanes are neither read nor written, so that a vector of them may lie outside of `y`; the other lanes,
     // and `x` and `w`, are in bounds by the caller's contract.
     unsafe {
@@ -46,13 +44,10 @@ pub(super) unsafe fn tile<const M: usize>(args: TileArgs<'_>) {
         }
         let mut x = x.as_ptr();
         for group in w.chunks(GROUP * PANEL) {
-            if is_only {
-                let at = group.as_ptr().wrapping_add(GROUPS_AHEAD * GROUP * PANEL);
-                Fetch { at, lines: group.len() / LINE_WORDS }.next(GROUP * PANEL / LINE_WORDS);
-            } else {
+            if !is_only {
                 fetch.next_far(lines);
             }
-            far.next_far(far_lines);
+            far.next(far_lines);
             for weights in group.chunks_exact(PANEL) {
                 let weights: [__m512bh; VECTORS] =
                     std::array::from_fn(|v| as_bf16(_mm512_loadu_si512(weights.as_ptr().add(LANES * v).cast())));

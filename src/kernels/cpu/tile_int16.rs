@@ -26,8 +26,8 @@ pub(super) unsafe fn vnni<const M: usize>(args: &IntegerArgs<'_>) {
     /// Vectors of a panel.
     const V: usize = PANEL / 16;
 
-    let (mut fetch, mut far) = (args.fetch, args.far);
-    far.next_far(far.lines);
+    let mut fetch = args.fetch;
+    args.far.all();
     // SAFETY: a group holds its steps and scales; the rest is the caller's contract.
     unsafe {
         for (group, w) in args.w.chunks_exact(GROUP_WORDS).enumerate() {
@@ -154,9 +154,9 @@ unsafe fn strips<const M: usize, const V: usize, const U: usize>(args: &IntegerA
     unsafe {
         let count = PANEL / (V * LANES);
         for strip in 0..count {
-            let (mut fetch, mut far) = (args.fetch.share(strip, count), args.far.share(strip, count));
+            let (mut fetch, mut far) = (args.fetch.share(strip, count), args.far.of_strip(strip, count));
             let rounds = args.w.len() / GROUP_WORDS * (STEPS_16 / U);
-            let far_lines = if far.lines > 0 { far.lines.div_ceil(rounds) } else { 0 };
+            let far_lines = far.lines_of(rounds);
             for (group, w) in args.w.chunks_exact(GROUP_WORDS).enumerate() {
                 let group = args.first_group + group;
                 let exponents = w.as_ptr().add(STEPS_16 * PANEL).cast::<u8>().add(strip * V * LANES);
@@ -166,7 +166,7 @@ unsafe fn strips<const M: usize, const V: usize, const U: usize>(args: &IntegerA
                 let mut acc = [[_mm256_setzero_si256(); V]; M];
                 for _ in 0..STEPS_16 / U {
                     fetch.next(U * V / 2);
-                    far.next_far(far_lines);
+                    far.next(far_lines);
                     for step in 0..U {
                         let mut weights = [_mm256_setzero_si256(); V];
                         for (v, weight) in weights.iter_mut().enumerate() {

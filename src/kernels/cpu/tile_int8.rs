@@ -20,8 +20,8 @@ pub(super) unsafe fn vnni<const M: usize>(args: &IntegerArgs<'_>) {
     /// Vectors of a panel.
     const V: usize = PANEL / 16;
 
-    let (mut fetch, mut far) = (args.fetch, args.far);
-    far.next_far(far.lines);
+    let mut fetch = args.fetch;
+    args.far.all();
     // SAFETY: a group holds its steps and scales; the rest is the caller's contract.
     unsafe {
         let flip = _mm512_set1_epi8(-128);
@@ -106,14 +106,14 @@ unsafe fn strips<const M: usize, const V: usize>(args: &IntegerArgs<'_>) {
         }
         let count = PANEL / (V * LANES);
         for strip in 0..count {
-            let (mut fetch, mut far) = (args.fetch.share(strip, count), args.far.share(strip, count));
-            let far_lines = far.lines.div_ceil(args.w.len() / GROUP_WORDS * STEPS_8);
+            let (mut fetch, mut far) = (args.fetch.share(strip, count), args.far.of_strip(strip, count));
+            let far_lines = far.lines_of(args.w.len() / GROUP_WORDS * STEPS_8);
             for (group, w) in args.w.chunks_exact(GROUP_WORDS).enumerate() {
                 let w = w.as_ptr().add(strip * V * LANES);
                 let mut acc = [[_mm256_setzero_si256(); V]; M];
                 for step in 0..STEPS_8 {
                     fetch.next(V / 2);
-                    far.next_far(far_lines);
+                    far.next(far_lines);
                     for half in 0..2 {
                         let mut weights = [_mm256_setzero_si256(); V];
                         for (v, weight) in weights.iter_mut().enumerate() {

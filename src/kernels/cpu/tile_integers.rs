@@ -4,6 +4,7 @@
 
 #![expect(unsafe_code, reason = "outputs are read and written through a raw pointer")]
 
+use super::ahead::Share;
 use super::integers::{GROUP, IntegerWidth, STEPS_8, STEPS_16};
 use super::isa::Isa;
 use super::packed::PANEL;
@@ -35,7 +36,7 @@ pub(super) struct IntegerArgs<'a> {
     /// What to fetch meanwhile.
     pub(super) fetch: Fetch,
     /// What to fetch for later, to a cache further away.
-    pub(super) far: Fetch,
+    pub(super) far: Share<'a>,
 }
 
 impl IntegerArgs<'_> {
