@@ -363,7 +363,9 @@ fn accumulate<const A: usize, L: Lanes, T: KvElement, const ASK: bool>(
         column += 4 * LANES;
     }
     while columns - column >= LANES {
-        blocks::<1, A, L, T, ASK>(p, (rows, if L::WIDE { 8 } else { 6 }), column, &mut ahead, (out, stride));
+        // With more rows the compiler runs out of the 16 registers.
+        let most = if L::WIDE { 8 } else { 4 };
+        blocks::<1, A, L, T, ASK>(p, (rows, most), column, &mut ahead, (out, stride));
         column += LANES;
     }
     for row in 0..rows {

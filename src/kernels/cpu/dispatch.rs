@@ -10,8 +10,8 @@ macro_rules! dispatch {
         $crate::kernels::cpu::dispatch::dispatch! {
             @ [$(#[$doc])*] [$vis] $name [$(<$t: $bound>)?] [$($t)?] ($($arg: $ty),*) $body
             [$crate::kernels::cpu::lanes::Avx512]
-            [$crate::kernels::cpu::lanes::Array<true>]
-            [$crate::kernels::cpu::lanes::Array<false>]
+            [$crate::kernels::cpu::lanes::Avx2]
+            [$crate::kernels::cpu::lanes::Plain]
         }
     };
     ($(#[$doc:meta])* $vis:vis fn $name:ident$(<$t:ident: $bound:ident>)?($($arg:ident : $ty:ty),* $(,)?) => $body:ident) => {

@@ -110,7 +110,8 @@ pub(crate) fn sweep(x: &[f32], linears: &[SweepLinear<'_>], finish: Finish<'_>) 
         to_words(x, k, form, widths, (plain_terms, plain_integers));
         shrink((x, plain_terms, form), k, &plan, ((own_terms, own_integers), short));
         let words = RowWords { terms, integers };
-        let sweep = Sweep { linears, finish, x, k, words, plan: &plan, short, row, y: outputs, m };
+        let products = linears.iter().zip(&plan.places).map(|(linear, places)| products(linear, places)).collect();
+        let sweep = Sweep { linears, finish, x, k, words, products, plan: &plan, short, row, y: outputs, m };
         sweep.run();
         sweep.finish_whole_rows();
     });
@@ -184,12 +185,42 @@ struct Sweep<'a> {
     /// Elements per row of `x`.
     k: usize,
     words: RowWords<'a>,
+    /// By linear.
+    products: Vec<Vec<Product<'a>>>,
     plan: &'a ShrinkPlan<'a>,
     short: &'a [f32],
     /// Elements per row of `y`.
     row: usize,
     y: Shared<'a, f32>,
     m: usize,
+}
+
+/// Rows that adjoin and meet one weight, which is then read once for all of them.
+struct Product<'a> {
+    rows: Range<usize>,
+    weight: BaseMatrix<'a>,
+    /// How far the rows of words lie behind the rows.
+    shift: usize,
+}
+
+/// The products of a linear, which tile its rows.
+fn products<'a>(linear: &SweepLinear<'a>, places: &[Place]) -> Vec<Product<'a>> {
+    let mut products: Vec<Product<'a>> = Vec::new();
+    let mut last = None;
+    for (run, place) in linear.runs.iter().zip(places) {
+        let own = run.slots.and_then(|slots| slots.own.as_ref());
+        let shift = place.word_row - run.rows.start;
+        let source = (own.map(std::ptr::from_ref), shift);
+        match products.last_mut() {
+            Some(product) if last == Some(source) => product.rows.end = run.rows.end,
+            _ => {
+                let weight = own.map_or(linear.weight, OwnMatrix::matrix);
+                products.push(Product { rows: run.rows.clone(), weight, shift });
+            }
+        }
+        last = Some(source);
+    }
+    products
 }
 
 /// Some rows of neighbouring panels of one linear.
@@ -293,7 +324,7 @@ impl Sweep<'_> {
         let places = &self.plan.places[piece.linear_idx];
         AHEAD.with_borrow_mut(|ahead| {
             self.ask_ahead(linear, piece, ahead);
-            piece.panels.clone().for_each(|panel_idx| self.product(linear, places, (piece, panel_idx), ahead));
+            piece.panels.clone().for_each(|panel_idx| self.products(linear, (piece, panel_idx), ahead));
         });
         let touched = || linear.runs.iter().zip(places).filter(|(run, _)| overlaps(&run.rows, piece));
         for (run, place) in touched() {
@@ -319,32 +350,16 @@ impl Sweep<'_> {
     }
 
     /// The dense products of a piece in one of its panels.
-    fn product(
-        &self,
-        linear: &SweepLinear<'_>,
-        places: &[Place],
-        (piece, panel_idx): (&Piece<'_>, usize),
-        ahead: &mut Ahead,
-    ) {
-        let mut runs = linear.runs.iter().zip(places).filter(|(run, _)| overlaps(&run.rows, piece)).peekable();
-        // The adapter's own weight, and how far a run's rows of words lie from its rows.
-        let source = |(run, place): &(&SlotRun<'_>, &Place)| -> (Option<*const OwnMatrix>, usize) {
-            let own = run.slots.and_then(|slots| slots.own.as_ref());
-            (own.map(std::ptr::from_ref), place.word_row - run.rows.start)
-        };
-        // Rows that adjoin and share a weight are one product, so the base weight is read once for all of them.
-        while let Some((run, place)) = runs.next() {
-            let mut to = run.rows.end;
-            let first = source(&(run, place));
-            while let Some((run, _)) = runs.next_if(|next| source(next) == first) {
-                to = run.rows.end;
-            }
-            ahead.block = match runs.peek() {
-                Some((next, _)) => own_weight(next).unwrap_or(linear.weight).first_block(panel_idx),
+    fn products(&self, linear: &SweepLinear<'_>, (piece, panel_idx): (&Piece<'_>, usize), ahead: &mut Ahead) {
+        let products = &self.products[piece.linear_idx];
+        let mut products = products.iter().filter(|product| overlaps(&product.rows, piece)).peekable();
+        while let Some(product) = products.next() {
+            ahead.block = match products.peek() {
+                Some(next) => next.weight.first_block(panel_idx),
                 None if panel_idx + 1 < piece.panels.end => linear.weight.first_block(panel_idx + 1),
                 None => piece.after,
             };
-            let (from, to) = (run.rows.start.max(piece.from), to.min(piece.to));
+            let (from, to) = (product.rows.start.max(piece.from), product.rows.end.min(piece.to));
             let column = (panel_idx - piece.panels.start) * PANEL;
             let target = piece.offset + (from - piece.from) * piece.stride + column;
             let columns = PANEL.min(linear.weight.n() - panel_idx * PANEL);
@@ -353,11 +368,10 @@ impl Sweep<'_> {
                 "the piece lies in its output"
             );
             let target = Target { y: piece.out.at(target), stride: piece.stride };
-            let shift = place.word_row - run.rows.start;
             let words = (self.words, linear.weight.form());
-            let weight = own_weight(run).unwrap_or(linear.weight);
+            let rows = (from + product.shift, to + product.shift);
             // SAFETY: in bounds by the assertion; a panel's columns are written by its task only.
-            unsafe { multiply(words, (from + shift, to + shift), weight, panel_idx, target, ahead) };
+            unsafe { multiply(words, rows, product.weight, panel_idx, target, ahead) };
         }
     }
 

@@ -7,7 +7,7 @@ use super::ahead::Share;
 use super::isa::Isa;
 #[cfg(target_arch = "x86_64")]
 use super::lanes::Avx512;
-use super::lanes::{Array, Lanes};
+use super::lanes::{Lanes, Plain};
 use super::packed::{PANEL, WeightFormat};
 #[cfg(target_arch = "x86_64")]
 use super::tile_avx2::tile as avx2;
@@ -214,7 +214,7 @@ unsafe fn generic_avx512<const M: usize>(args: TileArgs<'_>, format: WeightForma
 #[expect(unsafe_code, reason = "passes the caller's contract on")]
 unsafe fn generic_portable<const M: usize>(args: TileArgs<'_>, format: WeightFormat) {
     // SAFETY: the caller's contract.
-    unsafe { generic::<M, 1, Array<false>>(args, format) }
+    unsafe { generic::<M, 1, Plain>(args, format) }
 }
 
 /// The loops without a product of bf16, `V` vectors of columns at a time.
