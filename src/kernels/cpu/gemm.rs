@@ -89,7 +89,12 @@ pub(super) unsafe fn multiply_integer_panel(
     let m = x.len() / x_stride;
     // The processor foresees what a single row reads, forward and all of it: asking holds it up then, and blocks, which keep
     // weights near for the next rows, only interrupt it.
-    let asks = m > 1 || isa != Isa::Avx2 || width != IntegerWidth::Sixteen;
+    let foreseen = match isa {
+        Isa::Avx2 => width == IntegerWidth::Sixteen,
+        Isa::Avx512Vnni | Isa::Avx512Bf16 => true,
+        Isa::Portable | Isa::Avx512 => false,
+    };
+    let asks = m > 1 || !foreseen;
     let block_groups = if asks { block_groups(width) } else { groups(w.k()) };
     let together = rows_together(m);
     let mut blocks = w.panel(panel_idx).chunks(block_groups * width.group_words()).enumerate().peekable();
