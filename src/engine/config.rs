@@ -30,7 +30,7 @@ pub struct EngineConfig {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub enum KvDtypeChoice {
-    /// That of the activations.
+    /// bf16 with weights in bf16; with others that of the activations.
     Auto,
     /// 32-bit floats.
     F32,
@@ -39,10 +39,10 @@ pub enum KvDtypeChoice {
 }
 
 impl KvDtypeChoice {
-    /// The format of keys and values beside activations in `activations`.
-    pub fn dtype(self, activations: DType) -> DType {
+    /// The format of keys and values for a model whose own is `auto`.
+    pub fn dtype(self, auto: DType) -> DType {
         match self {
-            Self::Auto => activations,
+            Self::Auto => auto,
             Self::F32 => DType::F32,
             Self::Bf16 => DType::BF16,
         }

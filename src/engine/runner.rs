@@ -54,7 +54,7 @@ impl ModelRunner {
     pub fn new(model: Arc<Model>, config: &EngineConfig) -> std::result::Result<Self, RunnerError> {
         config.check()?;
         let info = model.info();
-        let dtype = config.kv_cache_dtype.dtype(info.dtype);
+        let dtype = config.kv_cache_dtype.dtype(info.kv_dtype);
         let num_blocks = num_blocks(info.kv_bytes_per_token(dtype), config)?;
         let kv_cache_bytes = num_blocks * config.block_tokens * info.kv_bytes_per_token(dtype);
         let cache = KvCache::new(info, num_blocks, config.block_tokens, dtype)

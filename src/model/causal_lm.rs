@@ -6,7 +6,7 @@ use candle_core::{DType, Result, Tensor};
 use serde_json::Value;
 
 use super::checkpoint::Checkpoint;
-use super::device_adapter::Placement;
+use super::device_adapter::{PackedBase, Placement};
 use super::families::{self, Built};
 use super::layers::{Decoder, Matrix};
 use super::loader::{Loaded, Loader, Parameters};
@@ -81,7 +81,10 @@ impl Model {
     /// # Errors
     /// When the device is out of memory.
     pub fn adapter_to_device(&self, adapter: &LoweredAdapter) -> Result<DeviceAdapter> {
-        let packed_form = |site| self.parameters(site).weight.packed().map(|w| (w.form(), w.k()));
+        let packed_base = |site| {
+            let Parameters { weight, bias } = self.parameters(site);
+            weight.packed().map(|w| PackedBase { form: w.form(), k: w.k(), bias: bias.as_ref() })
+        };
         let place = Placement {
             device: &self.info.device,
             dtype: self.info.dtype,
@@ -89,7 +92,7 @@ impl Model {
             heads: (self.info.num_kv_heads, self.info.head_dim),
             shared: &self.shared,
         };
-        DeviceAdapter::new(adapter, &place, packed_form)
+        DeviceAdapter::new(adapter, &place, packed_base)
     }
 
     fn parameters(&self, site: SiteId) -> &Parameters {
@@ -192,6 +195,7 @@ fn info(
         head_dim: heads.head_dim,
         context_tokens_max,
         dtype: loaded.dtype,
+        kv_dtype: loaded.kv_dtype,
         adapter_formats: loaded.adapter_formats,
         device: loaded.device.clone(),
         kv_layout: if loaded.packed { KvLayout::Heads } else { KvLayout::Rows },

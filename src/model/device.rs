@@ -21,7 +21,7 @@ pub fn open_device(choice: DeviceChoice) -> Result<Device, ModelError> {
     }
 }
 
-/// Format of activations, KV cache and adapters for weights in `weights` on `device`.
+/// Format of activations and adapters' vectors for weights in `weights` on `device`.
 ///
 /// On the CPU it is always f32: candle has no bf16 product there, and f32 activations over exactly converted weights
 /// are more accurate and no slower. Elsewhere it is the weights' own format.

@@ -16,7 +16,8 @@ use crate::adapter::{
 use crate::kernels::ButterflyFactor;
 use crate::kernels::cpu::{
     BlockProduct, Blocks, Circulant, IntegerMatrix, IntegerWidth, NormSlots, OwnMatrix, PackedDelta, PackedMatrix,
-    PackedMix, PackedPre, PackedScale, PackedSlots, Router, RowForm, RowMatrix, SparseRows, SpectralRows, WeightFormat,
+    PackedMix, PackedPre, PackedScale, PackedSlots, PackedVector, Router, RowForm, RowMatrix, SparseRows, SpectralRows,
+    WeightFormat,
 };
 use crate::kernels::{KvLayout, PagedKv};
 
@@ -61,26 +62,26 @@ impl DeviceAdapter {
         Self { tensors, ..Self::default() }
     }
 
-    /// Places `adapter`; `packed_form` names the form of rows for a site's base weight, and its inputs, where that is packed.
-    pub(super) fn new(
+    /// Places `adapter`; `packed_base` tells of the base of a site whose weight is packed.
+    pub(super) fn new<'a>(
         adapter: &LoweredAdapter,
         place: &Placement<'_>,
-        packed_form: impl Fn(SiteId) -> Option<(RowForm, usize)>,
+        packed_base: impl Fn(SiteId) -> Option<PackedBase<'a>>,
     ) -> Result<Self> {
         let pack_layers = place.layout == KvLayout::Heads;
         let mut placed = Self::default();
         // Packing is most of the work of placing an adapter, and a step waits for it.
         let mut to_pack = Vec::new();
         for (site, slots) in &adapter.linears {
-            match packed_form(*site) {
-                Some(form) => to_pack.push((*site, slots, form)),
+            match packed_base(*site) {
+                Some(base) => to_pack.push((*site, slots, base)),
                 None => {
                     placed.tensors.linears.insert(*site, place.linear(slots)?);
                 }
             }
         }
-        let shared = place.shared.packed(to_pack.iter().map(|(_, slots, (form, _))| (*slots, form.terms())))?;
-        let packed = to_pack.into_par_iter().map(|(site, slots, form)| Ok((site, pack_slots(slots, form, &shared)?)));
+        let shared = place.shared.packed(to_pack.iter().map(|(_, slots, base)| (*slots, base.form.terms())))?;
+        let packed = to_pack.into_par_iter().map(|(site, slots, base)| Ok((site, pack_slots(slots, &base, &shared)?)));
         placed.packed = packed.collect::<Result<_>>()?;
         for (site, norm) in &adapter.norms {
             if pack_layers {
@@ -196,7 +197,18 @@ fn pack_product(a: &Tensor, mix: &BlockMix, b: Option<&Tensor>, format: WeightFo
     Ok(BlockProduct::new(format, (&host(a)?, a.dims3()?), mix, b)?)
 }
 
-fn pack_slots(slots: &LinearSlots, (form, k): (RowForm, usize), shared: &PackedForms) -> Result<PackedSlots> {
+/// What the base has at a linear whose weight is packed.
+pub(super) struct PackedBase<'a> {
+    /// What rows of activations are made into.
+    pub(super) form: RowForm,
+    /// Inputs.
+    pub(super) k: usize,
+    /// Bias (n).
+    pub(super) bias: Option<&'a Tensor>,
+}
+
+fn pack_slots(slots: &LinearSlots, base: &PackedBase<'_>, shared: &PackedForms) -> Result<PackedSlots> {
+    let PackedBase { form, k, bias } = *base;
     let format = form.terms();
     let mut deltas = Vec::with_capacity(slots.deltas.len());
     for delta in &slots.deltas {
@@ -251,11 +263,14 @@ fn pack_slots(slots: &LinearSlots, (form, k): (RowForm, usize), shared: &PackedF
         deltas,
         scale: match &slots.scale {
             Scale::One => None,
-            Scale::Diag(scale) => Some(PackedScale::Diag(host(scale)?)),
+            Scale::Diag(scale) => Some(PackedScale::Diag(PackedVector::factors(format, &host(scale)?))),
             Scale::PairRot { p, q, half } => Some(PackedScale::PairRot { p: host(p)?, q: host(q)?, half: *half }),
             Scale::BlockDiag(blocks) => Some(PackedScale::BlockDiag(pack_blocks(blocks)?)),
         },
-        c: slots.c.as_ref().map(host).transpose()?,
+        c: match &slots.c {
+            None => None,
+            Some(c) => Some(PackedVector::added(format, &host(c)?, &bias.map_or(Ok(Vec::new()), host)?)),
+        },
     })
 }
 

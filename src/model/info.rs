@@ -24,6 +24,8 @@ pub struct ModelInfo {
     pub context_tokens_max: usize,
     /// Format of activations.
     pub dtype: DType,
+    /// Format of keys and values where none is asked for.
+    pub kv_dtype: DType,
     /// Formats in which adapters are kept.
     pub adapter_formats: Formats,
     /// Where the weights lie.

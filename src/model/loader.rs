@@ -47,6 +47,7 @@ pub(super) struct Loaded {
     pub(super) parameters: Vec<Parameters>,
     pub(super) weight_bytes: usize,
     pub(super) dtype: DType,
+    pub(super) kv_dtype: DType,
     pub(super) adapter_formats: Formats,
     pub(super) device: Device,
     /// Whether the CPU's kernels run the layers.
@@ -155,11 +156,13 @@ impl Loader {
             self.dtype
         };
         let adapter_formats = Formats { matrices, values: self.dtype };
+        let kv_dtype = if self.weight_dtype == DType::BF16 { DType::BF16 } else { self.dtype };
         Loaded {
             sites: self.sites,
             parameters: self.parameters,
             weight_bytes: self.weight_bytes,
             dtype: self.dtype,
+            kv_dtype,
             adapter_formats,
             device: self.device,
             packed: self.pack,

@@ -26,6 +26,7 @@ use super::shrink::{Place, ShrinkPlan, shrink};
 use super::silu::silu_mul;
 use super::slots::{Outputs, PackedSlots, SlotRun, apply_slots, replace_rows};
 use super::tile::{Fetch, ahead_bytes, piece};
+use super::vector::Columns;
 
 /// Rows multiplied before their outputs are finished.
 const CHUNK_ROWS: usize = 192;
@@ -402,16 +403,17 @@ impl Sweep<'_> {
         (row, first): (usize, usize),
         y: &mut [f32],
     ) {
-        let scale = slots.and_then(|slots| slots.scale.as_ref()).map_or(&[][..], |scale| {
+        let scale = slots.and_then(|slots| slots.scale.as_ref()).map_or(Columns::NONE, |scale| {
             scale.mix(first, y);
             scale.factors(first)
         });
-        let c = slots.and_then(|slots| slots.c.as_deref()).or(linear.bias).map_or(&[][..], |c| &c[first..]);
+        let c = slots.and_then(|slots| slots.c.as_ref()).map_or(Columns::NONE, |c| c.columns(first));
+        let bias = linear.bias.map_or(&[][..], |bias| &bias[first..]);
         let residual = match self.finish {
             Finish::Add(residual) => &residual[row * self.row + first..][..y.len()],
             Finish::Join | Finish::SiluMul => &[],
         };
-        scale_add(Isa::best(), scale, [c, residual], y);
+        scale_add(Isa::best(), scale, c, bias, residual, y);
     }
 
     /// Once all panels are there: the rows whose scale mixes columns of several.

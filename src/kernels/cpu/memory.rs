@@ -29,6 +29,8 @@ const MAPPED_BYTES_MIN: usize = 4 << 10;
 pub(super) unsafe trait Plain: Copy + Default + Send + Sync + 'static {}
 
 // SAFETY: plain numbers.
+unsafe impl Plain for u16 {}
+// SAFETY: as above.
 unsafe impl Plain for u32 {}
 // SAFETY: as above.
 unsafe impl Plain for f32 {}

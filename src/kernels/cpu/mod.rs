@@ -47,6 +47,7 @@ mod tile_int16;
 #[cfg(target_arch = "x86_64")]
 mod tile_int8;
 mod tile_integers;
+mod vector;
 mod words;
 
 pub(crate) use attention::QuerySpan;
@@ -71,3 +72,4 @@ pub use scale::PackedScale;
 pub use slots::{PackedDelta, PackedSlots, RowGates, SlotRun};
 pub use sparse::SparseRows;
 pub use spectral::SpectralRows;
+pub use vector::PackedVector;

@@ -19,6 +19,7 @@ use super::shared::Shared;
 use super::sparse::SparseRows;
 use super::spectral::SpectralRows;
 use super::tile::Fetch;
+use super::vector::PackedVector;
 
 /// What an adapter does to one linear, in the CPU's form. All matrices but its own weight have the format of terms over the
 /// base weight ([`RowForm::terms`](super::RowForm::terms)).
@@ -35,7 +36,7 @@ pub struct PackedSlots {
     /// Output scale.
     pub scale: Option<PackedScale>,
     /// Vector added last (n); `None` is the base bias.
-    pub c: Option<Vec<f32>>,
+    pub c: Option<PackedVector>,
 }
 
 /// An additive term in the CPU's form.
@@ -126,13 +127,9 @@ impl PackedSlots {
     /// What it reads for panels of outputs that is worth fetching ahead.
     pub(super) fn ahead(&self, panels: Range<usize>) -> impl Iterator<Item = Fetch> {
         let columns = panels.start * PANEL..panels.end * PANEL;
-        let [first, second] = self.scale.as_ref().map_or([&[][..]; 2], PackedScale::vectors);
-        let vectors = [first, second, self.c.as_deref().unwrap_or(&[])];
-        let of_columns = move |vector: &[f32]| {
-            let part = vector.get(columns.start..columns.end.min(vector.len()));
-            part.map_or(Fetch::NONE, Fetch::of)
-        };
-        self.deltas.iter().flat_map(move |delta| delta.ahead(panels.clone())).chain(vectors.map(of_columns))
+        let scale = self.scale.as_ref().map_or([Fetch::NONE; 2], |scale| scale.ahead(columns.clone()));
+        let c = self.c.as_ref().map_or(Fetch::NONE, |c| c.ahead(columns));
+        self.deltas.iter().flat_map(move |delta| delta.ahead(panels.clone())).chain(scale).chain([c])
     }
 
     /// Whether a row is so much work before the sweep that it is a task by itself.

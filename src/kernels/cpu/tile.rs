@@ -3,6 +3,8 @@
 //! Every output is one chain over ascending `k` that starts at zero or at what the previous block left, so its bits
 //! depend on neither the number of rows nor the blocking. The chains differ between instruction sets.
 
+use std::ops::Range;
+
 use super::ahead::Share;
 use super::isa::Isa;
 #[cfg(target_arch = "x86_64")]
@@ -98,6 +100,12 @@ impl Fetch {
     pub(super) fn of<T>(elements: &[T]) -> Self {
         let lines = size_of_val(elements).div_ceil(LINE_WORDS * size_of::<u32>());
         Self { at: elements.as_ptr().cast(), lines }
+    }
+
+    /// Those of `elements` in `range` that there are.
+    pub(super) fn of_part<T>(elements: &[T], range: Range<usize>) -> Self {
+        let part = elements.get(range.start..range.end.min(elements.len()));
+        part.map_or(Self::NONE, Self::of)
     }
 
     /// Its length.

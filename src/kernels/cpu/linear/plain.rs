@@ -17,6 +17,7 @@ use super::super::rows::RowMatrix;
 use super::super::scale::PackedScale;
 use super::super::slots::{PackedDelta, PackedSlots, RowGates};
 use super::super::sparse::SparseRows;
+use super::super::vector::PackedVector;
 use crate::kernels::cpu::testing::random;
 
 /// An adapter's slots as plain f32 matrices.
@@ -38,7 +39,7 @@ pub(super) struct Plain {
     router: Option<(usize, usize, Vec<f32>)>,
     /// Rank of a term that the gates of [`row_gates`] weigh, in turn.
     gated: Option<usize>,
-    c: Option<Vec<f32>>,
+    c: Option<PackedVector>,
 }
 
 /// A product of blocks.
@@ -144,6 +145,7 @@ impl Plain {
         let r = 1 + (seed >> 8) as usize % 20;
         let q = if has(5) { n } else { (1..=n).rev().find(|q| n.is_multiple_of(*q) && *q < n).unwrap_or(n) };
         let some = |bit: u64, len: usize| has(bit).then(|| random(len, seed ^ bit));
+        let format = if has(33) { WeightFormat::Bf16 } else { WeightFormat::F32 };
         Self {
             // Blocks of one number are a diagonal. Only the last of several factors has its inputs in order.
             pre: (0..if has(12) { 3 } else { u64::from(has(7)) })
@@ -196,10 +198,13 @@ impl Plain {
                 }
                 match (1..=n / 2).rfind(|half| n.is_multiple_of(2 * half) && !(has(11) && *half > 4)) {
                     Some(half) if has(9) => PackedScale::PairRot { p, q: random(n, seed ^ 9), half },
-                    _ => PackedScale::Diag(p),
+                    _ => {
+                        let near: Vec<f32> = p.iter().map(|p| 1.0 + p / 3.0).collect();
+                        PackedScale::Diag(PackedVector::factors(format, if has(34) { &near } else { &p }))
+                    }
                 }
             }),
-            c: some(4, n),
+            c: some(4, n).map(|c| PackedVector::added(format, &c, &[])),
         }
     }
 
@@ -336,7 +341,7 @@ impl Plain {
         let y = self.unscaled(x, w, o);
         let scaled = match &self.scale {
             None => y,
-            Some(PackedScale::Diag(scale)) => y * f64::from(scale[o]),
+            Some(PackedScale::Diag(scale)) => y * f64::from(scale.value(o, 1.0)),
             Some(PackedScale::PairRot { p, q, half }) => {
                 let is_first = (o / half).is_multiple_of(2);
                 let partner = self.unscaled(x, w, if is_first { o + half } else { o - half });
@@ -348,6 +353,6 @@ impl Plain {
                 of_block.map(|i| self.unscaled(x, w, i) * f64::from(values[i * s + o % s])).sum()
             }
         };
-        scaled + f64::from(self.c.as_ref().map_or(bias[o], |c| c[o]))
+        scaled + f64::from(self.c.as_ref().map_or(bias[o], |c| c.value(o, bias[o])))
     }
 }
