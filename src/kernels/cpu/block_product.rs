@@ -13,7 +13,8 @@
 use std::cell::RefCell;
 
 use super::dispatch::{dispatch, fma};
-use super::expand::{EXPAND_ROWS, expand, expand_tile};
+use super::expand::{expand, expand_panels};
+use super::gemm::Target;
 use super::isa::Isa;
 use super::packed::{PANEL, PackedMatrix, WeightFormat};
 use super::rows::{RowMatrix, dot_rows};
@@ -170,7 +171,7 @@ impl BlockProduct {
             mixed.resize(rows * self.p * self.r, 0.0);
             self.mix(isa, rows, products, mixed);
             for (h, y) in mixed.chunks_exact(self.p * self.r).zip(short.chunks_exact_mut(self.p * b.n())) {
-                expand_shared(isa, h, b, y);
+                expand_shared(h, b, y);
             }
         });
     }
@@ -206,19 +207,13 @@ impl BlockProduct {
         let (from, to) = outputs.rows;
         if first / q == (end - 1) / q {
             let of_block = first / q * self.r..(first / q + 1) * self.r;
-            for (tile_idx, short) in short.chunks(EXPAND_ROWS * width).enumerate() {
-                let first_row = from + tile_idx * EXPAND_ROWS;
-                let mut rows: [&mut [f32]; EXPAND_ROWS] = Default::default();
-                for (row, y) in (first_row..to).zip(&mut rows) {
-                    // SAFETY: the caller's contract; every row is there once.
-                    *y = unsafe { outputs.row(row) };
-                }
-                GATHERED.with_borrow_mut(|h| {
-                    h.clear();
-                    short.chunks_exact(width).for_each(|short| h.extend_from_slice(&short[of_block.clone()]));
-                    expand_tile(Isa::best(), h, b.panel(first / PANEL), b, &mut rows);
-                });
-            }
+            GATHERED.with_borrow_mut(|h| {
+                h.clear();
+                short.chunks_exact(width).for_each(|short| h.extend_from_slice(&short[of_block.clone()]));
+                assert_eq!(h.len(), (to - from) * self.r, "short vectors for the rows of the outputs");
+                // SAFETY: the caller's contract; the outputs hold the rows.
+                unsafe { expand_panels(h, b, first / PANEL, outputs.target(from), outputs.columns, false) };
+            });
             return;
         }
         for (row, short) in (from..to).zip(short.chunks_exact(width)) {
@@ -233,18 +228,11 @@ impl BlockProduct {
 }
 
 /// Each block of h (p, r) times one matrix b (q, r): y (p, q).
-fn expand_shared(isa: Isa, h: &[f32], b: &PackedMatrix, y: &mut [f32]) {
+fn expand_shared(h: &[f32], b: &PackedMatrix, y: &mut [f32]) {
     let (q, r) = (b.n(), b.k());
-    y.fill(0.0);
-    for (h, y) in h.chunks(EXPAND_ROWS * r).zip(y.chunks_mut(EXPAND_ROWS * q)) {
-        for from in (0..q).step_by(PANEL) {
-            let mut rows: [&mut [f32]; EXPAND_ROWS] = Default::default();
-            for (row, y) in rows.iter_mut().zip(y.chunks_exact_mut(q)) {
-                *row = &mut y[from..q.min(from + PANEL)];
-            }
-            expand_tile(isa, h, b.panel(from / PANEL), b, &mut rows);
-        }
-    }
+    assert_eq!(h.len() / r, y.len() / q, "y has the blocks of h");
+    // SAFETY: y has a row for each of h's, and is borrowed for as long.
+    unsafe { expand_panels(h, b, 0, Target { y: y.as_mut_ptr(), stride: q }, q, true) };
 }
 
 dispatch! {

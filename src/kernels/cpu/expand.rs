@@ -1,12 +1,13 @@
 //! Up projections: short vectors times a packed matrix, added to outputs.
 
-#![expect(unsafe_code, reason = "threads write disjoint parts of the outputs")]
+#![expect(unsafe_code, reason = "threads write disjoint parts of the outputs, through raw pointers")]
 
 use super::dispatch::{dispatch, fma};
-#[cfg(target_arch = "x86_64")]
 use super::gemm::Target;
 use super::isa::Isa;
-use super::lanes::Lanes;
+#[cfg(target_arch = "x86_64")]
+use super::lanes::{Avx2, Avx512};
+use super::lanes::{Lanes, Plain};
 use super::packed::{PANEL, PackedMatrix, WeightFormat};
 use super::slots::Outputs;
 #[cfg(target_arch = "x86_64")]
@@ -15,6 +16,8 @@ use super::words::LANES;
 
 /// Rows that are expanded together; with the columns of a panel they fill the registers of AVX-512.
 pub(super) const EXPAND_ROWS: usize = 6;
+/// Vectors of a panel's columns.
+const VECTORS: usize = PANEL / LANES;
 
 /// `y[m, j] += sum_s b[(first + j) mod q, s] * h[m, s]`, b: (q, r) packed, h: (m, r) f32.
 ///
@@ -23,121 +26,169 @@ pub(super) const EXPAND_ROWS: usize = 6;
 pub(super) unsafe fn expand_rows(h: &[f32], b: &PackedMatrix, outputs: &Outputs<'_>) {
     let (r, first, (from, to)) = (b.k(), outputs.first % b.n(), outputs.rows);
     // Panels of the term and of the linear coincide unless the term repeats over the outputs.
-    let coincide = first.is_multiple_of(PANEL) && first + outputs.columns <= b.n();
-    #[cfg(target_arch = "x86_64")]
-    if let (true, Isa::Avx2, WeightFormat::Bf16) = (coincide, Isa::best(), b.format()) {
-        let panels = b.panels(first / PANEL..(first + outputs.columns).div_ceil(PANEL));
-        for (tile_idx, h) in h.chunks(EXPAND_ROWS * r).enumerate() {
-            let target = outputs.target(from + tile_idx * EXPAND_ROWS);
-            // SAFETY: the caller's contract.
-            unsafe { expand_pairs((h, r), panels, target, outputs.columns, false) };
-        }
+    if first.is_multiple_of(PANEL) && first + outputs.columns <= b.n() {
+        assert_eq!(h.len(), (to - from) * r, "h has the rows of the outputs");
+        // SAFETY: the caller's contract; the outputs hold the rows.
+        unsafe { expand_panels(h, b, first / PANEL, outputs.target(from), outputs.columns, false) };
         return;
     }
+    // Which way a panel takes depends on nothing but the panel, as the ways round differently.
     if outputs.columns > PANEL {
         // SAFETY: the caller's contract.
         return outputs.panels().for_each(|panel| unsafe { expand_rows(h, b, &panel) });
     }
-    for (tile_idx, h) in h.chunks(EXPAND_ROWS * r).enumerate() {
-        let mut rows: [&mut [f32]; EXPAND_ROWS] = Default::default();
-        for (row, y) in (from + tile_idx * EXPAND_ROWS..to).zip(&mut rows) {
-            // SAFETY: the caller's contract; every row is there once.
-            *y = unsafe { outputs.row(row) };
-        }
-        if coincide {
-            expand_tile(Isa::best(), h, b.panel(first / PANEL), b, &mut rows);
-        } else {
-            rows.iter_mut().zip(h.chunks_exact(r)).for_each(|(y, h)| expand(Isa::best(), h, b, first, y));
-        }
+    for (row, h) in (from..to).zip(h.chunks_exact(r)) {
+        // SAFETY: the caller's contract; one row at a time.
+        expand(Isa::best(), h, b, first, unsafe { outputs.row(row) });
     }
 }
-
-/// [`avx2::expand`] for the number of rows that `h` has.
-///
-/// # Safety
-/// As there.
-#[cfg(target_arch = "x86_64")]
-unsafe fn expand_pairs((h, r): (&[f32], usize), panels: &[u32], y: Target, columns: usize, from_zero: bool) {
-    // SAFETY: the caller's contract.
-    unsafe {
-        match h.len() / r {
-            1 => avx2::expand::<1>((h, r), panels, y, columns, from_zero),
-            2 => avx2::expand::<2>((h, r), panels, y, columns, from_zero),
-            3 => avx2::expand::<3>((h, r), panels, y, columns, from_zero),
-            4 => avx2::expand::<4>((h, r), panels, y, columns, from_zero),
-            5 => avx2::expand::<5>((h, r), panels, y, columns, from_zero),
-            _ => avx2::expand::<EXPAND_ROWS>((h, r), panels, y, columns, from_zero),
-        }
-    }
-}
-
-/// Vectors per panel.
-const VECTORS: usize = PANEL / LANES;
-
-/// The columns of one panel in up to [`EXPAND_ROWS`] rows; rows that are not there are empty.
-pub(super) type PanelRows<'a> = [&'a mut [f32]; EXPAND_ROWS];
 
 /// `sums[m, j] = sum_s b[j, s] * h[m, s]` for the columns of one panel and up to [`EXPAND_ROWS`] rows h of f32; one chain per
 /// sum, whatever the number of rows.
 pub(super) fn expand_sums(h: &[f32], b: &PackedMatrix, panel_idx: usize, sums: &mut [[f32; PANEL]; EXPAND_ROWS]) {
-    let (isa, panel, r) = (Isa::best(), b.panel(panel_idx), b.k());
-    #[cfg(target_arch = "x86_64")]
-    if let (Isa::Avx2, WeightFormat::Bf16) = (isa, b.format()) {
-        let y = Target { y: sums.as_mut_ptr().cast(), stride: PANEL };
-        // SAFETY: the sums have the rows, and the instruction set was detected.
-        unsafe { expand_pairs((h, r), panel, y, PANEL, true) };
-        return;
-    }
-    sums.as_flattened_mut().fill(0.0);
-    expand_tile(isa, h, panel, b, &mut sums.each_mut().map(|sums| sums.as_mut_slice()));
+    assert!(h.len() <= EXPAND_ROWS * b.k(), "no more rows than sums");
+    let y = Target { y: sums.as_mut_ptr().cast(), stride: PANEL };
+    // SAFETY: the sums have the rows, and the panel as many columns.
+    unsafe { expand_panels(h, b, panel_idx, y, PANEL, true) };
 }
 
-dispatch! {
-    /// `y[m, j] += sum_s b[j, s] * h[m, s]` for the columns of one panel and up to [`EXPAND_ROWS`] rows.
-    pub(super) fn expand_tile(h: &[f32], panel: &[u32], b: &PackedMatrix, y: &mut PanelRows<'_>) => lanes expand_tile_body
-}
-
-#[inline(always)]
-fn expand_tile_body<L: Lanes>(h: &[f32], panel: &[u32], b: &PackedMatrix, y: &mut PanelRows<'_>) {
-    match (h.len() / b.k(), L::WIDE) {
-        (1, _) => expand_some::<1, VECTORS, L>(h, panel, b, y),
-        (2, true) => expand_some::<2, VECTORS, L>(h, panel, b, y),
-        (3, true) => expand_some::<3, VECTORS, L>(h, panel, b, y),
-        (4, true) => expand_some::<4, VECTORS, L>(h, panel, b, y),
-        (5, true) => expand_some::<5, VECTORS, L>(h, panel, b, y),
-        (_, true) => expand_some::<EXPAND_ROWS, VECTORS, L>(h, panel, b, y),
-        (2, false) => expand_some::<2, 2, L>(h, panel, b, y),
-        (3, false) => expand_some::<3, 1, L>(h, panel, b, y),
-        (4, false) => expand_some::<4, 1, L>(h, panel, b, y),
-        (5, false) => expand_some::<5, 1, L>(h, panel, b, y),
-        (_, false) => expand_some::<EXPAND_ROWS, 1, L>(h, panel, b, y),
-    }
-}
-
-/// `M` rows and `V` vectors at a time, one chain over ascending `s` per output.
-#[inline(always)]
-fn expand_some<const M: usize, const V: usize, L: Lanes>(
+/// `y[m, j] += sum_s b[PANEL first + j, s] * h[m, s]` for `columns` columns and the rows h of r numbers in f32; with `from_zero`
+/// the sums replace what y held. One chain over ascending `s` per output, from `y` on, whatever the number of rows.
+///
+/// # Safety
+/// `y` must be valid for reads and writes of the columns in each row of `h`, and nobody else may touch them meanwhile.
+pub(super) unsafe fn expand_panels(
     h: &[f32],
-    panel: &[u32],
     b: &PackedMatrix,
-    y: &mut PanelRows<'_>,
+    first: usize,
+    y: Target,
+    columns: usize,
+    from_zero: bool,
 ) {
-    let r = b.k();
-    assert_eq!((h.len(), panel.len()), (M * r, b.format().steps(r) * PANEL), "h has the rows, and b its panel");
-    let columns = y[0].len().div_ceil(LANES);
-    for from in (0..columns).step_by(V) {
-        let mut sums = [[[0.0_f32; LANES]; V]; M];
-        // SAFETY: the panel holds as many steps as the rows, and `V` divides its vectors; the lanes are those of the
-        // instruction set that this is compiled for.
+    let (isa, r) = (Isa::best(), b.k());
+    let panels = b.panels(first..first + columns.div_ceil(PANEL));
+    for (tile_idx, h) in h.chunks(EXPAND_ROWS * r).enumerate() {
+        let y = Target { y: y.y.wrapping_add(tile_idx * EXPAND_ROWS * y.stride), ..y };
+        let up = Up { h, r, panels, format: b.format(), y, columns, from_zero };
+        // SAFETY: the caller's contract; the instruction set was detected.
+        unsafe {
+            match h.len() / r {
+                1 => up.tile::<1>(isa),
+                2 => up.tile::<2>(isa),
+                3 => up.tile::<3>(isa),
+                4 => up.tile::<4>(isa),
+                5 => up.tile::<5>(isa),
+                _ => up.tile::<EXPAND_ROWS>(isa),
+            }
+        }
+    }
+}
+
+/// A few rows of an up projection.
+#[derive(Clone, Copy)]
+struct Up<'a> {
+    /// Short vectors (rows, r).
+    h: &'a [f32],
+    r: usize,
+    /// Neighbouring panels.
+    panels: &'a [u32],
+    format: WeightFormat,
+    y: Target,
+    columns: usize,
+    from_zero: bool,
+}
+
+/// Each with `M` rows.
+///
+/// # Safety
+/// As for [`expand_panels`]; the processor has the instructions.
+impl Up<'_> {
+    unsafe fn tile<const M: usize>(self, isa: Isa) {
+        assert_eq!(self.h.len(), M * self.r, "h has the rows");
+        // SAFETY: the caller's contract.
+        unsafe {
+            match (isa, self.format) {
+                #[cfg(target_arch = "x86_64")]
+                (Isa::Avx2, WeightFormat::Bf16) => {
+                    avx2::expand::<M>((self.h, self.r), self.panels, self.y, self.columns, self.from_zero);
+                }
+                #[cfg(target_arch = "x86_64")]
+                (Isa::Avx2, WeightFormat::F32) => self.avx2::<M>(),
+                #[cfg(target_arch = "x86_64")]
+                (Isa::Avx512 | Isa::Avx512Vnni | Isa::Avx512Bf16, _) => self.avx512::<M>(),
+                _ => self.strips::<M, 1, Plain>(),
+            }
+        }
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+    unsafe fn avx512<const M: usize>(self) {
+        // SAFETY: the caller's contract.
+        unsafe { self.strips::<M, VECTORS, Avx512>() }
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    #[target_feature(enable = "avx2,fma")]
+    unsafe fn avx2<const M: usize>(self) {
+        // SAFETY: the caller's contract.
+        unsafe {
+            match M {
+                1 => self.strips::<M, VECTORS, Avx2>(),
+                2 => self.strips::<M, 2, Avx2>(),
+                _ => self.strips::<M, 1, Avx2>(),
+            }
+        }
+    }
+
+    /// `V` vectors of columns at a time.
+    #[inline(always)]
+    unsafe fn strips<const M: usize, const V: usize, L: Lanes>(self) {
+        let panel_words = self.format.steps(self.r) * PANEL;
+        assert_eq!(self.panels.len(), self.columns.div_ceil(PANEL) * panel_words, "the panels have the columns");
+        for from in (0..self.columns).step_by(V * LANES) {
+            let columns = (V * LANES).min(self.columns - from);
+            let words = &self.panels[from / PANEL * panel_words + from % PANEL..];
+            let y = self.y.y.wrapping_add(from);
+            // SAFETY: the panel holds the strip's columns in every step, and `y` is the caller's; where there are fewer columns
+            // than the strip has the sums go through memory that has all.
+            unsafe {
+                if columns == V * LANES {
+                    self.strip::<M, V, L>(words, y, self.y.stride);
+                    continue;
+                }
+                let mut copy = [[0.0_f32; PANEL]; M];
+                let at = copy.as_flattened_mut().as_mut_ptr();
+                for row in 0..if self.from_zero { 0 } else { M } {
+                    y.add(row * self.y.stride).copy_to_nonoverlapping(at.add(row * PANEL), columns);
+                }
+                self.strip::<M, V, L>(words, at, PANEL);
+                for row in 0..M {
+                    at.add(row * PANEL).copy_to_nonoverlapping(y.add(row * self.y.stride), columns);
+                }
+            }
+        }
+    }
+
+    /// One strip: `words` start at its first column of the first step.
+    #[inline(always)]
+    unsafe fn strip<const M: usize, const V: usize, L: Lanes>(self, words: &[u32], y: *mut f32, stride: usize) {
+        let (h, r) = (self.h.as_ptr(), self.r);
+        // SAFETY: the caller's contract; h has `M` rows by the assertion in `tile`.
         unsafe {
             let mut acc = [[L::splat(0.0); V]; M];
-            for step in 0..panel.len() / PANEL {
-                let words = panel.as_ptr().add(step * PANEL + from * LANES);
-                match b.format() {
+            for (m, acc) in acc.iter_mut().enumerate().take(if self.from_zero { 0 } else { M }) {
+                for (v, sum) in acc.iter_mut().enumerate() {
+                    *sum = L::load(y.add(m * stride + v * LANES));
+                }
+            }
+            for step in 0..self.format.steps(r) {
+                let words = words.as_ptr().add(step * PANEL);
+                match self.format {
                     WeightFormat::F32 => {
                         let weights: [L; V] = std::array::from_fn(|v| L::load(words.add(v * LANES).cast()));
                         for (m, acc) in acc.iter_mut().enumerate() {
-                            let h = L::splat(*h.get_unchecked(m * r + step));
+                            let h = L::splat(*h.add(m * r + step));
                             for (sum, weight) in acc.iter_mut().zip(weights) {
                                 *sum = sum.add_product(h, weight);
                             }
@@ -147,7 +198,7 @@ fn expand_some<const M: usize, const V: usize, L: Lanes>(
                         let has_second = 2 * step + 1 < r;
                         let weights: [[L; 2]; V] = std::array::from_fn(|v| L::load_pairs(words.add(v * LANES)));
                         for (m, acc) in acc.iter_mut().enumerate() {
-                            let h = h.as_ptr().add(m * r + 2 * step);
+                            let h = h.add(m * r + 2 * step);
                             let pair = [L::splat(*h), L::splat(if has_second { *h.add(1) } else { 0.0 })];
                             for (sum, [low, high]) in acc.iter_mut().zip(weights) {
                                 *sum = sum.add_product(pair[0], low).add_product(pair[1], high);
@@ -156,14 +207,10 @@ fn expand_some<const M: usize, const V: usize, L: Lanes>(
                     }
                 }
             }
-            for (sum, to) in acc.as_flattened().iter().zip(sums.as_flattened_mut()) {
-                sum.store(to.as_mut_ptr());
-            }
-        }
-        for (y, sums) in y.iter_mut().zip(&sums) {
-            let Some(y) = y.get_mut(from * LANES..) else { continue };
-            for (y, sum) in y.iter_mut().zip(sums.as_flattened()) {
-                *y += sum;
+            for (m, acc) in acc.iter().enumerate() {
+                for (v, sum) in acc.iter().enumerate() {
+                    sum.store(y.add(m * stride + v * LANES));
+                }
             }
         }
     }
