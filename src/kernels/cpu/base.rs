@@ -54,7 +54,7 @@ impl BaseMatrix<'_> {
         }
         let (panel, words) = match self {
             Self::Float(w) => (w.panel(panel_idx), block_steps(Isa::best()) * PANEL),
-            Self::Integers(w) => (w.panel(panel_idx), block_groups(w.width()) * w.width().group_words()),
+            Self::Integers(w) => (w.panel(panel_idx), block_groups(Isa::best(), w.width()) * w.width().group_words()),
         };
         Fetch::of(&panel[..words.min(panel.len())])
     }
@@ -63,7 +63,7 @@ impl BaseMatrix<'_> {
     pub(super) fn num_blocks(self) -> usize {
         match self {
             Self::Float(w) => w.format().steps(w.k()).div_ceil(block_steps(Isa::best())),
-            Self::Integers(w) => groups(w.k()).div_ceil(block_groups(w.width())),
+            Self::Integers(w) => groups(w.k()).div_ceil(block_groups(Isa::best(), w.width())),
         }
     }
 

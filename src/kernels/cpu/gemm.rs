@@ -1,11 +1,11 @@
 //! The matrix product with packed weights.
 
 use super::ahead::Ahead;
-use super::integers::{IntegerMatrix, IntegerWidth, groups};
+use super::integers::{IntegerMatrix, groups};
 use super::isa::Isa;
 use super::packed::{PANEL, PackedMatrix};
 use super::tile::{Fetch, ROWS, TileArgs, block_steps, tile};
-use super::tile_integers::{IntegerArgs, block_groups, integer_tile};
+use super::tile_integers::{IntegerArgs, block_groups, foresees, integer_tile};
 use super::words::row_words;
 
 /// Where a panel's product goes: the first row's first column, and the elements between rows.
@@ -87,15 +87,8 @@ pub(super) unsafe fn multiply_integer_panel(
     let width = w.width();
     let x_stride = width.row_words(w.k());
     let m = x.len() / x_stride;
-    // The processor foresees what a single row reads, forward and all of it: asking holds it up then, and blocks, which keep
-    // weights near for the next rows, only interrupt it.
-    let foreseen = match isa {
-        Isa::Avx2 => width == IntegerWidth::Sixteen,
-        Isa::Avx512Vnni | Isa::Avx512Bf16 => true,
-        Isa::Portable | Isa::Avx512 => false,
-    };
-    let asks = m > 1 || !foreseen;
-    let block_groups = if asks { block_groups(width) } else { groups(w.k()) };
+    let asks = !foresees(isa, width, m);
+    let block_groups = if asks { block_groups(isa, width) } else { groups(w.k()) };
     let together = rows_together(m);
     let mut blocks = w.panel(panel_idx).chunks(block_groups * width.group_words()).enumerate().peekable();
     while let Some((block_idx, block)) = blocks.next() {
@@ -126,7 +119,7 @@ mod tests {
     use half::bf16;
     use proptest::prelude::*;
 
-    use super::super::integers::{GROUP, quantise_row};
+    use super::super::integers::{GROUP, IntegerWidth, quantise_row};
     use super::super::packed::WeightFormat;
     use super::super::pool::for_each;
     use super::super::shared::Shared;

@@ -10,6 +10,8 @@ use std::arch::asm;
 use std::arch::x86_64::__m256i;
 
 const GROUP_WORDS: usize = IntegerWidth::Sixteen.group_words();
+/// Steps between which memory is asked for, with AVX-512.
+const ASK_STEPS: usize = 8;
 
 /// The dot product of pairs.
 ///
@@ -26,27 +28,35 @@ pub(super) unsafe fn vnni<const M: usize>(args: &IntegerArgs<'_>) {
     /// Vectors of a panel.
     const V: usize = PANEL / 16;
 
-    let mut fetch = args.fetch;
-    args.far.all();
+    let (mut fetch, mut far) = (args.fetch, args.far);
+    let times = args.w.len() / GROUP_WORDS * (STEPS_16 / ASK_STEPS);
+    let (lines, far_lines) = (fetch.lines.div_ceil(times), far.lines_of(times));
     // SAFETY: a group holds its steps and scales; the rest is the caller's contract.
     unsafe {
         for (group, w) in args.w.chunks_exact(GROUP_WORDS).enumerate() {
-            let rows: [_; M] = std::array::from_fn(|row| args.row::<STEPS_16>(row, group));
+            // A loop rather than a closure, which would be a call.
+            let mut rows = [(std::ptr::null(), 0.0); M];
+            for (row, of_row) in rows.iter_mut().enumerate() {
+                let (integers, scale) = args.row::<STEPS_16>(row, group);
+                *of_row = (integers.as_ptr(), scale);
+            }
             let mut acc = [[_mm512_setzero_si512(); V]; M];
             for step in 0..STEPS_16 {
+                if step % ASK_STEPS == 0 {
+                    fetch.next_far(lines);
+                    far.next(far_lines);
+                }
                 let mut weights = [_mm512_setzero_si512(); V];
                 for (v, weight) in weights.iter_mut().enumerate() {
                     *weight = _mm512_loadu_si512(w.as_ptr().add(step * PANEL + 16 * v).cast());
                 }
-                fetch.next(PANEL / 16);
                 for (acc, (integers, _)) in acc.iter_mut().zip(&rows) {
-                    let pair = _mm512_set1_epi32(integers[step].cast_signed());
+                    let pair = _mm512_set1_epi32((*integers.add(step)).cast_signed());
                     for (acc, weight) in acc.iter_mut().zip(&weights) {
                         *acc = _mm512_dpwssd_epi32(*acc, *weight, pair);
                     }
                 }
             }
-            fetch.next(1);
             for v in 0..V {
                 let exponents = _mm_loadu_si128(w.as_ptr().add(STEPS_16 * PANEL + 4 * v).cast());
                 let scales = _mm512_slli_epi32::<MANTISSA_BITS>(_mm512_cvtepu8_epi32(exponents));

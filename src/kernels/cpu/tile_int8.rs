@@ -3,11 +3,14 @@
 #![expect(unsafe_code, reason = "vector loads and stores through raw pointers")]
 
 use super::integers::{IntegerWidth, STEPS_8};
+use super::isa::Isa;
 use super::packed::PANEL;
 use super::tile_integers::{IntegerArgs, block_groups};
 
 const GROUP_WORDS: usize = IntegerWidth::Eight.group_words();
-const BLOCK_GROUPS: usize = block_groups(IntegerWidth::Eight);
+const BLOCK_GROUPS: usize = block_groups(Isa::Avx2, IntegerWidth::Eight);
+/// Steps between which memory is asked for.
+const ASK_STEPS: usize = 4;
 
 /// The dot product of four bytes: weights are made unsigned by adding 128, which is taken off by the sum of the row.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
@@ -20,32 +23,38 @@ pub(super) unsafe fn vnni<const M: usize>(args: &IntegerArgs<'_>) {
     /// Vectors of a panel.
     const V: usize = PANEL / 16;
 
-    let mut fetch = args.fetch;
-    args.far.all();
+    let (mut fetch, mut far) = (args.fetch, args.far);
+    let times = args.w.len() / GROUP_WORDS * (STEPS_8 / ASK_STEPS);
+    let (lines, far_lines) = (fetch.lines.div_ceil(times), far.lines_of(times));
     // SAFETY: a group holds its steps and scales; the rest is the caller's contract.
     unsafe {
         let flip = _mm512_set1_epi8(-128);
         for (group, w) in args.w.chunks_exact(GROUP_WORDS).enumerate() {
-            let rows: [_; M] = std::array::from_fn(|row| args.row::<STEPS_8>(row, group));
+            // Loops rather than closures, which would be calls.
+            let mut rows = [(std::ptr::null(), 0.0); M];
             let mut acc = [[_mm512_setzero_si512(); V]; M];
-            for (row, acc) in acc.iter_mut().enumerate() {
+            for (row, (of_row, acc)) in rows.iter_mut().zip(&mut acc).enumerate() {
+                let (integers, scale) = args.row::<STEPS_8>(row, group);
+                *of_row = (integers.as_ptr(), scale);
                 *acc = [_mm512_set1_epi32(-128 * args.sum(row, group)); V];
             }
             for step in 0..STEPS_8 {
+                if step % ASK_STEPS == 0 {
+                    fetch.next_far(lines);
+                    far.next(far_lines);
+                }
                 let mut weights = [_mm512_setzero_si512(); V];
                 for (v, weight) in weights.iter_mut().enumerate() {
                     let words = _mm512_loadu_si512(w.as_ptr().add(step * PANEL + 16 * v).cast());
                     *weight = _mm512_xor_si512(words, flip);
                 }
-                fetch.next(PANEL / 16);
                 for (acc, (integers, _)) in acc.iter_mut().zip(&rows) {
-                    let four = _mm512_set1_epi32(integers[step].cast_signed());
+                    let four = _mm512_set1_epi32((*integers.add(step)).cast_signed());
                     for (acc, weight) in acc.iter_mut().zip(&weights) {
                         *acc = _mm512_dpbusd_epi32(*acc, *weight, four);
                     }
                 }
             }
-            fetch.next(PANEL / 16);
             for (row, (acc, (_, scale))) in acc.iter().zip(&rows).enumerate() {
                 for (v, acc) in acc.iter().enumerate() {
                     let scales = _mm512_loadu_ps(w.as_ptr().add(STEPS_8 * PANEL + 16 * v).cast());

@@ -56,11 +56,24 @@ impl IntegerArgs<'_> {
     }
 }
 
-/// Most groups of one call for several rows: they and the next ones (17 KiB each) share the nearest cache.
-pub(super) const fn block_groups(width: IntegerWidth) -> usize {
-    match width {
-        IntegerWidth::Eight => 4,
-        IntegerWidth::Sixteen => 2,
+/// Most groups of one call for several rows: they and the next ones (17 KiB each) share the nearest cache. With VNNI they (120
+/// KiB) stay in the second one while every row uses them.
+pub(super) const fn block_groups(isa: Isa, width: IntegerWidth) -> usize {
+    match (isa, width) {
+        (Isa::Portable | Isa::Avx2 | Isa::Avx512, IntegerWidth::Eight) => 4,
+        (Isa::Portable | Isa::Avx2 | Isa::Avx512, IntegerWidth::Sixteen) => 2,
+        (Isa::Avx512Vnni | Isa::Avx512Bf16, IntegerWidth::Eight) => 28,
+        (Isa::Avx512Vnni | Isa::Avx512Bf16, IntegerWidth::Sixteen) => 14,
+    }
+}
+
+/// Whether the processor foresees what tiles of these rows read, all of them one: asking holds it up then, and blocks, which
+/// keep weights near for the next tile, only interrupt it.
+pub(super) fn foresees(isa: Isa, width: IntegerWidth, rows: usize) -> bool {
+    match isa {
+        Isa::Avx2 => width == IntegerWidth::Sixteen && rows == 1,
+        Isa::Avx512Vnni | Isa::Avx512Bf16 => rows <= ROWS,
+        Isa::Portable | Isa::Avx512 => false,
     }
 }
 
@@ -86,9 +99,9 @@ macro_rules! by_rows {
 /// touch them meanwhile. `isa` must be available.
 ///
 /// # Panics
-/// When the block has more than [`block_groups`] groups, of a single row more than all, or `x` lacks words.
+/// When the block has more than [`block_groups`] groups, more than all where the processor [`foresees`] them, or `x` lacks words.
 pub(super) unsafe fn integer_tile(rows: usize, isa: Isa, width: IntegerWidth, args: &IntegerArgs<'_>) {
-    let most = if rows == 1 { args.groups } else { block_groups(width) };
+    let most = if foresees(isa, width, rows) { args.groups } else { block_groups(isa, width) };
     assert!(args.w.len() <= most * width.group_words(), "a block's groups");
     // SAFETY: the caller's contract.
     unsafe {
