@@ -9,7 +9,6 @@
 
 use serde::Serialize;
 
-use super::machine::Limits;
 use super::plan::Distribution;
 use super::report::{AdapterReport, RunReport};
 use super::stats::Zipf;
@@ -21,18 +20,13 @@ pub struct AgainstBase {
     pub output_rate: f64,
     /// The base's median time per output token by this run's.
     pub token_speed: f64,
-    /// What `token_speed` can be at most, were memory all that bounds a step; null unless the machine's limits were
+    /// What `token_speed` can be at most, were memory all that bounds a step; null unless the bandwidth was
     /// measured and the server tells how large its adapters are.
     pub bound: Option<f64>,
 }
 
 /// Compares `run` with the base's run among `runs`, if there is one.
-pub(super) fn against_base(
-    run: &RunReport,
-    runs: &[RunReport],
-    adapters: &[AdapterReport],
-    limits: Option<Limits>,
-) -> Option<AgainstBase> {
+pub(super) fn against_base(run: &RunReport, runs: &[RunReport], adapters: &[AdapterReport]) -> Option<AgainstBase> {
     let is_base = |other: &&RunReport| {
         other.distribution == Distribution::Base
             && other.load_while.is_none()
@@ -44,8 +38,8 @@ pub(super) fn against_base(
     let base = runs.iter().rev().find(is_base)?;
     let base_ms = base.time_per_output_token_ms?.p50;
     let per_step = adapters_per_step(&run.distribution, run.concurrency, adapters.len());
-    let bound = limits.zip(mean_bytes(adapters)).map(|(limits, bytes)| {
-        let adapters_ms = per_step * bytes / (limits.read_gb_per_s * 1e6);
+    let bound = run.read_gb_per_s.zip(mean_bytes(adapters)).map(|(read_gb_per_s, bytes)| {
+        let adapters_ms = per_step * bytes / (read_gb_per_s * 1e6);
         base_ms / (base_ms + adapters_ms)
     });
     Some(AgainstBase {
@@ -96,6 +90,7 @@ mod tests {
             time_per_output_token_ms: Summary::of(&mut [token_ms]),
             inter_token_gap_ms: None,
             request_ms: None,
+            read_gb_per_s: None,
             against_base: None,
             load_while: None,
         }
@@ -109,16 +104,16 @@ mod tests {
     fn the_bound_adds_the_time_to_read_the_adapters() {
         // 4 adapters of 5 MB at 10 GB/s take 2 ms beside the base's 8.
         let adapters = [Some(4_000_000), Some(6_000_000), None, Some(5_000_000), Some(5_000_000)].map(adapter);
-        let limits = Limits { read_gb_per_s: 10.0, bf16_gflop_per_s: 1.0, f32_gflop_per_s: 1.0 };
         let runs = [run(Distribution::Base, 100.0, 8.0), RunReport { round: 2, ..run(Distribution::Base, 1.0, 1.0) }];
-        let mixed = run(Distribution::RoundRobin, 75.0, 12.5);
-        let found = against_base(&mixed, &runs, &adapters, Some(limits)).unwrap();
+        let unmeasured = run(Distribution::RoundRobin, 75.0, 12.5);
+        assert_eq!(against_base(&unmeasured, &runs, &adapters).unwrap().bound, None);
+        let mixed = RunReport { read_gb_per_s: Some(10.0), ..unmeasured };
+        let found = against_base(&mixed, &runs, &adapters).unwrap();
         assert!((found.output_rate - 0.75).abs() < 1e-12 && (found.token_speed - 0.64).abs() < 1e-12);
         assert!((found.bound.unwrap() - 0.8).abs() < 1e-12);
-        assert_eq!(against_base(&mixed, &runs, &adapters, None).unwrap().bound, None);
-        assert_eq!(against_base(&mixed, &runs, &[adapter(None)], Some(limits)).unwrap().bound, None);
-        assert_eq!(against_base(&runs[0], &runs, &adapters, Some(limits)), None);
-        assert_eq!(against_base(&RunReport { concurrency: 5, ..mixed }, &runs, &adapters, Some(limits)), None);
+        assert_eq!(against_base(&mixed, &runs, &[adapter(None)]).unwrap().bound, None);
+        assert_eq!(against_base(&runs[0], &runs, &adapters), None);
+        assert_eq!(against_base(&RunReport { concurrency: 5, ..mixed }, &runs, &adapters), None);
     }
 
     #[test]

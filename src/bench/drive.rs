@@ -166,6 +166,7 @@ impl Drive<'_> {
             time_per_output_token_ms: Summary::of(&mut per_token_ms),
             inter_token_gap_ms: Summary::of(&mut gap_ms),
             request_ms: Summary::of(&mut request_ms),
+            read_gb_per_s: None,
             against_base: None,
             load_while,
         }

@@ -48,11 +48,16 @@ impl Machine {
 impl Limits {
     fn measure() -> Self {
         Self {
-            read_gb_per_s: read_bandwidth() / 1e9,
+            read_gb_per_s: read_gb_per_s(),
             bf16_gflop_per_s: dot_rate(WeightFormat::Bf16) / 1e9,
             f32_gflop_per_s: dot_rate(WeightFormat::F32) / 1e9,
         }
     }
+}
+
+/// Reading memory forward, 10^9 bytes per second.
+pub(super) fn read_gb_per_s() -> f64 {
+    read_bandwidth() / 1e9
 }
 
 fn memory_bytes() -> Option<u64> {

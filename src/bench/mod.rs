@@ -115,6 +115,8 @@ async fn runs(plan: &Plan, client: &Client, target: &Target, report: &mut Report
         target.warm(client, &mut prompts).await?;
     }
     let adapters = target.described(client).await;
+    // It changes with what else uses the memory.
+    let bandwidth = || plan.measure_machine.then(machine::read_gb_per_s);
     table::header(out)?;
     for round in 1..=plan.rounds {
         for distribution in &plan.distributions {
@@ -132,9 +134,11 @@ async fn runs(plan: &Plan, client: &Client, target: &Target, report: &mut Report
                         output_tokens: plan.output_tokens,
                         seed: plan.seed.wrapping_add(round as u64),
                     };
+                    let before = bandwidth();
                     let mut run = drive.run(&mut prompts, load).await?;
                     run.round = round;
-                    run.against_base = bound::against_base(&run, &report.runs, &adapters, report.machine.limits);
+                    run.read_gb_per_s = before.zip(bandwidth()).map(|(before, after)| (before + after) / 2.0);
+                    run.against_base = bound::against_base(&run, &report.runs, &adapters);
                     table::run(&run, out)?;
                     report.runs.push(run);
                 }

@@ -113,6 +113,9 @@ pub struct RunReport {
     pub inter_token_gap_ms: Option<Summary>,
     /// From sending a request to its last token.
     pub request_ms: Option<Summary>,
+    /// Reading memory forward, 10^9 bytes per second: the mean of right before the run and right after; null unless the machine's
+    /// limits are measured.
+    pub read_gb_per_s: Option<f64>,
     /// Beside the base's run at the same concurrency in the same round; null where there is none.
     pub against_base: Option<AgainstBase>,
     /// What was loaded meanwhile; null in a run without.

@@ -97,6 +97,9 @@ pub(super) fn run(run: &RunReport, out: &mut dyn Write) -> io::Result<()> {
     if let Some(Summary { count, p50, max, .. }) = run.load_while.as_ref().and_then(|load| load.load_ms.as_ref()) {
         writeln!(out, "    {count} loads meanwhile, p50 {} ms, longest {} ms", ms(*p50), ms(*max))?;
     }
+    if let Some(read_gb_per_s) = run.read_gb_per_s {
+        writeln!(out, "    memory was read at {read_gb_per_s:.1} GB/s before and after")?;
+    }
     if let Some(beside) = &run.against_base {
         write!(
             out,

@@ -243,7 +243,7 @@ const FIELDS: &str = "
     runs runs[].distribution runs[].concurrency runs[].round runs[].requests runs[].completed
     runs[].errors runs[].errors.count runs[].errors.first runs[].short_answers
     runs[].duration_s runs[].prompt_tokens runs[].output_tokens
-    runs[].requests_per_s runs[].output_tokens_per_s runs[].total_tokens_per_s
+    runs[].requests_per_s runs[].output_tokens_per_s runs[].total_tokens_per_s runs[].read_gb_per_s
     runs[].load_while
     runs[].against_base runs[].against_base.output_rate runs[].against_base.token_speed runs[].against_base.bound
     hot_load hot_load.bytes hot_load.ways hot_load.ways[].way";
