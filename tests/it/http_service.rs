@@ -344,7 +344,8 @@ async fn text_beyond_what_may_run_and_wait_is_answered_429() {
     for (path, body) in &bodies {
         assert_eq!(service.post(path, body).await.status, StatusCode::OK, "{path}");
     }
-    assert_eq!(service.state.engine.in_flight(), 0);
+    // An answer may be there before the engine has done with it.
+    until(|| service.state.engine.in_flight() == 0).await;
 }
 
 #[tokio::test]
