@@ -34,7 +34,7 @@ impl Columns<'_> {
 
 impl PackedVector {
     /// The numbers as they are.
-    pub fn exact(values: &[f32]) -> Self {
+    fn exact(values: &[f32]) -> Self {
         Self(Form::F32(Memory::copy_of(values)))
     }
 
