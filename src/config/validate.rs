@@ -56,7 +56,7 @@ fn engine(config: &Config) -> Broken {
     });
     broken
         .or_else(|| at_most("engine", "sequences_max", e.sequences_max, 65_536))
-        .or_else(|| at_most("engine", "step_tokens_max", e.step_tokens_max, 1 << 20))
+        .or_else(|| e.step_tokens_max.and_then(|n| at_most("engine", "step_tokens_max", n, 1 << 20)))
         .or_else(|| at_most("engine", "block_tokens", e.block_tokens, 1024))
 }
 

@@ -10,8 +10,10 @@ use thiserror::Error;
 pub struct EngineConfig {
     /// Sequences running at once. More raises throughput and the time between one sequence's tokens.
     pub sequences_max: usize,
-    /// Tokens computed per step. More speeds prefill and lengthens the longest gap between tokens.
-    pub step_tokens_max: usize,
+    /// Tokens computed per step; `None` is as many as the device needs to be busy
+    /// ([`ForwardLimits::step_tokens`](super::ForwardLimits::step_tokens)), and no fewer than `sequences_max`. More lengthens the
+    /// longest gap between tokens.
+    pub step_tokens_max: Option<usize>,
     /// Tokens per KV block. Smaller wastes less memory and shares prefixes more finely.
     pub block_tokens: usize,
     /// KV cache size in bytes; sets the number of blocks. More holds more and longer sequences and prefixes.
@@ -53,7 +55,7 @@ impl Default for EngineConfig {
     fn default() -> Self {
         Self {
             sequences_max: 64,
-            step_tokens_max: 512,
+            step_tokens_max: None,
             block_tokens: 16,
             kv_cache_bytes: 256 << 20,
             kv_cache_dtype: KvDtypeChoice::Auto,
@@ -91,7 +93,7 @@ impl EngineConfig {
     pub fn check(&self) -> Result<(), EngineConfigError> {
         let positive = [
             ("sequences_max", self.sequences_max),
-            ("step_tokens_max", self.step_tokens_max),
+            ("step_tokens_max", self.step_tokens_max.unwrap_or(1)),
             ("block_tokens", self.block_tokens),
             ("queue_max", self.queue_max),
             ("adapter_slots", self.adapter_slots),
@@ -99,13 +101,17 @@ impl EngineConfig {
         if let Some((field, _)) = positive.into_iter().find(|(_, value)| *value == 0) {
             return Err(EngineConfigError::Zero { field });
         }
-        if self.step_tokens_max < self.sequences_max {
-            return Err(EngineConfigError::StepTooSmall {
-                step_tokens_max: self.step_tokens_max,
-                sequences_max: self.sequences_max,
-            });
+        match self.step_tokens_max {
+            Some(step_tokens_max) if step_tokens_max < self.sequences_max => {
+                Err(EngineConfigError::StepTooSmall { step_tokens_max, sequences_max: self.sequences_max })
+            }
+            _ => Ok(()),
         }
-        Ok(())
+    }
+
+    /// Tokens computed per step on a device that is busy with `busy` of them.
+    pub(super) fn step_tokens(&self, busy: usize) -> usize {
+        self.step_tokens_max.unwrap_or(busy.max(self.sequences_max))
     }
 }
 
@@ -122,10 +128,18 @@ mod tests {
     fn wrong_bounds_are_named() {
         let config = EngineConfig { block_tokens: 0, ..EngineConfig::default() };
         assert_eq!(config.check().unwrap_err().to_string(), "engine.block_tokens is 0, expected at least 1");
-        let config = EngineConfig { step_tokens_max: 8, ..EngineConfig::default() };
+        let config = EngineConfig { step_tokens_max: Some(8), ..EngineConfig::default() };
         assert_eq!(
             config.check().unwrap_err().to_string(),
             "engine.step_tokens_max is 8, expected at least engine.sequences_max (64)"
         );
+    }
+
+    #[test]
+    fn a_step_that_is_not_set_holds_a_token_of_every_sequence() {
+        let steps = |step_tokens_max, sequences_max| {
+            EngineConfig { step_tokens_max, sequences_max, ..EngineConfig::default() }.step_tokens(256)
+        };
+        assert_eq!([steps(None, 64), steps(None, 300), steps(Some(100), 64)], [256, 300, 100]);
     }
 }

@@ -32,6 +32,8 @@ pub struct ForwardLimits {
     pub context_tokens_max: usize,
     /// KV blocks there are.
     pub num_blocks: usize,
+    /// Tokens per step that keep the device busy.
+    pub step_tokens: usize,
     /// How RoPE depends on the context length (for the prefix cache).
     pub rope_length_rule: RopeLengthRule,
 }

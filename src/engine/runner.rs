@@ -10,6 +10,11 @@ use super::{EngineConfig, Forward, ForwardLimits};
 use crate::adapter::LoweredAdapter;
 use crate::model::{Batch, DeviceAdapter, KvCache, Model, ModelInfo};
 
+/// Tokens of a step that keep a CPU busy: with more only the gap between two steps grows.
+const STEP_TOKENS_CPU: usize = 256;
+/// The same of a GPU.
+const STEP_TOKENS_GPU: usize = 512;
+
 /// A loaded base model with its KV cache.
 pub struct ModelRunner {
     model: Arc<Model>,
@@ -68,11 +73,13 @@ impl ModelRunner {
             prefix_cache = config.prefix_cache,
             "KV cache"
         );
-        log_bounds(info, config, num_blocks);
+        let step_tokens = if info.device.is_cpu() { STEP_TOKENS_CPU } else { STEP_TOKENS_GPU };
+        log_bounds(info, config, (num_blocks, config.step_tokens(step_tokens)));
         let limits = ForwardLimits {
             vocab_size: info.vocab_size,
             context_tokens_max: info.context_tokens_max,
             num_blocks,
+            step_tokens,
             rope_length_rule: info.rope_length_rule,
         };
         Ok(Self { model, cache, limits })
@@ -104,14 +111,14 @@ fn num_blocks(kv_bytes_per_token: usize, config: &EngineConfig) -> std::result::
     Ok(num_blocks)
 }
 
-fn log_bounds(info: &ModelInfo, config: &EngineConfig, num_blocks: usize) {
+fn log_bounds(info: &ModelInfo, config: &EngineConfig, (num_blocks, step_tokens_max): (usize, usize)) {
     let cache_tokens = num_blocks * config.block_tokens;
     tracing::info!(
         sequences_max = config.sequences_max,
-        step_tokens_max = config.step_tokens_max,
+        step_tokens_max,
         // Drawing reads one row per sequence; scoring prompts can need one per token of the step.
         logits_bytes = config.sequences_max * info.vocab_size * size_of::<f32>(),
-        logits_bytes_max = config.step_tokens_max * info.vocab_size * size_of::<f32>(),
+        logits_bytes_max = step_tokens_max * info.vocab_size * size_of::<f32>(),
         "step"
     );
     tracing::info!(

@@ -79,11 +79,11 @@ enum Place {
 }
 
 impl Scheduler {
-    /// No sequences.
-    pub(super) fn new(config: &EngineConfig) -> Self {
+    /// No sequences, of which a step computes up to `step_tokens_max` tokens.
+    pub(super) fn new(config: &EngineConfig, step_tokens_max: usize) -> Self {
         Self {
             sequences_max: config.sequences_max,
-            step_tokens_max: config.step_tokens_max,
+            step_tokens_max,
             block_tokens: config.block_tokens,
             prefix_cache: config.prefix_cache,
             running: Vec::with_capacity(config.sequences_max),

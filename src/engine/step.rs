@@ -74,7 +74,7 @@ impl Engine {
         let admission = Arc::new(Admission::new(limits, &config, Arc::clone(&status), metrics));
         Self {
             forward,
-            scheduler: Scheduler::new(&config),
+            scheduler: Scheduler::new(&config, config.step_tokens(limits.step_tokens)),
             blocks: BlockManager::new(limits.num_blocks),
             slots: SlotManager::new(config.adapter_slots),
             residents: vec![None; config.adapter_slots],

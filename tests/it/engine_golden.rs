@@ -69,7 +69,7 @@ fn check(model_name: &str, (block_tokens, prefix_cache): (usize, bool)) {
     let model = Arc::new(fixtures::load_model(model_name));
     let config = EngineConfig {
         sequences_max: 6,
-        step_tokens_max: 13,
+        step_tokens_max: Some(13),
         block_tokens,
         kv_cache_bytes: CACHE_TOKENS * model.info().kv_bytes_per_token(model.info().dtype),
         adapter_slots: 3,

@@ -69,6 +69,7 @@ impl Forward for Counting {
             vocab_size: VOCAB,
             context_tokens_max: CONTEXT,
             num_blocks: self.num_blocks,
+            step_tokens: 64,
             rope_length_rule: RopeLengthRule::Fixed,
         }
     }
@@ -176,7 +177,7 @@ impl Service {
         let gate = Arc::new(Gate::default());
         let engine_config = EngineConfig {
             sequences_max: 4,
-            step_tokens_max: 64,
+            step_tokens_max: Some(64),
             block_tokens: 4,
             queue_max: 8,
             adapter_slots: 2,

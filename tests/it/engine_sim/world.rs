@@ -94,6 +94,7 @@ impl World {
             vocab_size: VOCAB,
             context_tokens_max: self.context_tokens_max,
             num_blocks: self.num_blocks,
+            step_tokens: self.step_tokens_max,
             rope_length_rule: self.rope_length_rule,
         }
     }
@@ -101,7 +102,7 @@ impl World {
     pub(super) fn config(&self) -> EngineConfig {
         EngineConfig {
             sequences_max: self.sequences_max,
-            step_tokens_max: self.step_tokens_max,
+            step_tokens_max: Some(self.step_tokens_max),
             block_tokens: self.block_tokens,
             kv_cache_bytes: 0,
             kv_cache_dtype: EngineConfig::default().kv_cache_dtype,
