@@ -93,7 +93,6 @@ impl EngineConfig {
     pub fn check(&self) -> Result<(), EngineConfigError> {
         let positive = [
             ("sequences_max", self.sequences_max),
-            ("step_tokens_max", self.step_tokens_max.unwrap_or(1)),
             ("block_tokens", self.block_tokens),
             ("queue_max", self.queue_max),
             ("adapter_slots", self.adapter_slots),

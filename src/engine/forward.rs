@@ -23,7 +23,7 @@ pub trait Forward: Send {
     fn adapter_to_device(&self, adapter: &LoweredAdapter) -> Result<DeviceAdapter>;
 }
 
-/// Sizes of the model and its KV cache that bound scheduling.
+/// What the model, its KV cache and its device set to scheduling.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ForwardLimits {
     /// Rows of the logits.

@@ -74,7 +74,7 @@ impl ModelRunner {
             "KV cache"
         );
         let step_tokens = if info.device.is_cpu() { STEP_TOKENS_CPU } else { STEP_TOKENS_GPU };
-        log_bounds(info, config, (num_blocks, config.step_tokens(step_tokens)));
+        log_bounds(info, config, num_blocks, config.step_tokens(step_tokens));
         let limits = ForwardLimits {
             vocab_size: info.vocab_size,
             context_tokens_max: info.context_tokens_max,
@@ -111,7 +111,7 @@ fn num_blocks(kv_bytes_per_token: usize, config: &EngineConfig) -> std::result::
     Ok(num_blocks)
 }
 
-fn log_bounds(info: &ModelInfo, config: &EngineConfig, (num_blocks, step_tokens_max): (usize, usize)) {
+fn log_bounds(info: &ModelInfo, config: &EngineConfig, num_blocks: usize, step_tokens_max: usize) {
     let cache_tokens = num_blocks * config.block_tokens;
     tracing::info!(
         sequences_max = config.sequences_max,
